@@ -1,0 +1,111 @@
+"""Every error the package raises on purpose.
+
+::
+
+    Sam4MllmError            message, hint, retryable
+    ├── InputError           the caller can mend the call: told to the agent with the hint
+    │   ├── ImageError           not a picture we can read, or over a stated limit
+    │   ├── ExpressionError      empty or overlong text
+    │   ├── PromptError          box or points that make no sense (NaN, empty, too many)
+    │   │   └── PointOutsideImage
+    │   ├── UnknownHandle        image_id or object_id never given out, or evicted since
+    │   └── AccessDenied         path or URL the policy does not allow
+    ├── DialogueError        the model's reply could not be read; carries ``raw_reply``
+    └── BackendError         the system's fault: never disguised as tool output
+        ├── CheckpointError      missing, corrupt or wrong kind of checkpoint
+        ├── DeviceOutOfMemory    the device is too small for the checkpoint or the picture
+        ├── ProbabilitiesMissing an endpoint that does not return the logprobs we need
+        └── EndpointError        an endpoint that cannot be reached or answers with an error
+"""
+
+from __future__ import annotations
+
+
+class Sam4MllmError(Exception):
+    """Base of all errors raised by sam4mllm-tool.
+
+    Attributes:
+        hint: what the caller can do about it, one sentence.
+        retryable: whether the same call may succeed later.
+    """
+
+    retryable_by_default = False
+
+    def __init__(self, message: str, *, hint: str = "", retryable: bool | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+        self.retryable = self.retryable_by_default if retryable is None else retryable
+
+    @property
+    def message(self) -> str:
+        """The message without the hint."""
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        return f"{self.message} Hint: {self.hint}" if self.hint else self.message
+
+
+class InputError(Sam4MllmError):
+    """The call itself is wrong; the caller can mend it."""
+
+
+class ImageError(InputError):
+    """The image cannot be read, or is over a stated limit."""
+
+
+class ExpressionError(InputError):
+    """The expression is empty or too long."""
+
+
+class PromptError(InputError):
+    """A box or point makes no sense: not finite, empty, too many."""
+
+
+class PointOutsideImage(PromptError):
+    """A point lies outside the image."""
+
+
+class UnknownHandle(InputError):
+    """An image_id or object_id that was never given out or has been evicted."""
+
+
+class AccessDenied(InputError):
+    """A path or URL that the access policy does not allow."""
+
+
+class DialogueError(Sam4MllmError):
+    """The MLLM's reply could not be read.
+
+    Attributes:
+        raw_reply: the reply, as the model gave it.
+    """
+
+    retryable_by_default = True
+
+    def __init__(
+        self, message: str, *, raw_reply: str, hint: str = "", retryable: bool | None = None
+    ) -> None:
+        super().__init__(message, hint=hint, retryable=retryable)
+        self.raw_reply = raw_reply
+
+
+class BackendError(Sam4MllmError):
+    """A model, device or endpoint failed; not the caller's fault."""
+
+
+class CheckpointError(BackendError):
+    """A checkpoint is missing, corrupt or of the wrong kind."""
+
+
+class DeviceOutOfMemory(BackendError):
+    """The device has too little memory for the checkpoint or the picture."""
+
+
+class ProbabilitiesMissing(BackendError):
+    """An endpoint does not return the token probabilities that the dialogue needs."""
+
+
+class EndpointError(BackendError):
+    """An endpoint cannot be reached or answers with an error."""
+
+    retryable_by_default = True

@@ -1,0 +1,49 @@
+"""A tiny grammar for replies made of fixed text and fixed-width numbers.
+
+Coordinate replies such as ``[281,251,863,999]`` are mostly punctuation that the format fixes
+beforehand. Stating that as data lets an engine feed the fixed part without asking for it, and
+lets any other engine check a reply. A grammar is a sequence of parts::
+
+    (Literal("\\n["), Number(3), Literal(","), …, Choice(((), (Literal(" "), …))))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Literal:
+    """Fixed text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Number:
+    """Exactly ``digits`` decimal digits, zero-padded."""
+
+    digits: int = 3
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several continuations; an empty option means that nothing follows here.
+
+    Options must differ in their first token, so that the model's next token decides.
+    """
+
+    options: tuple[Grammar, ...]
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """``item`` between ``minimum`` and ``maximum`` times; the model decides when to stop."""
+
+    item: Grammar
+    minimum: int = 0
+    maximum: int = 8
+
+
+Part = Literal | Number | Choice | Repeat
+Grammar = tuple[Part, ...]
