@@ -9,26 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sam4mllm_tool.dialogue import Dialogue, Turn, YesNoWords
 from sam4mllm_tool.grammar import Grammar
 from sam4mllm_tool.types import Box, Mask, PromptPoint, RgbImage, YesNo
 
-
-@dataclass(frozen=True)
-class Turn:
-    """One message of a dialogue, plain text."""
-
-    role: Literal["system", "user", "assistant"]
-    text: str
-
-
-Dialogue = tuple[Turn, ...]
-"""Messages in order, the last one from the user. The image belongs to the first user turn and
-stands before its text, so that everything up to the image is a prefix that dialogues share."""
+__all__ = [
+    "Dialogue",
+    "MaskCandidate",
+    "Mllm",
+    "Reply",
+    "SegmentPrompt",
+    "Segmenter",
+    "Turn",
+    "YesNoWords",
+]
 
 
 @dataclass(frozen=True)
@@ -50,15 +49,6 @@ class Reply:
     forward_passes: int = 0
 
 
-@dataclass(frozen=True)
-class YesNoWords:
-    """How a family says yes and no, and what stands around a list of answers."""
-
-    yes: tuple[str, ...]
-    no: tuple[str, ...]
-    prefix: str = ""
-
-
 @runtime_checkable
 class Mllm(Protocol):
     """A multimodal LLM that holds dialogues about one image."""
@@ -70,6 +60,13 @@ class Mllm(Protocol):
     @property
     def format_name(self) -> str:
         """Default dialogue format of this checkpoint (a key of ``formats.FORMATS``)."""
+
+    @property
+    def known_words(self) -> frozenset[str] | None:
+        """Lower-case words a small model was taught, ``None`` for one with a general vocabulary.
+
+        Read from ``sam4mllm.json`` beside the checkpoint (key ``vocabulary``).
+        """
 
     def generate(
         self,

@@ -1,0 +1,170 @@
+"""SAM4MLLM's own dialogue: integers 0–999 of the image's sides, as plain text.
+
+The question strings are the published adapters' protocol (Chen et al., "SAM4MLLM: Enhance
+Multi-Modal Large Language Model for Referring Expression Segmentation", ECCV 2024). The PPG
+question and the verification question are ours: theirs are not public.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sam4mllm_tool.dialogue import YesNoWords
+from sam4mllm_tool.errors import DialogueError
+from sam4mllm_tool.formats.base import BoxesRead, PromptsRead, Size
+from sam4mllm_tool.geometry import from_grid, to_grid
+from sam4mllm_tool.grammar import Choice, Grammar, Literal, Number, Repeat
+from sam4mllm_tool.types import Box, Point, PointLabel, PromptPoint, TargetCount
+
+STEPS = 1000
+NO_TARGET = "No object found."
+SYSTEM_PROMPT = (
+    "You are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+)
+_BOX = re.compile(r"\[\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\]")
+_POINT = re.compile(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)")
+_COMMA = Literal(",")
+# A box after its opening bracket: the bracket is part of whatever literal comes before.
+_BOX_REST: Grammar = (
+    Number(3), _COMMA, Number(3), _COMMA, Number(3), _COMMA, Number(3), Literal("]"),
+)  # fmt: skip
+_POINT_PART: Grammar = (Literal(" ("), Number(3), _COMMA, Number(3), Literal(")"))
+
+
+@dataclass(frozen=True)
+class Sam4MllmFormat:
+    """The 0–999 text protocol of SAM4MLLM's adapters and of the embedded model."""
+
+    name: str = "sam4mllm"
+    system_prompt: str | None = SYSTEM_PROMPT
+    yes_no: YesNoWords = YesNoWords(yes=("Yes",), no=("No",), prefix="\n")
+    points_per_question: int = 30
+    max_boxes: int = 16
+
+    def ask_boxes(self, expression: str, count: TargetCount, size: Size) -> str:
+        """Round 1 in the published wording; (1), (1+) or (0+) says how many to expect."""
+        return (
+            "Please provide the bounding box coordinate of the region this sentence describes "
+            f'({count.value}):\n"{expression}".'
+        )
+
+    def box_grammar(self, count: TargetCount) -> Grammar:
+        """``\\n[…]``, further boxes for 1+ and 0+, or the no-target sentence for 0+."""
+        box: Grammar = (Literal("["), *_BOX_REST)
+        if count is TargetCount.ONE:
+            return (Literal("\n"), *box)
+        more = Repeat((Literal(" ["), *_BOX_REST), 0, self.max_boxes - 1)
+        if count is TargetCount.ONE_OR_MORE:
+            return (Literal("\n"), *box, more)
+        return (Literal("\n"), Choice(((Literal(NO_TARGET),), (*box, more))))
+
+    def write_boxes(self, boxes: Sequence[Box], size: Size) -> str:
+        """Boxes in the reply's form, or the no-target sentence."""
+        return "\n" + (" ".join(_box_text(box, size) for box in boxes) if boxes else NO_TARGET)
+
+    def read_boxes(self, reply: str, size: Size) -> BoxesRead:
+        """Every ``[a,b,c,d]`` of the reply; swapped, empty or off-scale ones are mended."""
+        found = _BOX.findall(reply)
+        if not found:
+            if re.search(r"\bno (object|target)", reply, re.IGNORECASE):
+                return BoxesRead(())
+            raise DialogueError(
+                "the reply holds no box of the form [x1,y1,x2,y2]",
+                raw_reply=reply,
+                hint="Rephrase the expression; if it happens always, check that the checkpoint "
+                "speaks the 'sam4mllm' format.",
+            )
+        boxes, notes = zip(*(_read_box([int(n) for n in numbers], size) for numbers in found),
+                           strict=True)  # fmt: skip
+        return BoxesRead(boxes, tuple(dict.fromkeys(n for some in notes for n in some)))
+
+    def ask_points(self, expression: str, box: Box, points: Sequence[Point], size: Size) -> str:
+        """Round 2 in the wording of the authors' training data."""
+        listed = " ".join(_point_text(point, size) for point in points)
+        return (
+            "Check if the points listed below are located on the object with bounding box "
+            f"{_box_text(box, size)}:\n{listed}"
+        )
+
+    def ask_box_and_points(
+        self, expression: str, count: TargetCount, positive: int, negative: int, size: Size
+    ) -> str:
+        """PPG question (our wording)."""
+        return (
+            f"Please provide the bounding box and prompt points, {positive} on the object and "
+            f"{negative} off it, of the region this sentence describes "
+            f'({count.value}):\n"{expression}".'
+        )
+
+    def box_and_points_grammar(self, positive: int, negative: int) -> Grammar:
+        """One box and all points, or the no-target sentence."""
+        points = _POINT_PART * (positive + negative)
+        found: Grammar = (Literal("["), *_BOX_REST, *points)
+        return (Literal("\n"), Choice(((Literal(NO_TARGET),), found)))
+
+    def read_box_and_points(
+        self, reply: str, positive: int, negative: int, size: Size
+    ) -> tuple[PromptsRead, ...]:
+        """The box, then ``positive`` points on the object and ``negative`` off it."""
+        boxes = self.read_boxes(reply, size).boxes
+        if not boxes:
+            return ()
+        points = [Point(from_grid(min(int(x), 999), size[0]), from_grid(min(int(y), 999), size[1]))
+                  for x, y in _POINT.findall(reply)]  # fmt: skip
+        if len(points) < positive + negative:
+            raise DialogueError(
+                f"the reply holds {len(points)} points instead of {positive + negative}",
+                raw_reply=reply,
+                hint="Ask for fewer points, or use strategy 'pqpp'.",
+            )
+        labels = [PointLabel.FOREGROUND] * positive + [PointLabel.BACKGROUND] * negative
+        labelled = tuple(
+            PromptPoint(point.x, point.y, label)
+            for point, label in zip(points, labels, strict=False)
+        )
+        return (PromptsRead(boxes[0], labelled),)
+
+    def ask_verification(self, expression: str, box: Box, size: Size) -> str:
+        """Box verification (our wording)."""
+        return (
+            f"Does the region {_box_text(box, size)} show what this sentence describes?\n"
+            f'"{expression}".'
+        )
+
+
+def _box_text(box: Box, size: Size) -> str:
+    """``[x1,y1,x2,y2]``; the exclusive maxima are written like any other coordinate."""
+    sides = (size[0], size[1], size[0], size[1])
+    return "[" + ",".join(f"{to_grid(v, s):03d}" for v, s in zip(box, sides, strict=True)) + "]"
+
+
+def _point_text(point: Point, size: Size) -> str:
+    return f"({to_grid(point.x, size[0]):03d},{to_grid(point.y, size[1]):03d})"
+
+
+def _read_box(numbers: list[int], size: Size) -> tuple[Box, tuple[str, ...]]:
+    """A box at least one grid cell wide and high, with notes on what had to be mended."""
+    notes = []
+    if max(numbers) >= STEPS:
+        numbers = [min(n, STEPS - 1) for n in numbers]
+        notes.append("a coordinate off the 0–999 scale was clamped")
+    x1, y1, x2, y2 = numbers
+    if x2 < x1 or y2 < y1:
+        x1, x2 = sorted((x1, x2))
+        y1, y2 = sorted((y1, y2))
+        notes.append("a box with swapped corners was put right")
+    if x1 == x2 or y1 == y2:
+        notes.append("an empty box was widened to one grid cell")
+    half = 0.5  # from_grid reads the middle of a cell; an empty box gets the whole cell
+    x_pad, y_pad = (half if x1 == x2 else 0.0), (half if y1 == y2 else 0.0)
+    box = Box(
+        from_grid(x1 - x_pad, size[0]),
+        from_grid(y1 - y_pad, size[1]),
+        from_grid(x2 + x_pad, size[0]),
+        from_grid(y2 + y_pad, size[1]),
+    )
+    return box, tuple(notes)

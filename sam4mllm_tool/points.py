@@ -1,0 +1,97 @@
+"""Candidate points to ask about, and which answers are sure enough to show to SAM."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sam4mllm_tool.types import Box, Point, PointLabel, YesNo
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """When an answer counts; the defaults are those of the authors' demo.
+
+    Attributes:
+        background: p_no above this makes a point background.
+        foreground: else p_yes above this makes it foreground; else it stays undecided.
+    """
+
+    background: float = 0.9
+    foreground: float = 0.75
+
+
+def label_point(answer: YesNo, thresholds: Thresholds) -> PointLabel:
+    """The label that an answer gives a point."""
+    if answer.p_no > thresholds.background:
+        return PointLabel.BACKGROUND
+    if answer.p_yes > thresholds.foreground:
+        return PointLabel.FOREGROUND
+    return PointLabel.UNDECIDED
+
+
+def grid_points(box: Box, count: int) -> list[Point]:
+    """``count`` points spread evenly over the box, in row order.
+
+    Rows are as equal as can be: 9 gives 3×3, 7 gives rows of 3, 2 and 2. Each point is the centre
+    of its cell, so none lies on the box's border.
+    """
+    rows = max(1, round(math.sqrt(count)))
+    points = []
+    for row in range(rows):
+        columns = count // rows + (row < count % rows)
+        y = box.y_min + (row + 0.5) / rows * box.height
+        points += [
+            Point(box.x_min + (column + 0.5) / columns * box.width, y) for column in range(columns)
+        ]
+    return points
+
+
+def poisson_disk_points(
+    box: Box, count: int, rng: random.Random, radius: float = 0.1
+) -> list[Point]:
+    """Up to ``count`` points of the box no two of which are closer than ``radius`` box sides.
+
+    Dart throwing (Cook, 1986): distances are measured in the unit square the box is mapped to.
+    Stops after 30 misses a point, so a full box gives fewer points than asked.
+    """
+    kept: list[tuple[float, float]] = []
+    for _ in range(count * 30):
+        if len(kept) == count:
+            break
+        dart = (rng.random(), rng.random())
+        if all(math.dist(dart, other) >= radius for other in kept):
+            kept.append(dart)
+    return [Point(box.x_min + u * box.width, box.y_min + v * box.height) for u, v in kept]
+
+
+def uncertain_points(
+    uncertainty: NDArray[np.float32], box: Box, count: int, spacing: float
+) -> list[Point]:
+    """The ``count`` most uncertain pixel centres of the box, at least ``spacing`` pixels apart.
+
+    Args:
+        uncertainty: shape (height, width), larger = less sure; values <= 0 are never picked.
+        box: where to look, pixels.
+        count: how many points at most.
+        spacing: smallest distance between two points in pixels.
+    """
+    height, width = uncertainty.shape
+    x0, y0 = max(0, math.floor(box.x_min)), max(0, math.floor(box.y_min))
+    x1, y1 = min(width, math.ceil(box.x_max)), min(height, math.ceil(box.y_max))
+    window = np.array(uncertainty[y0:y1, x0:x1], dtype=np.float32)
+    points: list[Point] = []
+    if not window.size:
+        return points
+    rows, columns = np.mgrid[: window.shape[0], : window.shape[1]]
+    for _ in range(count):
+        row, column = np.unravel_index(int(window.argmax()), window.shape)
+        if window[row, column] <= 0:
+            break
+        points.append(Point(x0 + float(column) + 0.5, y0 + float(row) + 0.5))
+        window[(rows - row) ** 2 + (columns - column) ** 2 < spacing**2] = 0
+    return points
