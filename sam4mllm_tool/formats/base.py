@@ -74,7 +74,9 @@ class DialogueFormat(Protocol):
     ) -> str:
         """PPG: box and labelled points in one reply."""
 
-    def box_and_points_grammar(self, positive: int, negative: int) -> Grammar | None:
+    def box_and_points_grammar(
+        self, count: TargetCount, positive: int, negative: int
+    ) -> Grammar | None:
         """Grammar of the PPG reply."""
 
     def read_box_and_points(

@@ -34,6 +34,8 @@ _BOX_REST: Grammar = (
 )  # fmt: skip
 _POINT_PART: Grammar = (Literal(" ("), Number(3), _COMMA, Number(3), Literal(")"))
 
+_YES_NO = YesNoWords(yes=("Yes",), no=("No",), prefix="\n")
+
 
 @dataclass(frozen=True)
 class Sam4MllmFormat:
@@ -41,7 +43,7 @@ class Sam4MllmFormat:
 
     name: str = "sam4mllm"
     system_prompt: str | None = SYSTEM_PROMPT
-    yes_no: YesNoWords = YesNoWords(yes=("Yes",), no=("No",), prefix="\n")
+    yes_no: YesNoWords = _YES_NO
     points_per_question: int = 30
     max_boxes: int = 16
 
@@ -54,13 +56,7 @@ class Sam4MllmFormat:
 
     def box_grammar(self, count: TargetCount) -> Grammar:
         """``\\n[…]``, further boxes for 1+ and 0+, or the no-target sentence for 0+."""
-        box: Grammar = (Literal("["), *_BOX_REST)
-        if count is TargetCount.ONE:
-            return (Literal("\n"), *box)
-        more = Repeat((Literal(" ["), *_BOX_REST), 0, self.max_boxes - 1)
-        if count is TargetCount.ONE_OR_MORE:
-            return (Literal("\n"), *box, more)
-        return (Literal("\n"), Choice(((Literal(NO_TARGET),), (*box, more))))
+        return self._targets(count, ())
 
     def write_boxes(self, boxes: Sequence[Box], size: Size) -> str:
         """Boxes in the reply's form, or the no-target sentence."""
@@ -100,33 +96,30 @@ class Sam4MllmFormat:
             f'({count.value}):\n"{expression}".'
         )
 
-    def box_and_points_grammar(self, positive: int, negative: int) -> Grammar:
-        """One box and all points, or the no-target sentence."""
-        points = _POINT_PART * (positive + negative)
-        found: Grammar = (Literal("["), *_BOX_REST, *points)
-        return (Literal("\n"), Choice(((Literal(NO_TARGET),), found)))
+    def box_and_points_grammar(self, count: TargetCount, positive: int, negative: int) -> Grammar:
+        """A box and its points, once or several times, or the no-target sentence for 0+."""
+        return self._targets(count, _POINT_PART * (positive + negative))
 
     def read_box_and_points(
         self, reply: str, positive: int, negative: int, size: Size
     ) -> tuple[PromptsRead, ...]:
-        """The box, then ``positive`` points on the object and ``negative`` off it."""
+        """Each box, followed by ``positive`` points on the object and ``negative`` off it."""
         boxes = self.read_boxes(reply, size).boxes
-        if not boxes:
-            return ()
-        points = [Point(from_grid(min(int(x), 999), size[0]), from_grid(min(int(y), 999), size[1]))
-                  for x, y in _POINT.findall(reply)]  # fmt: skip
-        if len(points) < positive + negative:
-            raise DialogueError(
-                f"the reply holds {len(points)} points instead of {positive + negative}",
-                raw_reply=reply,
-                hint="Ask for fewer points, or use strategy 'pqpp'.",
-            )
-        labels = [PointLabel.FOREGROUND] * positive + [PointLabel.BACKGROUND] * negative
-        labelled = tuple(
-            PromptPoint(point.x, point.y, label)
-            for point, label in zip(points, labels, strict=False)
+        parts = _BOX.split(reply)[5::5] if boxes else []  # the text behind each box's 4 groups
+        return tuple(
+            PromptsRead(box, _read_points(part, positive, negative, size, reply))
+            for box, part in zip(boxes, parts, strict=True)
         )
-        return (PromptsRead(boxes[0], labelled),)
+
+    def _targets(self, count: TargetCount, behind: Grammar) -> Grammar:
+        """As many boxes as the count allows, each with ``behind`` after it."""
+        box: Grammar = (Literal("["), *_BOX_REST, *behind)
+        if count is TargetCount.ONE:
+            return (Literal("\n"), *box)
+        more = Repeat((Literal(" ["), *_BOX_REST, *behind), 0, self.max_boxes - 1)
+        if count is TargetCount.ONE_OR_MORE:
+            return (Literal("\n"), *box, more)
+        return (Literal("\n"), Choice(((Literal(NO_TARGET),), (*box, more))))
 
     def ask_verification(self, expression: str, box: Box, size: Size) -> str:
         """Box verification (our wording)."""
@@ -144,6 +137,26 @@ def _box_text(box: Box, size: Size) -> str:
 
 def _point_text(point: Point, size: Size) -> str:
     return f"({to_grid(point.x, size[0]):03d},{to_grid(point.y, size[1]):03d})"
+
+
+def _read_points(
+    text: str, positive: int, negative: int, size: Size, reply: str
+) -> tuple[PromptPoint, ...]:
+    found = _POINT.findall(text)
+    if len(found) < positive + negative:
+        raise DialogueError(
+            f"the reply holds {len(found)} points instead of {positive + negative}",
+            raw_reply=reply,
+            hint="Ask for fewer points, or use strategy 'pqpp'.",
+        )
+    labels = [PointLabel.FOREGROUND] * positive + [PointLabel.BACKGROUND] * negative
+    last = STEPS - 1
+    return tuple(
+        PromptPoint(
+            from_grid(min(int(x), last), size[0]), from_grid(min(int(y), last), size[1]), label
+        )
+        for (x, y), label in zip(found, labels, strict=False)
+    )
 
 
 def _read_box(numbers: list[int], size: Size) -> tuple[Box, tuple[str, ...]]:
