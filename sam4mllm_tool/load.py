@@ -1,0 +1,66 @@
+"""The one place where backends and pipeline are wired together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sam4mllm_tool import embedded
+from sam4mllm_tool.formats import get_format
+from sam4mllm_tool.pipeline import Sam4MLLM, Settings
+from sam4mllm_tool.protocols import Mllm, Segmenter
+
+EMBEDDED = "embedded"
+
+
+def load(
+    mllm: str = EMBEDDED,
+    *,
+    adapter: str | None = None,
+    segmenter: str = EMBEDDED,
+    device: str = "auto",
+    dtype: str = "auto",
+    format: str | None = None,
+    settings: Settings | None = None,
+    **mllm_options: Any,
+) -> Sam4MLLM:
+    """Load an MLLM (with an optional PEFT adapter) and a segmenter.
+
+    Args:
+        mllm: ``"embedded"``, or a directory or hub id of a transformers image-text-to-text model.
+        adapter: directory or hub id of a PEFT adapter over it.
+        segmenter: ``"embedded"``, a segment-anything checkpoint file, or a directory or hub id of
+            a transformers SAM family.
+        device: ``"auto"`` (CUDA, then MPS, then CPU), or a torch device.
+        dtype: ``"auto"`` (bfloat16 on CUDA, else float32), or a torch dtype name.
+        format: name of a dialogue format, if the checkpoint's own should not be used.
+        settings: how the dialogue is held.
+        mllm_options: passed on to ``LocalMllm.from_pretrained``.
+
+    Raises:
+        CheckpointError: a checkpoint is missing, corrupt or of the wrong kind.
+        DeviceOutOfMemory: the device is too small for it.
+    """
+    return Sam4MLLM(
+        mllm=load_mllm(mllm, adapter=adapter, device=device, dtype=dtype, **mllm_options),
+        segmenter=load_sam(segmenter, device=device),
+        settings=settings or Settings(),
+        format=None if format is None else get_format(format),
+    )
+
+
+def load_mllm(name: str = EMBEDDED, *, adapter: str | None = None, **options: Any) -> Mllm:
+    """The MLLM of that name; the embedded one comes with its own adapter."""
+    from sam4mllm_tool.mllm.local import LocalMllm
+
+    if name == EMBEDDED:
+        name = str(embedded.MLLM)
+        if adapter is None and embedded.ADAPTER.is_dir():
+            adapter = str(embedded.ADAPTER)
+    return LocalMllm.from_pretrained(name, adapter=adapter, **options)
+
+
+def load_sam(name: str = EMBEDDED, *, device: str = "auto") -> Segmenter:
+    """The segmenter of that name."""
+    from sam4mllm_tool.segmenter import load_segmenter
+
+    return load_segmenter(str(embedded.SAM) if name == EMBEDDED else name, device=device)

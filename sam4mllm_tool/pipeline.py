@@ -1,0 +1,497 @@
+"""THE flow: image + expression → box → candidate points → answers → prompt points → mask.
+
+SAM4MLLM's PQPP dialogue (ECCV 2024, arXiv 2409.10542) and short variations of it. A
+:class:`Sam4MLLM` holds two models and settings and nothing else; all state passes as values.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from sam4mllm_tool.calls import stage
+from sam4mllm_tool.dialogue import Dialogue, Turn
+from sam4mllm_tool.errors import ExpressionError, PointOutsideImage, PromptError
+from sam4mllm_tool.formats import DialogueFormat, get_format
+from sam4mllm_tool.geometry import clip_box
+from sam4mllm_tool.points import (
+    Thresholds,
+    grid_points,
+    label_point,
+    poisson_disk_points,
+    uncertain_points,
+)
+from sam4mllm_tool.protocols import MaskCandidate, Mllm, Reply, Segmenter, SegmentPrompt
+from sam4mllm_tool.trace import Recorder, RecordingMllm, RecordingSegmenter, ReplayMllm, Trace
+from sam4mllm_tool.types import (
+    Box,
+    Mask,
+    Point,
+    PointLabel,
+    PromptPoint,
+    RgbImage,
+    Status,
+    Strategy,
+    TargetCount,
+)
+
+MAX_EXPRESSION = 2_000
+MAX_POINTS = 1_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the dialogue is held.
+
+    Attributes:
+        strategy: see :class:`~sam4mllm_tool.types.Strategy`.
+        points: candidate points a box in round 2.
+        candidates: how they are spread over the box.
+        thresholds: which answers count.
+        positive, negative: points asked for in a PPG reply.
+        budget: most points *adaptive* asks about, an object.
+        per_question: points *adaptive* asks about at a time.
+        choose_by: which of SAM's masks is taken: the best predicted IoU (the paper), or that plus
+            the share of confident points it agrees with.
+    """
+
+    strategy: Strategy = Strategy.PQPP
+    points: int = 9
+    candidates: Literal["grid", "poisson"] = "grid"
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    positive: int = 3
+    negative: int = 1
+    budget: int = 9
+    per_question: int = 3
+    choose_by: Literal["predicted_iou", "agreement"] = "predicted_iou"
+
+
+@dataclass(frozen=True)
+class ScoredBox:
+    """A box in pixels; ``score`` is the geometric mean probability of its free tokens, 0…1."""
+
+    box: Box
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class LocatedObject:
+    """One object of round 1, with prompt points if the strategy got them in the same reply."""
+
+    box: Box
+    score: float | None = None
+    alternates: tuple[ScoredBox, ...] = ()
+    points: tuple[PromptPoint, ...] = ()
+
+
+@dataclass(frozen=True)
+class Location:
+    """Round 1's outcome; ``dialogue`` goes on in round 2."""
+
+    expression: str
+    count: TargetCount
+    dialogue: Dialogue
+    objects: tuple[LocatedObject, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def status(self) -> Status:
+        """Found, or not found: both are results."""
+        return Status.FOUND if self.objects else Status.NOT_FOUND
+
+
+@dataclass(frozen=True)
+class SegmentedObject:
+    """An object with its mask, and the box and points that led to it."""
+
+    located: LocatedObject
+    points: tuple[PromptPoint, ...]
+    drawn: MaskCandidate
+
+    @property
+    def mask(self) -> Mask:
+        """The mask, at the size of the image."""
+        return self.drawn.mask
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """The result of one query."""
+
+    location: Location
+    objects: tuple[SegmentedObject, ...]
+    trace: Trace
+
+    @property
+    def status(self) -> Status:
+        """Found, or not found: both are results."""
+        return self.location.status
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader should know about the result."""
+        return self.location.notes
+
+
+@dataclass(frozen=True)
+class Sam4MLLM:
+    """Two models and the dialogue between them.
+
+    Methods take an :class:`~sam4mllm_tool.types.RgbImage`; coordinates are its pixels. Safe to
+    share between threads as far as the two backends are (ours are).
+    """
+
+    mllm: Mllm
+    segmenter: Segmenter
+    settings: Settings = field(default_factory=Settings)
+    format: DialogueFormat | None = None
+
+    @classmethod
+    def from_pretrained(cls, mllm: str = "embedded", **options: Any) -> Sam4MLLM:
+        """Load models by name; see :func:`sam4mllm_tool.load.load` for the options."""
+        from sam4mllm_tool.load import load
+
+        return load(mllm, **options)
+
+    @property
+    def speech(self) -> DialogueFormat:
+        """The dialogue format in use: the one given, else the checkpoint's own."""
+        return self.format or get_format(self.mllm.format_name)
+
+    def segment(
+        self,
+        image: RgbImage,
+        expression: str,
+        *,
+        count: TargetCount = TargetCount.ONE,
+        source: str = "",
+    ) -> Segmentation:
+        """Expression → mask(s), by the strategy of the settings.
+
+        Raises:
+            ExpressionError: empty or overlong expression.
+            DialogueError: a reply that could not be read.
+        """
+        recorder = Recorder()
+        run = replace(
+            self,
+            mllm=RecordingMllm(self.mllm, recorder),
+            segmenter=RecordingSegmenter(self.segmenter, recorder),
+        )
+        location, objects = run._flow(image, expression, count)
+        trace = _trace(self, recorder, image, source, location, objects)
+        return Segmentation(location, objects, trace)
+
+    def _flow(
+        self, image: RgbImage, expression: str, count: TargetCount
+    ) -> tuple[Location, tuple[SegmentedObject, ...]]:
+        """Locate, ask about points, draw."""
+        strategy = self.settings.strategy
+        locate = self.locate_with_points if strategy is Strategy.PPG else self.locate
+        location = locate(image, expression, count)
+        if not location.objects:
+            return location, ()
+        stage("image embedding")
+        self.segmenter.embed(image)
+        if strategy is Strategy.ADAPTIVE:
+            return location, tuple(self._adapt(image, location, o) for o in location.objects)
+        points = [found.points for found in location.objects]
+        if strategy is Strategy.PQPP:
+            points = [self.check_points(image, location, o.box) for o in location.objects]
+        prompts = [
+            SegmentPrompt(found.box, some)
+            for found, some in zip(location.objects, points, strict=True)
+        ]
+        drawn = self.draw(image, prompts)
+        parts = zip(location.objects, points, drawn, strict=True)
+        return location, tuple(SegmentedObject(*part) for part in parts)
+
+    def locate(
+        self,
+        image: RgbImage,
+        expression: str,
+        count: TargetCount = TargetCount.ONE,
+        *,
+        alternates: int = 0,
+    ) -> Location:
+        """Round 1: the box(es) the expression means, each with up to ``alternates`` others."""
+        stage("locate")
+        text = check_expression(expression)
+        question = self.speech.ask_boxes(text, count, image.size)
+        grammar = self.speech.box_grammar(count)
+        dialogue = self._opening(question)
+        if alternates and grammar is not None:
+            best, *others = self.mllm.alternates(
+                image, dialogue, grammar=grammar, count=alternates + 1
+            )
+        else:
+            best, others = self.mllm.generate(image, dialogue, grammar=grammar), []
+        read = self.speech.read_boxes(best.text, image.size)
+        boxes = read.boxes[:1] if count is TargetCount.ONE else read.boxes
+        other_boxes = self._other_boxes(others, image, boxes)
+        found = tuple(LocatedObject(box, _score(best), other_boxes) for box in boxes)
+        notes = (*read.notes, *self._word_notes(text))
+        return Location(text, count, (*dialogue, Turn("assistant", best.text)), found, notes)
+
+    def locate_with_points(
+        self, image: RgbImage, expression: str, count: TargetCount = TargetCount.ONE
+    ) -> Location:
+        """PPG: box(es) and labelled points in one reply."""
+        stage("locate")
+        text = check_expression(expression)
+        n_in, n_out = self.settings.positive, self.settings.negative
+        question = self.speech.ask_box_and_points(text, count, n_in, n_out, image.size)
+        grammar = self.speech.box_and_points_grammar(count, n_in, n_out)
+        dialogue = self._opening(question)
+        reply = self.mllm.generate(image, dialogue, grammar=grammar)
+        read = self.speech.read_box_and_points(reply.text, n_in, n_out, image.size)
+        found = tuple(LocatedObject(r.box, _score(reply), (), r.points) for r in read)
+        found = found[:1] if count is TargetCount.ONE else found
+        notes = self._word_notes(text)
+        return Location(text, count, (*dialogue, Turn("assistant", reply.text)), found, notes)
+
+    def candidate_points(self, box: Box, image: RgbImage) -> list[Point]:
+        """The points to ask about: spread over the part of the box inside the image."""
+        inside = clip_box(box, image.width, image.height)
+        if self.settings.candidates == "grid":
+            return grid_points(inside, self.settings.points)
+        return poisson_disk_points(inside, self.settings.points, random.Random(0))
+
+    def check_points(
+        self,
+        image: RgbImage,
+        location: Location,
+        box: Box,
+        points: Sequence[Point] | None = None,
+        *,
+        thresholds: Thresholds | None = None,
+    ) -> tuple[PromptPoint, ...]:
+        """Round 2: is each point on the object? The standard candidate points if none are given.
+
+        A point given twice is asked about once. Answers come in the order of ``points``.
+
+        Raises:
+            PointOutsideImage, PromptError: points outside, not finite, or too many.
+        """
+        stage("points")
+        asked = self.candidate_points(box, image) if points is None else list(points)
+        check_image_points(asked, image)
+        limits = thresholds or self.settings.thresholds
+        answers: dict[Point, PromptPoint] = {}
+        different = list(dict.fromkeys(asked))
+        step = self.speech.points_per_question
+        for start in range(0, len(different), step):
+            some = different[start : start + step]
+            question = self.speech.ask_points(location.expression, box, some, image.size)
+            dialogue = (*location.dialogue, Turn("user", question))
+            said = self.mllm.answer_yes_no(
+                image, dialogue, words=self.speech.yes_no, count=len(some)
+            )
+            for point, answer in zip(some, said, strict=True):
+                label = label_point(answer, limits)
+                answers[point] = PromptPoint(*point, label, answer.p_yes, answer.p_no)
+        return tuple(answers[point] for point in asked)
+
+    def draw(self, image: RgbImage, prompts: Sequence[SegmentPrompt]) -> list[MaskCandidate]:
+        """Box and confident points → the chosen one of SAM's three masks, for each prompt."""
+        stage("mask")
+        clipped = [replace(p, box=_clip(p.box, image)) for p in prompts]
+        candidates = self.segmenter.predict(image, clipped)
+        return [
+            choose_mask(some, prompt.points, self.settings.choose_by)
+            for some, prompt in zip(candidates, clipped, strict=True)
+        ]
+
+    def _adapt(self, image: RgbImage, location: Location, found: LocatedObject) -> SegmentedObject:
+        """Ask next where SAM is least sure, until answers and mask agree or the budget is spent."""
+        box = clip_box(found.box, image.width, image.height)
+        spacing = math.sqrt(max(box.area, 1.0)) / 8
+        points: tuple[PromptPoint, ...] = ()
+        drawn, doubt = self._draw_with_doubt(image, SegmentPrompt(box))
+        while len(points) < self.settings.budget:
+            wanted = min(self.settings.per_question, self.settings.budget - len(points))
+            for point in points:
+                _blot(doubt, point, spacing)
+            places = uncertain_points(doubt, box, wanted, spacing)
+            if not places:
+                break
+            new = self.check_points(image, location, found.box, places)
+            points += new
+            settled = agreement(drawn.mask, new) == 1.0
+            drawn, doubt = self._draw_with_doubt(image, SegmentPrompt(box, points))
+            if settled:
+                break
+        return SegmentedObject(found, points, drawn)
+
+    def _draw_with_doubt(
+        self, image: RgbImage, prompt: SegmentPrompt
+    ) -> tuple[MaskCandidate, np.ndarray]:
+        """The chosen mask, and at each pixel how much the three masks and the logits leave open."""
+        stage("mask")
+        candidates = self.segmenter.predict(image, [prompt])[0]
+        drawn = choose_mask(candidates, prompt.points, self.settings.choose_by)
+        votes = np.mean([c.mask.pixels for c in candidates], axis=0, dtype=np.float32)
+        logits = self.segmenter.logits_at_image_size(image, drawn.logits)
+        disagreement = 4 * votes * (1 - votes)  # 1 where the masks are split evenly
+        return drawn, (disagreement + np.exp(-np.abs(logits))).astype(np.float32)
+
+    def _opening(self, question: str) -> Dialogue:
+        system = self.speech.system_prompt
+        first = (Turn("system", system),) if system else ()
+        return (*first, Turn("user", question))
+
+    def _other_boxes(
+        self, replies: Sequence[Reply], image: RgbImage, taken: Sequence[Box]
+    ) -> tuple[ScoredBox, ...]:
+        others: dict[Box, ScoredBox] = {}
+        for reply in replies:
+            for box in self.speech.read_boxes(reply.text, image.size).boxes[:1]:
+                if box not in taken:
+                    others.setdefault(box, ScoredBox(box, _score(reply)))
+        return tuple(others.values())
+
+    def _word_notes(self, expression: str) -> tuple[str, ...]:
+        known = self.mllm.known_words
+        if known is None:
+            return ()
+        words = "".join(c if c.isalpha() else " " for c in expression.lower()).split()
+        strange = [word for word in dict.fromkeys(words) if word not in known]
+        if not strange:
+            return ()
+        listed = ", ".join(strange[:8])
+        return (f"the model was not taught these words and may guess: {listed}",)
+
+
+def replay(trace: Trace, image: RgbImage, segmenter: Segmenter) -> Segmentation:
+    """Run a recorded query again with its recorded replies: no MLLM, the same masks."""
+    recorded = dict(trace.settings)
+    format_name = recorded.pop("format")
+    known_words = recorded.pop("known_words")
+    recorded["thresholds"] = Thresholds(**recorded["thresholds"])
+    recorded["strategy"] = Strategy(recorded["strategy"])
+    words = None if known_words is None else frozenset(known_words)
+    model = Sam4MLLM(ReplayMllm(trace, format_name, words), segmenter, Settings(**recorded))
+    return model.segment(image, trace.expression, count=TargetCount(trace.count))
+
+
+def check_expression(expression: str) -> str:
+    """The expression on one line, without outer white space.
+
+    Raises:
+        ExpressionError: nothing left, or more than ``MAX_EXPRESSION`` characters.
+    """
+    text = " ".join(expression.split())
+    if not text:
+        raise ExpressionError(
+            "the expression is empty", hint="Describe the object, e.g. 'the red apple'."
+        )
+    if len(text) > MAX_EXPRESSION:
+        raise ExpressionError(
+            f"the expression has {len(text)} characters, the limit is {MAX_EXPRESSION}",
+            hint="Describe one object, or one group of objects, in a sentence.",
+        )
+    return text
+
+
+def check_image_points(points: Sequence[Point], image: RgbImage) -> None:
+    """Raise PromptError or PointOutsideImage unless all points lie on the image."""
+    if not points:
+        raise PromptError("no points were given", hint="Give at least one point (x, y).")
+    if len(points) > MAX_POINTS:
+        raise PromptError(
+            f"{len(points)} points were given, the limit is {MAX_POINTS}",
+            hint="Ask about fewer points; a few dozen describe an object well.",
+        )
+    for x, y in points:
+        if not (math.isfinite(x) and math.isfinite(y)):
+            raise PromptError(f"the point ({x}, {y}) is not finite", hint="Give pixel numbers.")
+        if not (0 <= x < image.width and 0 <= y < image.height):
+            raise PointOutsideImage(
+                f"the point ({x:g}, {y:g}) lies outside the image",
+                hint=f"x goes from 0 to {image.width}, y from 0 to {image.height}, exclusive.",
+            )
+
+
+def agreement(mask: Mask, points: Sequence[PromptPoint]) -> float:
+    """Share of the foreground and background points that the mask agrees with, 1 if none."""
+    sure = [p for p in points if p.label is not PointLabel.UNDECIDED]
+    agreeing = [mask.contains(p.x, p.y) == (p.label is PointLabel.FOREGROUND) for p in sure]
+    return sum(agreeing) / len(sure) if sure else 1.0
+
+
+def choose_mask(
+    candidates: Sequence[MaskCandidate],
+    points: Sequence[PromptPoint],
+    choose_by: Literal["predicted_iou", "agreement"] = "predicted_iou",
+) -> MaskCandidate:
+    """One of SAM's masks for a prompt: the first of the best ones."""
+    if choose_by == "predicted_iou":
+        return max(candidates, key=lambda c: c.predicted_iou)
+    return max(candidates, key=lambda c: c.predicted_iou + agreement(c.mask, points))
+
+
+def _score(reply: Reply) -> float | None:
+    if reply.log_probability is None or not reply.tokens:
+        return None
+    return math.exp(reply.log_probability / reply.tokens)
+
+
+def _clip(box: Box | None, image: RgbImage) -> Box | None:
+    return None if box is None else clip_box(box, image.width, image.height)
+
+
+def _blot(doubt: np.ndarray, point: PromptPoint, radius: float) -> None:
+    """Set the doubt around a point that was asked about to zero, in place."""
+    rows, columns = np.ogrid[: doubt.shape[0], : doubt.shape[1]]
+    doubt[(rows + 0.5 - point.y) ** 2 + (columns + 0.5 - point.x) ** 2 < radius**2] = 0
+
+
+def _trace(
+    model: Sam4MLLM,
+    recorder: Recorder,
+    image: RgbImage,
+    source: str,
+    location: Location,
+    objects: Sequence[SegmentedObject],
+) -> Trace:
+    known = model.mllm.known_words
+    return Trace(
+        expression=location.expression,
+        count=location.count.value,
+        strategy=model.settings.strategy.value,
+        status=location.status.value,
+        image={
+            "width": image.width,
+            "height": image.height,
+            "digest": image.digest,
+            "source": source,
+        },
+        models={"mllm": model.mllm.name, "segmenter": model.segmenter.name},
+        settings={
+            **asdict(model.settings),
+            "format": model.speech.name,
+            "known_words": None if known is None else sorted(known),
+        },
+        exchanges=recorder.exchanges,
+        mask_calls=recorder.mask_calls,
+        objects=[_object_data(o, f"obj_{n}") for n, o in enumerate(objects, 1)],
+        timings=recorder.timings,
+        notes=list(location.notes),
+    )
+
+
+def _object_data(found: SegmentedObject, object_id: str) -> dict[str, Any]:
+    return {
+        "object_id": object_id,
+        "box": list(found.located.box),
+        "score": found.located.score,
+        "points": [{**asdict(point), "label": point.label.value} for point in found.points],
+        "mask": found.mask.to_rle(),
+        "predicted_iou": found.drawn.predicted_iou,
+        "area": found.mask.area,
+    }
