@@ -1,0 +1,1 @@
+"""Synthetic referring scenes with exact masks."""
