@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from sam4mllm_tool.dialogue import YesNoWords
 from sam4mllm_tool.grammar import Grammar
 from sam4mllm_tool.types import Box, Point, PromptPoint, TargetCount
+
+PointAsking = Literal["coordinates", "marks"]
+"""Points named by their coordinates, or by numbered marks drawn on the picture."""
 
 Size = tuple[int, int]
 """(width, height) of the upright image in pixels."""
@@ -54,6 +57,10 @@ class DialogueFormat(Protocol):
     def points_per_question(self) -> int:
         """How many points one round-2 question may list."""
 
+    @property
+    def point_asking(self) -> PointAsking:
+        """The way of asking about points that this family answers better."""
+
     def ask_boxes(self, expression: str, count: TargetCount, size: Size) -> str:
         """Round 1: where is it?"""
 
@@ -68,6 +75,9 @@ class DialogueFormat(Protocol):
 
     def ask_points(self, expression: str, box: Box, points: Sequence[Point], size: Size) -> str:
         """Round 2: is each of these points on the object?"""
+
+    def ask_marks(self, expression: str, marks: Sequence[int]) -> str:
+        """Round 2 on a picture with numbered marks: is each of these marks on the object?"""
 
     def ask_box_and_points(
         self, expression: str, count: TargetCount, positive: int, negative: int, size: Size

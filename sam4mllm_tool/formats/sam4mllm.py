@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from sam4mllm_tool.dialogue import YesNoWords
 from sam4mllm_tool.errors import DialogueError
-from sam4mllm_tool.formats.base import BoxesRead, PromptsRead, Size
+from sam4mllm_tool.formats.base import BoxesRead, PointAsking, PromptsRead, Size
 from sam4mllm_tool.geometry import from_grid, to_grid
 from sam4mllm_tool.grammar import Choice, Grammar, Literal, Number, Repeat
 from sam4mllm_tool.types import Box, Point, PointLabel, PromptPoint, TargetCount
@@ -45,6 +45,7 @@ class Sam4MllmFormat:
     system_prompt: str | None = SYSTEM_PROMPT
     yes_no: YesNoWords = _YES_NO
     points_per_question: int = 30
+    point_asking: PointAsking = "coordinates"
     max_boxes: int = 16
 
     def ask_boxes(self, expression: str, count: TargetCount, size: Size) -> str:
@@ -85,6 +86,11 @@ class Sam4MllmFormat:
             "Check if the points listed below are located on the object with bounding box "
             f"{_box_text(box, size)}:\n{listed}"
         )
+
+    def ask_marks(self, expression: str, marks: Sequence[int]) -> str:
+        """Round 2 by drawn marks (our wording; published adapters were not trained on it)."""
+        listed = " ".join(map(str, marks))
+        return f'Check if the marks listed below are located on "{expression}":\n{listed}'
 
     def ask_box_and_points(
         self, expression: str, count: TargetCount, positive: int, negative: int, size: Size
