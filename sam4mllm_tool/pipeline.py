@@ -255,6 +255,14 @@ class Sam4MLLM:
         notes = self._word_notes(text)
         return Location(text, count, (*dialogue, Turn("assistant", reply.text)), found, notes)
 
+    def stated(self, image: RgbImage, expression: str, box: Box) -> Location:
+        """A location as if the MLLM had answered with this box: where round 2 can go on from."""
+        text = check_expression(expression)
+        question = self.speech.ask_boxes(text, TargetCount.ONE, image.size)
+        reply = self.speech.write_boxes([box], image.size)
+        dialogue = (*self._opening(question), Turn("assistant", reply))
+        return Location(text, TargetCount.ONE, dialogue, (LocatedObject(box),))
+
     def candidate_points(self, box: Box, image: RgbImage) -> list[Point]:
         """The points to ask about: spread over the part of the box inside the image."""
         inside = clip_box(box, image.width, image.height)

@@ -1,0 +1,187 @@
+"""Honest stand-ins for the two models, for tests of whatever is built on this package.
+
+They speak the real dialogue and draw real masks, from a truth you state. Shipped, so that users
+can test their own agents without weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sam4mllm_tool.errors import PromptError
+from sam4mllm_tool.formats.sam4mllm import Sam4MllmFormat
+from sam4mllm_tool.geometry import from_grid
+from sam4mllm_tool.grammar import Grammar
+from sam4mllm_tool.protocols import Dialogue, MaskCandidate, Reply, SegmentPrompt, YesNoWords
+from sam4mllm_tool.types import Box, Mask, PointLabel, RgbImage, YesNo
+
+_POINT = re.compile(r"\((\d+),(\d+)\)")
+_QUOTED = re.compile(r'\n"(.*)"\.$')
+
+
+@dataclass
+class TruthfulMllm:
+    """Answers the ``sam4mllm`` dialogue from stated masks, with given certainty.
+
+    Attributes:
+        truth: expression → masks of its targets; an unknown expression has none.
+        certainty: probability given to the true answer.
+        said: every question asked, for assertions.
+    """
+
+    truth: Mapping[str, Sequence[Mask]]
+    certainty: float = 0.97
+    name: str = "truthful"
+    format_name: str = "sam4mllm"
+    known_words: frozenset[str] | None = None
+    said: list[str] = field(default_factory=list)
+
+    def generate(
+        self,
+        image: RgbImage,
+        dialogue: Dialogue,
+        *,
+        grammar: Grammar | None = None,
+        max_new_tokens: int = 256,
+    ) -> Reply:
+        """The true boxes, in the format's words."""
+        self.said.append(dialogue[-1].text)
+        boxes = [mask.box for mask in self._targets(dialogue) if mask.box]
+        return Reply(Sam4MllmFormat().write_boxes(boxes, image.size), -0.1, 4, 1)
+
+    def alternates(
+        self, image: RgbImage, dialogue: Dialogue, *, grammar: Grammar, count: int
+    ) -> list[Reply]:
+        """The true boxes first, then the boxes of other expressions."""
+        form = Sam4MllmFormat()
+        others = [mask.box for masks in self.truth.values() for mask in masks if mask.box]
+        replies = [self.generate(image, dialogue)]
+        replies += [Reply(form.write_boxes([box], image.size), -3.0, 4, 1) for box in others]
+        return list({reply.text: reply for reply in reversed(replies)}.values())[::-1][:count]
+
+    def answer_yes_no(
+        self, image: RgbImage, dialogue: Dialogue, *, words: YesNoWords, count: int
+    ) -> list[YesNo]:
+        """The true answer for each point, with the stated certainty."""
+        self.said.append(dialogue[-1].text)
+        masks = self._targets(dialogue)
+        listed = dialogue[-1].text.rpartition("\n")[2]
+        answers = []
+        for x, y in _POINT.findall(listed):
+            point = from_grid(int(x), image.width), from_grid(int(y), image.height)
+            on = any(mask.contains(*point) for mask in masks)
+            rest = 1 - self.certainty
+            answers.append(YesNo(self.certainty, rest) if on else YesNo(rest, self.certainty))
+        return answers[:count]
+
+    def _targets(self, dialogue: Dialogue) -> Sequence[Mask]:
+        for turn in dialogue:
+            quoted = _QUOTED.search(turn.text)
+            if turn.role == "user" and quoted:
+                return self.truth.get(quoted[1], ())
+        return ()
+
+
+@dataclass
+class ScriptedMllm:
+    """Gives the stated replies in order, whatever is asked: for replies that do not parse."""
+
+    replies: list[str]
+    answers: list[list[YesNo]] = field(default_factory=list)
+    name: str = "scripted"
+    format_name: str = "sam4mllm"
+    known_words: frozenset[str] | None = None
+
+    def generate(
+        self,
+        image: RgbImage,
+        dialogue: Dialogue,
+        *,
+        grammar: Grammar | None = None,
+        max_new_tokens: int = 256,
+    ) -> Reply:
+        """The next reply."""
+        return Reply(self.replies.pop(0))
+
+    def alternates(
+        self, image: RgbImage, dialogue: Dialogue, *, grammar: Grammar, count: int
+    ) -> list[Reply]:
+        """The next replies."""
+        return [Reply(self.replies.pop(0)) for _ in range(min(count, len(self.replies)))]
+
+    def answer_yes_no(
+        self, image: RgbImage, dialogue: Dialogue, *, words: YesNoWords, count: int
+    ) -> list[YesNo]:
+        """The next list of answers."""
+        return self.answers.pop(0)
+
+
+@dataclass
+class ColourSegmenter:
+    """Draws the pixels of the box whose colour is near that of a foreground point.
+
+    Without a point, the colour at the box's centre. Background points take their colour away. The
+    three candidates differ in how near the colour must be.
+    """
+
+    name: str = "colour"
+    embedded: list[str] = field(default_factory=list)
+
+    def embed(self, image: RgbImage) -> None:
+        """Note that the image was shown."""
+        self.embedded.append(image.digest)
+
+    def predict(
+        self, image: RgbImage, prompts: Sequence[SegmentPrompt]
+    ) -> list[tuple[MaskCandidate, ...]]:
+        """Three masks a prompt, the middle one with the best predicted IoU."""
+        return [
+            tuple(
+                self._candidate(image, prompt, reach, quality)
+                for reach, quality in ((8.0, 0.7), (48.0, 0.9), (128.0, 0.6))
+            )
+            for prompt in prompts
+        ]
+
+    def logits_at_image_size(
+        self, image: RgbImage, logits: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """The logits: they are at the size of the image already."""
+        return logits
+
+    def _candidate(
+        self, image: RgbImage, prompt: SegmentPrompt, reach: float, quality: float
+    ) -> MaskCandidate:
+        seeds = [p for p in prompt.points if p.label is PointLabel.FOREGROUND]
+        places = [(p.x, p.y) for p in seeds]
+        box = prompt.box or Box(0, 0, image.width, image.height)
+        if not places:
+            if prompt.box is None:
+                raise PromptError("the prompt is empty", hint="Give a box or a point.")
+            places = [box.centre]
+        near = self._distance(image, places)
+        away = [(p.x, p.y) for p in prompt.points if p.label is PointLabel.BACKGROUND]
+        logits = (reach - near) / 8
+        if away:
+            logits = np.minimum(logits, (self._distance(image, away) - reach) / 8 + 1)
+        rows, columns = np.mgrid[: image.height, : image.width]
+        inside = (columns + 0.5 >= box.x_min) & (columns + 0.5 < box.x_max)
+        inside &= (rows + 0.5 >= box.y_min) & (rows + 0.5 < box.y_max)
+        low: NDArray[np.float32] = np.where(inside, logits, -16).astype(np.float32)
+        return MaskCandidate(Mask(low > 0), low, quality)
+
+    def _distance(
+        self, image: RgbImage, places: Sequence[tuple[float, float]]
+    ) -> NDArray[np.float64]:
+        """Colour distance of every pixel to the nearest of the seeds' colours."""
+        pixels = image.array.astype(float)
+        seeds = [pixels[min(int(y), image.height - 1), min(int(x), image.width - 1)]
+                 for x, y in places]  # fmt: skip
+        distances = [np.linalg.norm(pixels - seed, axis=2) for seed in seeds]
+        nearest: Callable[..., NDArray[np.float64]] = np.minimum.reduce
+        return nearest(distances)
