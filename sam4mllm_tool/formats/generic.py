@@ -87,7 +87,10 @@ class GenericFormat:
     def ask_marks(self, expression: str, marks: Sequence[int]) -> str:
         """Round 2 by numbered marks drawn on the picture (see :mod:`sam4mllm_tool.marks`)."""
         about = f"the object described as {quoted(expression)}"
-        drawn = "The picture shows numbered marks, each a dot with its number beside it."
+        drawn = (
+            "The picture shows numbered marks, each a red dot with its number beside it; "
+            "the thin frame shows where to look."
+        )
         if len(marks) == 1:
             return f"{drawn} Is the dot of mark {marks[0]} on {about}? {_ONE_WORD}"
         listed = ", ".join(map(str, marks))
