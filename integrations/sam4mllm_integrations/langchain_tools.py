@@ -1,0 +1,136 @@
+"""LangChain: the registry's tools as ``BaseTool`` objects.
+
+Content is short text for the model; the typed result with its masks as COCO RLE travels as the
+message's artifact and never enters the prompt.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from langchain_core.callbacks import AsyncCallbackManagerForToolRun, CallbackManagerForToolRun
+from langchain_core.tools import BaseTool, BaseToolkit, ToolException
+from pydantic import ConfigDict, ValidationError
+
+from sam4mllm_tool.access import ImagePolicy
+from sam4mllm_tool.errors import DialogueError, InputError
+from sam4mllm_tool.frames import Coordinates
+from sam4mllm_tool.load import load
+from sam4mllm_tool.tools import Toolbox, ToolOutput, ToolSpec
+from sam4mllm_tool.workspace import Workspace
+
+Content = str | list[str | dict[str, Any]]
+
+
+class Sam4MLLMTool(BaseTool):
+    """One tool of the registry.
+
+    Input and dialogue errors reach the model as tool errors with their hint; backend errors are
+    raised to the caller, as they are nothing an agent can mend.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    toolbox: Toolbox
+    spec: ToolSpec
+    response_format: Literal["content", "content_and_artifact"] = "content_and_artifact"
+
+    @classmethod
+    def from_spec(cls, toolbox: Toolbox, spec: ToolSpec) -> Sam4MLLMTool:
+        """The LangChain form of a registry entry."""
+        return cls(
+            toolbox=toolbox,
+            spec=spec,
+            name=spec.name,
+            description=spec.description,
+            args_schema=spec.arguments,
+            handle_tool_error=True,
+            handle_validation_error=_complaint,
+        )
+
+    def _run(
+        self, run_manager: CallbackManagerForToolRun | None = None, **arguments: Any
+    ) -> tuple[Content, dict[str, Any]]:
+        try:
+            output = self.toolbox.call(self.name, arguments)
+        except (InputError, DialogueError) as error:
+            raise ToolException(str(error)) from error
+        return _content(output), output.artifact()
+
+    async def _arun(
+        self, run_manager: AsyncCallbackManagerForToolRun | None = None, **arguments: Any
+    ) -> tuple[Content, dict[str, Any]]:
+        try:
+            output = await self.toolbox.acall(self.name, arguments)
+        except (InputError, DialogueError) as error:
+            raise ToolException(str(error)) from error
+        return _content(output), output.artifact()
+
+
+class Sam4MLLMToolkit(BaseToolkit):
+    """All tools over one model and one workspace.
+
+    Example::
+
+        toolkit = Sam4MLLMToolkit.from_pretrained()
+        agent = create_agent(chat_model, toolkit.get_tools())
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    toolbox: Toolbox
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        mllm: str = "embedded",
+        *,
+        allow_dirs: Iterable[str | Path] | None = None,
+        allow_network: bool = False,
+        coordinates: Coordinates = "pixels",
+        **options: Any,
+    ) -> Sam4MLLMToolkit:
+        """Tools over the named models, which are loaded at the first call that needs them.
+
+        Args:
+            mllm: see :func:`sam4mllm_tool.load.load`, which also takes ``options``.
+            allow_dirs: folders that agents may read from and write to; any if left out.
+            allow_network: whether http(s) URLs may be opened.
+            coordinates: ``"pixels"`` or ``"relative_1000"``.
+        """
+        dirs = None if allow_dirs is None else tuple(Path(d) for d in allow_dirs)
+        policy = ImagePolicy(allowed_dirs=dirs, allow_network=allow_network)
+        toolbox = Toolbox(lambda: load(mllm, **options), Workspace(policy), coordinates=coordinates)
+        return cls(toolbox=toolbox)
+
+    def get_tools(self) -> list[BaseTool]:
+        """The seven tools. Loads no model."""
+        return [Sam4MLLMTool.from_spec(self.toolbox, spec) for spec in self.toolbox.specs()]
+
+
+def _content(output: ToolOutput) -> Content:
+    if output.picture is None:
+        return output.text
+    buffer = io.BytesIO()
+    output.picture.save(buffer, format="PNG")
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    picture = {"type": "image", "base64": data, "mime_type": "image/png"}
+    return [{"type": "text", "text": output.text}, picture]
+
+
+def _complaint(error: ValidationError | Any) -> str:
+    """What a model should read when its arguments do not fit."""
+    if not isinstance(error, ValidationError):
+        return f"The arguments do not fit: {error}"
+    parts = [
+        f"{'.'.join(map(str, one['loc'])) or 'arguments'}: {one['msg']}"
+        for one in error.errors(include_url=False, include_input=False)[:5]
+    ]
+    return "The arguments do not fit: " + "; ".join(parts) + ". Hint: call again, mended."
+
+
+__all__ = ["Sam4MLLMTool", "Sam4MLLMToolkit"]
