@@ -70,7 +70,7 @@ class BaseShape:
     image_size: int = 96
     patch_size: int = 8
     vision_width: int = 192
-    vision_layers: int = 4
+    vision_layers: int = 5
     text_width: int = 192
     text_layers: int = 5
     text_inner: int = 384

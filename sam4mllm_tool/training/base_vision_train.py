@@ -1,0 +1,149 @@
+"""Train the vision tower on dense answers: ``python -m sam4mllm_tool.training.base_vision_train``."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from sam4mllm_tool.scenes.world import WORLDS
+from sam4mllm_tool.training.base_init import init_vision
+from sam4mllm_tool.training.base_model import BaseShape, build_model, build_tokenizer
+from sam4mllm_tool.training.base_optimizer import Optimizers, make_optimizers
+from sam4mllm_tool.training.base_vision import DenseHeads, Questions, dense_loss, patch_answers
+from sam4mllm_tool.training.base_world import questions_of, words_of
+from sam4mllm_tool.training.base_scenes import SceneShards
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+class DenseBatches(IterableDataset[Batch]):
+    """Endless batches (pictures uint8 B x H x W x 3, answers, boxes), shuffled by seed."""
+
+    def __init__(
+        self, folder: Path, questions: Questions, grid: int, size: int, seed: int, split: str
+    ) -> None:
+        self.folder, self.questions, self.grid = folder, questions, grid
+        self.size, self.seed, self.split = size, seed, split
+
+    def __iter__(self) -> Iterator[Batch]:
+        torch.set_num_threads(1)
+        cache = SceneShards(self.folder, self.split)
+        rng = np.random.default_rng(self.seed)
+        while True:
+            order = rng.permutation(len(cache))
+            for start in range(0, len(order) - self.size + 1, self.size):
+                yield dense_batch(cache, order[start : start + self.size], self.questions, self.grid)
+
+
+def dense_batch(
+    cache: SceneShards, indices: np.ndarray, questions: Questions, grid: int
+) -> Batch:
+    """Pictures, patch answers and boxes of these scenes."""
+    scenes = [cache[int(index)] for index in indices]
+    answers, boxes = zip(*(patch_answers(s, questions, grid) for s in scenes), strict=True)
+    pictures = np.stack([scene.image for scene in scenes])
+    return tuple(map(torch.from_numpy, (pictures, np.stack(answers), np.stack(boxes))))  # type: ignore[return-value]
+
+
+def to_pixels(pictures: Tensor) -> Tensor:
+    """uint8 B x H x W x 3 → what the image processor gives: float B x 3 x H x W in -1…1."""
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def tower_features(tower: torch.nn.Module, pixels: Tensor) -> Tensor:
+    """The features LLaVA takes from the tower: (B, patches, width)."""
+    return tower(pixels, output_hidden_states=True).hidden_states[-1]
+
+
+@torch.no_grad()
+def measure(tower: torch.nn.Module, heads: DenseHeads, batch: Batch, names: int) -> dict[str, float]:
+    """Held-out accuracy of names on covered patches, mean box IoU, flags' balanced accuracy."""
+    pictures, answers, boxes = batch
+    features = tower_features(tower, to_pixels(pictures)).float()
+    logits, numbers = heads(features)
+    groups, busy = heads.groups, ~boxes[..., 0].isnan()
+    full = busy & (answers[..., groups["quarters"]].mean(-1) > 0.5)
+    right = logits[..., :names].argmax(-1) == answers[..., :names].argmax(-1)
+    found = {"name": right[full].float().mean().item()}
+    for group in ("colours", "flags", "relations", "quarters"):
+        said, truth = logits[..., groups[group]] > 0, answers[..., groups[group]] > 0.5
+        where = busy if group == "quarters" else full
+        hits = [(said == truth)[where][truth[where] == value].float().mean() for value in (0, 1)]
+        found[group] = (sum(hits) / 2).item()
+    found["silent"] = (logits[..., :names].max(-1).values < 0)[~busy].float().mean().item()
+    read = numbers.argmax(-1).float().add(0.5).div(1000)
+    found["box_iou"] = _iou(read[full], boxes[full]).mean().item()
+    return found
+
+
+def _iou(a: Tensor, b: Tensor) -> Tensor:
+    low, high = torch.maximum(a[:, :2], b[:, :2]), torch.minimum(a[:, 2:], b[:, 2:])
+    shared = (high - low).clamp(min=0).prod(-1)
+    areas = [(box[:, 2:] - box[:, :2]).clamp(min=0).prod(-1) for box in (a, b)]
+    return shared / (areas[0] + areas[1] - shared + 1e-9)
+
+
+def main() -> None:
+    """Train until the minutes are over; writes ``vision.safetensors`` every few minutes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where scenes are and weights go")
+    parser.add_argument("--world", default="small", choices=sorted(WORLDS))
+    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--optimizer", default="muon", choices=["muon", "adamw"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", default="vision")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    shape, world = BaseShape(), WORLDS[options.world]
+    questions = questions_of(world)
+    model = build_model(build_tokenizer(words_of(world)), shape)
+    init_vision(model, shape)
+    tower = model.model.vision_tower
+    heads = DenseHeads(shape.vision_width, questions)
+    heads.groups = questions.groups
+    weights = torch.ones(questions.count)
+    weights[questions.groups["relations"]] = 0.5
+    scenes = options.folder / "scenes"
+    batches = DenseBatches(scenes, questions, shape.grid, options.batch, options.seed, "train")
+    loader = iter(DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=4))
+    held_out = dense_batch(SceneShards(scenes, "val"), np.arange(200), questions, shape.grid)
+    named = [*tower.named_parameters(), *heads.named_parameters()]
+    optimizers = make_optimizers(named, options.rate, options.optimizer)
+    started, step, sums = time.time(), 0, np.zeros(2)
+    while (share := (time.time() - started) / (options.minutes * 60)) < 1:
+        optimizers.set_scale(min(1, (step + 1) / 50) * min(1, max(0.03, (1 - share) / 0.4)))
+        pictures, answers, boxes = next(loader)
+        with torch.autocast("cpu", torch.bfloat16):
+            features = tower_features(tower, to_pixels(pictures))
+        loss, parts = dense_loss(heads, features.float(), answers, boxes, weights)
+        optimizers.step(loss, [p for _, p in named])
+        step += 1
+        sums += [parts["answers"], parts["boxes"]]
+        if step % 50 == 0:
+            said = " ".join(f"{k} {v:.3f}" for k, v in zip(parts, sums / 50, strict=True))
+            print(f"{share * options.minutes:.1f} min, {step * options.batch} pictures: {said}", flush=True)
+            sums[:] = 0
+        if step % 200 == 0:
+            found = measure(tower, heads, held_out, len(questions.names))
+            print("  ", {k: round(v, 3) for k, v in found.items()}, flush=True)
+    found = measure(tower, heads, held_out, len(questions.names))
+    print("end", {k: round(v, 3) for k, v in found.items()}, flush=True)
+    kept = {f"tower.{k}": v for k, v in tower.state_dict().items()}
+    kept |= {f"heads.{k}": v for k, v in heads.state_dict().items()}
+    save_file({k: v.contiguous() for k, v in kept.items()}, options.folder / f"{options.name}.safetensors")
+
+
+if __name__ == "__main__":
+    main()
