@@ -1,0 +1,196 @@
+"""Greedy decoding, alternates and yes/no answers over an engine's passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sam4mllm_tool.mllm.engine import Engine, Spot
+from sam4mllm_tool.mllm.grammar_tokens import Place, TokenGrammar, YesNoTokens
+from sam4mllm_tool.types import YesNo
+
+_JACOBI_PASSES = 8
+"""After so many passes over all slots the answers hang on each other: go slot by slot."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fork:
+    """A free choice that a reply has made, and what it could have said instead.
+
+    Attributes:
+        spot: the place behind which the choice was made, everything read.
+        tokens, log_probabilities: the allowed tokens, and their probabilities among themselves.
+        place: where the reply was in its grammar.
+        chosen: index of the token that was said.
+        said: the reply's ids before the choice.
+        score: sum of log-probabilities before the choice.
+    """
+
+    spot: Spot
+    place: Place
+    tokens: Tensor
+    log_probabilities: Tensor
+    chosen: int
+    said: tuple[int, ...]
+    score: float
+
+
+@dataclass(frozen=True, eq=False)
+class Spoken:
+    """A reply as tokens, without the end-of-turn token.
+
+    Attributes:
+        spot: the last place the model has read to.
+        forks: the free choices, in order.
+    """
+
+    ids: tuple[int, ...]
+    score: float
+    spot: Spot
+    forks: tuple[Fork, ...] = field(default=(), repr=False)
+
+
+def speak_freely(engine: Engine, spot: Spot, end_ids: Sequence[int], limit: int) -> Spoken:
+    """Greedy reply without a grammar, up to ``limit`` tokens."""
+    said: list[int] = []
+    score, new = 0.0, ()
+    while len(said) < limit:
+        spot, logits = engine.read(spot, new)
+        token = int(logits[-1].argmax())
+        score += float(logits[-1].log_softmax(-1)[token])
+        if token in end_ids:
+            break
+        said.append(token)
+        new = (token,)
+    return Spoken(tuple(said), score, spot)
+
+
+def speak(
+    engine: Engine, spot: Spot, grammar: TokenGrammar, limit: int, start: Fork | None = None,
+    choice: int = 0,
+) -> Spoken:  # fmt: skip
+    """Greedy reply within a grammar; tokens without a choice ride along with the next pass.
+
+    Args:
+        engine: reads.
+        spot: the end of the dialogue.
+        grammar: what may be said.
+        limit: most tokens of the reply, forced ones included.
+        start: a choice of an earlier reply from which to go another way …
+        choice: … with this of its tokens.
+    """
+    said: list[int] = []
+    forks: list[Fork] = []
+    score, place = 0.0, grammar.start
+    new: list[int] = []
+    if start is not None:
+        token = int(start.tokens[choice])
+        score = start.score + float(start.log_probabilities[choice])
+        if grammar.is_end(token):
+            return Spoken(start.said, score, start.spot)
+        spot, place = start.spot, grammar.allowed(start.place)[token]
+        said, new = [*start.said, token], [token]
+    while True:
+        forced, place = grammar.forced(place)
+        said += forced
+        new += forced
+        if grammar.at_end(place) or len(said) >= limit:
+            return Spoken(tuple(said), score, spot, tuple(forks))
+        spot, logits = engine.read(spot, new)
+        fork = _choose(logits[-1], spot, grammar, place, tuple(said), score)
+        forks.append(fork)
+        token = int(fork.tokens[fork.chosen])
+        score += float(fork.log_probabilities[fork.chosen])
+        if grammar.is_end(token):
+            return Spoken(tuple(said), score, spot, tuple(forks))
+        place = grammar.allowed(place)[token]
+        said.append(token)
+        new = [token]
+
+
+def speak_alternates(
+    engine: Engine, spot: Spot, grammar: TokenGrammar, limit: int, count: int
+) -> list[Spoken]:
+    """The greedy reply, then others that part from it at one choice and go on greedily.
+
+    Of a choice between numbers only the peaks are taken: a neighbour of a likely number says
+    nothing new.
+    """
+    greedy = speak(engine, spot, grammar, limit)
+    ways = sorted(_other_ways(greedy.forks, grammar, count), key=lambda way: -way[0])
+    found = {greedy.ids: greedy}
+    for _, fork, choice in ways:
+        if len(found) >= count:
+            break
+        other = speak(engine, spot, grammar, limit, fork, choice)
+        found.setdefault(other.ids, other)
+    others = [reply for reply in found.values() if reply is not greedy]
+    return [greedy, *sorted(others, key=lambda reply: -reply.score)]
+
+
+def answer_slots(
+    engine: Engine, spot: Spot, tokens: YesNoTokens, count: int
+) -> tuple[list[YesNo], Spot]:
+    """Answer ``count`` slots as greedy decoding would, several slots a pass (Jacobi iteration).
+
+    All answers are guessed and read at once; up to and including the first slot whose answer
+    comes out other than guessed, the answers are what one-by-one decoding gives. From there it
+    goes on with the new answers as guesses, so that each pass settles at least one slot.
+    """
+    options = torch.tensor([*tokens.yes, *tokens.no], device=engine.device)
+    answers = [tokens.yes[0]] * count  # the first `settled` of them are final, the rest guessed
+    rows: list[Tensor] = []
+    lead, start, settled, passes = tokens.prefix, 0, 0, 0  # `spot` has read `start` answers
+    while settled < count:
+        # A cache that cannot be cut must not read guesses before the question was kept.
+        one_by_one = passes >= _JACOBI_PASSES or (not engine.can_cut and passes == 0)
+        end = settled if one_by_one else count - 1
+        keep = end + 1 - settled
+        after, logits = engine.read(spot, (*lead, *answers[start:end]), keep)
+        picks = _pick(logits, options)
+        guessed = answers[settled:end]
+        right = next((i for i, said in enumerate(guessed) if said != picks[i]), len(guessed))
+        rows.append(logits[: right + 1])
+        answers[settled : end + 1] = picks
+        settled += right + 1
+        if settled - 1 == end:
+            spot, start, lead = after, end, ()
+        elif engine.can_cut:
+            spot = after.cut(len(after.ids) - (end - (settled - 1)))
+            start, lead = settled - 1, ()
+        passes += 1
+    probabilities = torch.cat(rows).softmax(-1)
+    p_yes = probabilities[:, list(tokens.yes)].sum(-1).tolist()
+    p_no = probabilities[:, list(tokens.no)].sum(-1).tolist()
+    return [YesNo(y, n) for y, n in zip(p_yes, p_no, strict=True)], spot
+
+
+def _choose(
+    logits: Tensor, spot: Spot, grammar: TokenGrammar, place: Place, said: tuple[int, ...],
+    score: float,
+) -> Fork:  # fmt: skip
+    tokens = torch.tensor(list(grammar.allowed(place)), device=logits.device)
+    among = logits[tokens].log_softmax(-1)
+    return Fork(spot, place, tokens, among, int(among.argmax()), said, score)
+
+
+def _other_ways(
+    forks: Iterable[Fork], grammar: TokenGrammar, count: int
+) -> list[tuple[float, Fork, int]]:
+    """(score, fork, choice) of the likeliest other choices."""
+    ways = []
+    for fork in forks:
+        likely = fork.log_probabilities.clone()
+        likely[fork.chosen] = -torch.inf
+        for value, choice in zip(*likely.topk(min(count, len(likely))), strict=True):
+            if torch.isfinite(value):
+                ways.append((fork.score + float(value), fork, int(choice)))
+    return ways
+
+
+def _pick(logits: Tensor, options: Tensor) -> list[int]:
+    """The likeliest of the options in each row, as token ids."""
+    return options[logits[:, options].argmax(-1)].tolist()

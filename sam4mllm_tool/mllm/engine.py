@@ -1,0 +1,171 @@
+"""Forward passes over prefixes: read the image once, then only what is new.
+
+One form of call serves all supported families: after the prefill, ``model(input_ids=new,
+position_ids=…, past_key_values=branch, logits_to_keep=k)`` with neither pixels nor mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from sam4mllm_tool.errors import DeviceOutOfMemory
+from sam4mllm_tool.mllm.conversation import Encoded, ImageInputs
+from sam4mllm_tool.mllm.prefix import Prefix
+from sam4mllm_tool.mllm.store import ImageKey, PrefixStore
+from sam4mllm_tool.mllm.turns import FairTurn
+
+
+@dataclass(frozen=True, eq=False)
+class Spot:
+    """A place in a dialogue from which the model can read on; a value, like its prefix.
+
+    Attributes:
+        key: image and header that the dialogue begins with.
+        inputs: gives the image's model inputs, if they are needed after all.
+        prefix: what was read, ``None`` before the image was.
+        unread: ids that come before anything else is read.
+        passes: model calls spent to get here.
+    """
+
+    key: ImageKey
+    inputs: Callable[[], ImageInputs] = field(repr=False)
+    prefix: Prefix | None
+    unread: tuple[int, ...]
+    passes: int = 0
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All ids up to here."""
+        return (() if self.prefix is None else self.prefix.ids) + self.unread
+
+    def cut(self, length: int) -> Spot:
+        """The place after the first ``length`` ids, all of them read."""
+        assert self.prefix is not None and not self.unread
+        return replace(self, prefix=self.prefix.cut(length))
+
+
+class Engine:
+    """Runs one model, a pass at a time, for all who ask.
+
+    Args:
+        model: a transformers image-text-to-text model in eval mode.
+        cache_bytes: bound for kept keys and values.
+    """
+
+    def __init__(self, model: Any, cache_bytes: int) -> None:
+        self.model = model
+        self.store = PrefixStore(cache_bytes)
+        self.turn = FairTurn()
+        self.device: torch.device = model.get_input_embeddings().weight.device
+        layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+        self.can_cut = all(type(layer) is DynamicLayer for layer in layers)
+
+    def open(self, digest: str, encoded: Encoded, inputs: Callable[[], ImageInputs]) -> Spot:
+        """The end of a dialogue, with as much of it read as was kept."""
+        key = (digest, encoded.ids[: encoded.image_end])
+        prefix = self.store.find(key, encoded.ids)
+        unread = encoded.ids[0 if prefix is None else len(prefix.ids) :]
+        return Spot(key, inputs, prefix, unread)
+
+    def read(self, spot: Spot, ids: Sequence[int], keep: int = 1) -> tuple[Spot, Tensor]:
+        """Read on: what is unread, then ``ids``.
+
+        Returns:
+            The new place, and float32 logits of shape (keep, vocabulary) behind the last
+            ``keep`` ids.
+
+        Raises:
+            CallCancelled: nobody wants the answer any more.
+            DeviceOutOfMemory: the device is too small for this image.
+        """
+        with self.turn.taken(), self._memory_guard(), torch.inference_mode():
+            unread = (*spot.unread, *ids)
+            if spot.prefix is None:
+                return self._read_with_image(spot, unread, keep)
+            prefix, logits = self._read_on(spot.prefix, unread, keep)
+        return replace(spot, prefix=prefix, unread=(), passes=spot.passes + 1), logits
+
+    def keep(self, spot: Spot) -> None:
+        """Keep what was read, for dialogues that begin alike."""
+        if spot.prefix is not None:
+            image_end = len(spot.key[1])
+            trunk = self.store.find(spot.key, spot.key[1]) or spot.prefix
+            if len(trunk.ids) != image_end and not trunk.can_be_cut:
+                return
+            self.store.keep(spot.key, trunk.cut(image_end), spot.prefix)
+
+    def _read_with_image(self, spot: Spot, ids: tuple[int, ...], keep: int) -> tuple[Spot, Tensor]:
+        known = self.store.find(spot.key, ids)  # someone may have read it while we waited
+        passes = spot.passes + 1
+        if known is None:
+            inputs = spot.inputs()
+            image_end = len(spot.key[1])
+            if self.can_cut:
+                prefix, logits = self._prefill(inputs, ids, image_end, keep)
+                self.store.keep(spot.key, prefix.cut(image_end))
+                return replace(spot, prefix=prefix, unread=(), passes=passes), logits
+            known, _ = self._prefill(inputs, ids[:image_end], image_end, 1)
+            self.store.keep(spot.key, known)
+            passes += 1
+        prefix, logits = self._read_on(known, ids[len(known.ids) :], keep)
+        return replace(spot, prefix=prefix, unread=(), passes=passes), logits
+
+    def _prefill(
+        self, inputs: ImageInputs, ids: tuple[int, ...], image_end: int, keep: int
+    ) -> tuple[Prefix, Tensor]:
+        """The one pass that sees pixels."""
+        arguments: dict[str, Any] = {
+            name: self._on_device(tensor) for name, tensor in inputs.tensors.items()
+        }
+        tokens = torch.tensor([ids], device=self.device)
+        if inputs.token_types is not None:
+            start = image_end - len(inputs.ids)
+            types = torch.zeros_like(tokens)
+            types[0, start:image_end] = torch.tensor(inputs.token_types, device=self.device)
+            arguments["mm_token_type_ids"] = types
+        arguments["attention_mask"] = torch.ones_like(tokens)
+        out = self.model(input_ids=tokens, use_cache=True, logits_to_keep=keep, **arguments)
+        # The model's own copy is overwritten by the next image; ours stays with the prefix.
+        deltas = getattr(getattr(self.model, "model", None), "rope_deltas", None)
+        shift = 0 if deltas is None else int(deltas.reshape(-1)[0])
+        return Prefix(ids, out.past_key_values, shift), out.logits[0, -keep:].float()
+
+    def _read_on(self, prefix: Prefix, ids: tuple[int, ...], keep: int) -> tuple[Prefix, Tensor]:
+        start = len(prefix.ids)
+        cache = prefix.branch()
+        positions = torch.arange(start, start + len(ids), device=self.device)[None]
+        out = self.model(
+            input_ids=torch.tensor([ids], device=self.device),
+            position_ids=positions + prefix.position_shift,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        )
+        return Prefix(prefix.ids + ids, cache, prefix.position_shift), out.logits[0].float()
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            return tensor.to(self.device, self.model.dtype)
+        return tensor.to(self.device)
+
+    @contextmanager
+    def _memory_guard(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            self.store.clear()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            raise DeviceOutOfMemory(
+                f"the device ran out of memory: {error}",
+                hint="Use a smaller image or checkpoint, quantization='4bit', or more devices "
+                "with device_map='auto'.",
+                retryable=True,
+            ) from error

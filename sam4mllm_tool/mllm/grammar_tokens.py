@@ -1,0 +1,204 @@
+"""A reply grammar over one tokenizer's tokens: which tokens may come next.
+
+A place in the grammar is a set of *tracks*; a track is what is left to say, as a linked list of
+steps. Several tracks live side by side where options begin with the same token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from sam4mllm_tool.errors import CheckpointError
+from sam4mllm_tool.grammar import Choice, Grammar, Literal, Number, Part, Repeat
+from sam4mllm_tool.mllm.conversation import DialogueEncoder
+
+
+@dataclass(frozen=True)
+class _Forced:
+    """Token ids still to come of a literal."""
+
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Track:
+    """What comes next, and what comes after it; ``None`` stands for the end of the reply."""
+
+    head: Part | _Forced
+    rest: _Track | None
+
+
+Place = frozenset["_Track | None"]
+"""Where a reply is within a grammar."""
+
+
+class TokenGrammar:
+    """Answers, for every place in a grammar, which token ids the reply may go on with.
+
+    Numbers are made of tokens that hold digits only, however the tokenizer groups them: if every
+    ``000``…``999`` is a token, a three-digit number is one token; else any grouping will do. The
+    end of the reply is an end-of-turn token.
+    """
+
+    def __init__(self, grammar: Grammar, encoder: DialogueEncoder, end_ids: Sequence[int]) -> None:
+        self._encoder = encoder
+        self._digits = _digit_tokens(encoder)
+        self._end_ids = tuple(end_ids)
+        self._next: dict[Place, dict[int, Place]] = {}
+        self.start: Place = frozenset({_chain(grammar, None)})
+
+    def allowed(self, place: Place) -> dict[int, Place]:
+        """Token ids that may come next, each with the place it leads to.
+
+        End-of-turn tokens lead to the empty place.
+        """
+        if place not in self._next:
+            self._next[place] = self._expand(place)
+        return self._next[place]
+
+    def forced(self, place: Place) -> tuple[list[int], Place]:
+        """Tokens that leave the model no choice from here, and the place behind them."""
+        ids: list[int] = []
+        while len(options := self.allowed(place)) == 1 and not self.at_end(place):
+            token, place = next(iter(options.items()))
+            ids.append(token)
+        return ids, place
+
+    def at_end(self, place: Place) -> bool:
+        """Whether nothing but the end of the turn may come."""
+        return all(track is None for track in place)
+
+    def is_end(self, token: int) -> bool:
+        """Whether a token ends the turn."""
+        return token in self._end_ids
+
+    def _expand(self, place: Place) -> dict[int, Place]:
+        merged: dict[int, set[_Track | None]] = {}
+        for track in place:
+            for token, behind in self._steps(track):
+                merged.setdefault(token, set()).update(behind)
+        return {token: frozenset(merged[token]) for token in sorted(merged)}
+
+    def _steps(self, track: _Track | None) -> list[tuple[int, set[_Track | None]]]:
+        """(token, tracks behind it) for one track."""
+        if track is None:
+            return [(token, set()) for token in self._end_ids]
+        head, rest = track.head, track.rest
+        match head:
+            case Literal(text):
+                ids = tuple(self._encoder.encode_continuation(text))
+                return self._steps(_Track(_Forced(ids), rest))
+            case _Forced(ids):
+                if not ids:
+                    return self._steps(rest)
+                return [(ids[0], {_Track(_Forced(ids[1:]), rest) if ids[1:] else rest})]
+            case Number(digits):
+                return self._number(digits, rest)
+            case Choice(options):
+                return [step for option in options for step in self._steps(_chain(option, rest))]
+            case Repeat(item, minimum, maximum):
+                return self._repeat(item, minimum, maximum, rest)
+
+    def _number(self, digits: int, rest: _Track | None) -> list[tuple[int, set[_Track | None]]]:
+        steps: list[tuple[int, set[_Track | None]]] = []
+        for length, tokens in self._digits.groups(digits):
+            behind = _Track(Number(digits - length), rest) if length < digits else rest
+            steps += [(token, {behind}) for token in tokens]
+        return steps
+
+    def _repeat(
+        self, item: Grammar, minimum: int, maximum: int, rest: _Track | None
+    ) -> list[tuple[int, set[_Track | None]]]:
+        steps: list[tuple[int, set[_Track | None]]] = []
+        if maximum > 0:
+            more = Repeat(item, max(0, minimum - 1), maximum - 1)
+            steps += self._steps(_chain(item, _Track(more, rest)))
+        if minimum <= 0:
+            steps += self._steps(rest)
+        return steps
+
+
+def _chain(parts: Sequence[Part], rest: _Track | None) -> _Track | None:
+    """A track of these parts; neighbouring literals are joined, to be tokenised as one."""
+    joined: list[Part] = []
+    for part in parts:
+        if isinstance(part, Literal) and joined and isinstance(joined[-1], Literal):
+            part = Literal(joined.pop().text + part.text)  # type: ignore[union-attr]
+        joined.append(part)
+    for part in reversed(joined):
+        rest = _Track(part, rest)
+    return rest
+
+
+@dataclass(frozen=True)
+class _DigitTokens:
+    """Tokens made of ASCII digits only, by their number of digits."""
+
+    by_length: dict[int, tuple[int, ...]]
+
+    def groups(self, digits: int) -> list[tuple[int, tuple[int, ...]]]:
+        """(length, tokens) that a number with that many digits left may go on with."""
+        whole = self.by_length.get(digits, ())
+        if len(whole) == 10**digits:
+            return [(digits, whole)]
+        return [(n, tokens) for n, tokens in sorted(self.by_length.items()) if n <= digits]
+
+
+@lru_cache(maxsize=16)
+def _digit_tokens(encoder: DialogueEncoder) -> _DigitTokens:
+    by_length: dict[int, list[int]] = {}
+    for token, index in encoder.tokenizer.get_vocab().items():
+        if token.isascii() and token.isdigit():
+            by_length.setdefault(len(token), []).append(index)
+    if len(by_length.get(1, ())) != 10 and len(by_length.get(3, ())) != 1000:
+        raise CheckpointError(
+            "the tokenizer has no tokens for the ten digits",
+            hint="Ask without a grammar, or use another checkpoint.",
+        )
+    return _DigitTokens({n: tuple(sorted(ids)) for n, ids in by_length.items()})
+
+
+@dataclass(frozen=True)
+class YesNoTokens:
+    """How one tokenizer writes yes and no.
+
+    Attributes:
+        yes, no: ids of single tokens that say the word (with or without a space or capital).
+        prefix: ids that stand before the first answer.
+    """
+
+    yes: tuple[int, ...]
+    no: tuple[int, ...]
+    prefix: tuple[int, ...]
+
+
+def yes_no_tokens(
+    encoder: DialogueEncoder, yes: Sequence[str], no: Sequence[str], prefix: str
+) -> YesNoTokens:
+    """Find all spellings of both words that are one token.
+
+    Raises:
+        CheckpointError: a word has no spelling of one token, or both share one.
+    """
+    yes_ids, no_ids = (_single_tokens(encoder, words) for words in (yes, no))
+    if not yes_ids or not no_ids or set(yes_ids) & set(no_ids):
+        raise CheckpointError(
+            f"the tokenizer cannot tell {yes[0]!r} from {no[0]!r} by one token",
+            hint="Choose words that are single tokens in this checkpoint's vocabulary.",
+        )
+    return YesNoTokens(yes_ids, no_ids, tuple(encoder.encode_continuation(prefix)))
+
+
+def _single_tokens(encoder: DialogueEncoder, words: Sequence[str]) -> tuple[int, ...]:
+    unknown = encoder.tokenizer.unk_token_id
+    found: dict[int, None] = {}
+    for word in words:
+        for spelling in dict.fromkeys((word, word.capitalize(), word.lower(), word.upper())):
+            for text in (spelling, " " + spelling):
+                ids = encoder.encode_continuation(text)
+                said = encoder.decode_continuation(ids).strip()
+                if len(ids) == 1 and ids[0] != unknown and said == spelling:
+                    found[ids[0]] = None
+    return tuple(found)

@@ -1,0 +1,323 @@
+"""Checkpoints into memory, or a clear error: found, whole, of the right kind, and small enough."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils.quantization_config import BitsAndBytesConfig
+
+from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
+_HEADROOM = 1.15
+"""Activations, workspaces and a short cache on top of the weights."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how weights are held.
+
+    Attributes:
+        device: where inputs go, and the weights unless ``device_map`` spreads them.
+        dtype: of weights and activations.
+        quantization: ``"4bit"`` or ``"8bit"`` (bitsandbytes), ``None`` for plain weights.
+        device_map: as in transformers, ``"auto"`` to spread over several devices.
+        attn_implementation: as in transformers, ``None`` for its default.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    quantization: str | None = None
+    device_map: Any = None
+    attn_implementation: str | None = None
+
+
+def choose_placement(
+    device: str,
+    dtype: str,
+    *,
+    quantization: str | None = None,
+    device_map: Any = None,
+    attn_implementation: str | None = None,
+) -> Placement:
+    """CUDA before MPS before CPU; bfloat16 on CUDA, float16 on MPS, float32 on CPU.
+
+    Raises:
+        CheckpointError: a device, dtype or quantization this machine does not have.
+    """
+    if quantization not in (None, "4bit", "8bit"):
+        raise CheckpointError(
+            f"unknown quantization {quantization!r}", hint="Use '4bit', '8bit' or None."
+        )
+    try:
+        chosen = torch.device(_best_device() if device == "auto" else device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(
+            f"device {device!r} cannot be used: {error}", hint="Use device='auto' or 'cpu'."
+        ) from error
+    usual = {"cuda": torch.bfloat16, "mps": torch.float16}.get(chosen.type, torch.float32)
+    kind = usual if dtype == "auto" else getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise CheckpointError(
+            f"unknown dtype {dtype!r}", hint="Use 'auto', 'float32', 'bfloat16' or 'float16'."
+        )
+    return Placement(chosen, kind, quantization, device_map, attn_implementation)
+
+
+def find_checkpoint(name: str) -> Path:
+    """A directory as given, or a hub id's files (safetensors only) from the hub or its cache.
+
+    Raises:
+        CheckpointError: neither a directory nor a hub id that can be reached.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise CheckpointError(
+            f"no checkpoint directory at {name!r}",
+            hint="Give the directory that holds config.json and *.safetensors, or a hub id.",
+        )
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:
+        raise CheckpointError(
+            f"checkpoint {name!r} is neither a directory nor to be had from the hub: {error}",
+            hint="Check the spelling and the network, or download it first and give the path.",
+        ) from error
+
+
+def load_model(folder: Path, placement: Placement) -> Any:
+    """An image-text-to-text model in eval mode.
+
+    Raises:
+        CheckpointError: missing, corrupt or of the wrong kind.
+        DeviceOutOfMemory: more weights than the device has room for.
+    """
+    config = _read_config(folder)
+    _check_memory(weight_bytes(folder, placement), placement)
+    options: dict[str, Any] = {"dtype": placement.dtype}
+    if placement.attn_implementation:
+        options["attn_implementation"] = placement.attn_implementation
+    if placement.quantization:
+        options["quantization_config"] = _quantization(placement)
+        options["device_map"] = placement.device_map or {"": placement.device}
+    elif placement.device_map is not None:
+        options["device_map"] = placement.device_map
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            config=config,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
+        if "device_map" not in options:
+            model = model.to(placement.device)
+    except torch.OutOfMemoryError as error:
+        raise _too_small(str(error)) from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the model in {folder} cannot be loaded: {error}",
+            hint="The directory must hold a whole transformers image-text-to-text checkpoint "
+            "with safetensors weights.",
+        ) from error
+    _check_report(folder, report)
+    return model.eval()
+
+
+def load_processor(folder: Path) -> Any:
+    """The checkpoint's processor, with Pillow's resampling, which is the same on all machines.
+
+    Raises:
+        CheckpointError: missing or not a processor for images and text.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True, backend="pil"
+        )
+    except Exception as error:
+        raise CheckpointError(
+            f"the processor in {folder} cannot be loaded: {error}",
+            hint="The directory needs the processor's and tokenizer's files.",
+        ) from error
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+        raise CheckpointError(
+            f"{folder} holds no processor for images and text",
+            hint="The checkpoint must be an image-text-to-text chat model.",
+        )
+    return processor
+
+
+def load_adapter(model: Any, name: str, *, merge: bool) -> Any:
+    """The model with a PEFT adapter's layers in place, live or merged into its weights.
+
+    Raises:
+        CheckpointError: missing, corrupt, or made for another model.
+    """
+    from peft import PeftConfig, PeftModel
+
+    folder = find_checkpoint(name)
+    _whole_weights([folder / "adapter_model.safetensors"])
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        if config.is_prompt_learning:
+            raise ValueError("prompt-learning adapters have no place in a shared prefix")
+        adapted = PeftModel.from_pretrained(model, str(folder))
+        missing = adapted.load_adapter(str(folder), "default").missing_keys
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the adapter in {folder} cannot be loaded: {error}",
+            hint="The adapter must have been saved by peft over this very base model; "
+            "'sam4mllm-tool convert-adapter' converts published SAM4MLLM adapters.",
+        ) from error
+    lost = [key for key in missing if "lora_" in key]
+    if lost:
+        raise CheckpointError(
+            f"the adapter in {folder} lacks {len(lost)} weights, first {lost[0]}",
+            hint="Its names do not fit this model; 'sam4mllm-tool convert-adapter' converts "
+            "published SAM4MLLM adapters.",
+        )
+    return adapted.merge_and_unload() if merge else adapted.get_base_model()
+
+
+def weight_bytes(folder: Path, placement: Placement) -> int:
+    """Bytes that the weights will take, from the safetensors headers alone.
+
+    Raises:
+        CheckpointError: weights missing, truncated or not safetensors.
+    """
+    per_value = {"4bit": 0.56, "8bit": 1.06}.get(
+        placement.quantization or "", placement.dtype.itemsize
+    )
+    total = 0.0
+    for shape, dtype in _whole_weights(_weight_files(folder)):
+        count = math.prod(shape)
+        size = _BYTES.get(dtype, 1)
+        floating = dtype.startswith(("F", "BF"))
+        # Only matrices are quantized.
+        kept = placement.dtype.itemsize if len(shape) < 2 else per_value
+        total += count * (kept if floating else size)
+    return int(total)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"{index} is damaged: {error}", hint="Download the checkpoint again."
+            ) from error
+        return [folder / name for name in sorted(names)]
+    return [folder / "model.safetensors"]
+
+
+def _whole_weights(files: list[Path]) -> list[tuple[list[int], str]]:
+    """(shape, dtype) of every tensor."""
+    found = []
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(
+                f"{file} is missing",
+                hint="Only safetensors weights are read; download the whole checkpoint.",
+            )
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a dict
+                    part = tensors.get_slice(name)
+                    found.append((part.get_shape(), part.get_dtype()))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file} is damaged: {error}", hint="Download the checkpoint again."
+            ) from error
+    return found
+
+
+def _read_config(folder: Path) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder} has no configuration that can be read: {error}",
+            hint="Give the directory that holds the checkpoint's config.json.",
+        ) from error
+    if type(config) not in AutoModelForImageTextToText._model_mapping:
+        raise CheckpointError(
+            f"{folder} holds a {config.model_type!r} model, which does not chat about images",
+            hint="Give an image-text-to-text checkpoint; a SAM checkpoint goes to the segmenter.",
+        )
+    return config
+
+
+def _check_report(folder: Path, report: dict[str, Any]) -> None:
+    missing = sorted(report.get("missing_keys") or ())
+    wrong = sorted(map(str, report.get("mismatched_keys") or ()))
+    if missing or wrong:
+        first = (missing + wrong)[0]
+        raise CheckpointError(
+            f"{len(missing) + len(wrong)} weights in {folder} are missing or of the wrong shape, "
+            f"first {first}",
+            hint="config.json and weights do not belong together; download the checkpoint again.",
+        )
+
+
+def _check_memory(needed: int, placement: Placement) -> None:
+    if placement.device_map is not None:
+        return  # spread over devices, and to disk if need be
+    free = _free_bytes(placement.device)
+    if free is not None and needed * _HEADROOM > free:
+        raise _too_small(
+            f"the weights take {needed / 1e9:.1f} GB in {placement.dtype}, "
+            f"{placement.device} has {free / 1e9:.1f} GB free"
+        )
+
+
+def _too_small(message: str) -> DeviceOutOfMemory:
+    return DeviceOutOfMemory(
+        message,
+        hint="Use quantization='4bit', dtype='bfloat16', device_map='auto' or a smaller model.",
+    )
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _quantization(placement: Placement) -> BitsAndBytesConfig:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise CheckpointError(
+            "quantization needs bitsandbytes", hint="pip install bitsandbytes"
+        ) from error
+    if placement.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=placement.dtype,
+        llm_int8_skip_modules=None,
+    )
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,232 @@
+"""A local MLLM: any image-text-to-text checkpoint, each image read once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sam4mllm_tool.dialogue import Dialogue, YesNoWords
+from sam4mllm_tool.errors import CheckpointError
+from sam4mllm_tool.grammar import Grammar
+from sam4mllm_tool.mllm import loading
+from sam4mllm_tool.mllm.conversation import DialogueEncoder, ImageInputs
+from sam4mllm_tool.mllm.decoding import (
+    Spoken,
+    answer_slots,
+    speak,
+    speak_alternates,
+    speak_freely,
+)
+from sam4mllm_tool.mllm.engine import Engine, Spot
+from sam4mllm_tool.mllm.grammar_tokens import TokenGrammar, YesNoTokens, yes_no_tokens
+from sam4mllm_tool.protocols import Reply
+from sam4mllm_tool.types import RgbImage, YesNo
+
+_GIBIBYTE = 1 << 30
+_LONGEST_REPLY = 4096
+
+
+class LocalMllm:
+    """Holds dialogues about images with a transformers model on this machine.
+
+    The image is encoded and read once and kept; every later question about it goes on from
+    there. Replies and probabilities are those of reading everything anew each time, within the
+    arithmetic of the dtype (float32: 1e-4). Safe from many threads: forward passes take turns.
+
+    Args:
+        model: image-text-to-text model in eval mode.
+        processor: its processor, with a chat template.
+        name: for traces.
+        format_name: dialogue format.
+        known_words: lower-case words a small model was taught, ``None`` for any.
+        cache_bytes: bound for kept keys and values.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        name: str,
+        format_name: str = "sam4mllm",
+        known_words: frozenset[str] | None = None,
+        cache_bytes: int = 4 * _GIBIBYTE,
+    ) -> None:
+        self.name = name
+        self.format_name = format_name
+        self.known_words = known_words
+        self.model = model
+        self.encoder = DialogueEncoder(processor)
+        self.engine = Engine(model, cache_bytes)
+        self.end_ids = _end_ids(model, self.encoder)
+        self._image_inputs = lru_cache(maxsize=4)(self.encoder.image_inputs)
+        self._grammar = lru_cache(maxsize=32)(self._token_grammar)
+        self._words = lru_cache(maxsize=32)(self._yes_no_tokens)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        checkpoint: str | Path,
+        adapter: str | Path | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        quantization: str | None = None,
+        device_map: Any = None,
+        merge_adapter: bool = False,
+        compile: bool = False,
+        cache_bytes: int = 4 * _GIBIBYTE,
+        recompute: bool = False,
+    ) -> LocalMllm:
+        """Load a checkpoint directory or hub id, with an optional PEFT adapter.
+
+        Args:
+            checkpoint: directory or hub id; safetensors only, no remote code.
+            adapter: directory or hub id of a LoRA adapter over it.
+            device: ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
+            dtype: ``"auto"`` (bfloat16 on CUDA, float16 on MPS, float32 on CPU) or a name.
+            attn_implementation: as in transformers (``"sdpa"``, ``"flash_attention_2"``, …).
+            quantization: ``"4bit"`` or ``"8bit"`` where bitsandbytes is installed.
+            device_map: as in transformers, to spread a model over devices.
+            merge_adapter: fold the adapter into the weights (faster, same within rounding).
+            compile: run forward passes through ``torch.compile``.
+            cache_bytes: bound for kept keys and values of images and dialogues.
+            recompute: read everything anew in each call (the oracle; slow).
+
+        Raises:
+            CheckpointError: missing, corrupt or of the wrong kind.
+            DeviceOutOfMemory: the device is too small for it.
+        """
+        folder = loading.find_checkpoint(str(checkpoint))
+        placement = loading.choose_placement(
+            device,
+            dtype,
+            quantization=quantization,
+            device_map=device_map,
+            attn_implementation=attn_implementation,
+        )
+        processor = loading.load_processor(folder)
+        model = loading.load_model(folder, placement)
+        if adapter is not None:
+            model = loading.load_adapter(model, str(adapter), merge=merge_adapter)
+        if compile:
+            model.forward = torch.compile(model.forward, dynamic=True)
+        notes = _read_notes(folder)
+        words = notes.get("vocabulary")
+        kind: type[LocalMllm] = cls
+        if recompute:
+            from sam4mllm_tool.mllm.oracle import RecomputeMllm
+
+            kind = RecomputeMllm
+        return kind(
+            model.eval(),
+            processor,
+            name=str(checkpoint) + (f" + {adapter}" if adapter is not None else ""),
+            format_name=notes.get("format", "sam4mllm"),
+            known_words=None if words is None else frozenset(str(w).lower() for w in words),
+            cache_bytes=cache_bytes,
+        )
+
+    def generate(
+        self,
+        image: RgbImage,
+        dialogue: Dialogue,
+        *,
+        grammar: Grammar | None = None,
+        max_new_tokens: int = 256,
+    ) -> Reply:
+        """Greedy reply to the last user turn, restricted to ``grammar`` if one is given.
+
+        Raises:
+            CallCancelled, DeviceOutOfMemory.
+        """
+        spot = self._open(image, dialogue)
+        if grammar is None:
+            spoken = speak_freely(self.engine, spot, self.end_ids, max_new_tokens)
+            free = len(spoken.ids)
+        else:
+            spoken = speak(self.engine, spot, self._grammar(grammar), _LONGEST_REPLY)
+            free = len(spoken.forks)
+        self.engine.keep(spoken.spot)
+        return self._reply(spoken, free, spoken.spot.passes)
+
+    def alternates(
+        self, image: RgbImage, dialogue: Dialogue, *, grammar: Grammar, count: int
+    ) -> list[Reply]:
+        """Up to ``count`` different likely replies over the same prefix, best first, scored.
+
+        The first one is the greedy reply of :meth:`generate`; the others part from it at one
+        choice and go on greedily, so each costs only its own tail.
+        """
+        spot = self._open(image, dialogue)
+        replies = speak_alternates(self.engine, spot, self._grammar(grammar), _LONGEST_REPLY, count)
+        self.engine.keep(replies[0].spot)
+        return [self._reply(r, len(r.forks), r.spot.passes) for r in replies]
+
+    def answer_yes_no(
+        self, image: RgbImage, dialogue: Dialogue, *, words: YesNoWords, count: int
+    ) -> list[YesNo]:
+        """Answers to the last user turn's ``count`` questions, given in one reply.
+
+        Each slot is conditioned on the answers before it, each the likelier of yes and no.
+        Probabilities are full-vocabulary softmax values, summed over the words' spellings.
+
+        Raises:
+            CheckpointError: the tokenizer has no single token for one of the words.
+        """
+        if count < 1:
+            return []
+        tokens = self._words(words)
+        answers, spot = answer_slots(self.engine, self._open(image, dialogue), tokens, count)
+        self.engine.keep(spot)
+        return answers
+
+    def _open(self, image: RgbImage, dialogue: Dialogue) -> Spot:
+        inputs = self._image_inputs(image)
+        encoded = self.encoder.encode(dialogue, inputs)
+        give: Callable[[], ImageInputs] = lambda: inputs  # noqa: E731
+        return self.engine.open(image.digest, encoded, give)
+
+    def _reply(self, spoken: Spoken, free: int, passes: int) -> Reply:
+        text = self.encoder.decode_continuation(spoken.ids)
+        return Reply(text, spoken.score, free, passes)
+
+    def _token_grammar(self, grammar: Grammar) -> TokenGrammar:
+        return TokenGrammar(grammar, self.encoder, self.end_ids)
+
+    def _yes_no_tokens(self, words: YesNoWords) -> YesNoTokens:
+        return yes_no_tokens(self.encoder, words.yes, words.no, words.prefix)
+
+
+def _end_ids(model: Any, encoder: DialogueEncoder) -> tuple[int, ...]:
+    """Every token that ends a turn: by configuration, and by the chat template."""
+    found = dict.fromkeys(encoder.end_of_turn_ids())
+    for source in (model.generation_config, model.config, encoder.tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        found.update(dict.fromkeys([ids] if isinstance(ids, int) else ids or []))
+    if not found:
+        raise CheckpointError(
+            "the checkpoint names no end-of-turn token",
+            hint="Set eos_token_id in its generation_config.json.",
+        )
+    return tuple(found)
+
+
+def _read_notes(folder: Path) -> dict[str, Any]:
+    """What the project's own checkpoints say about themselves beside their weights."""
+    file = folder / "sam4mllm.json"
+    if not file.is_file():
+        return {}
+    try:
+        notes = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file} is damaged: {error}", hint="Download the checkpoint again."
+        ) from error
+    return notes if isinstance(notes, dict) else {}

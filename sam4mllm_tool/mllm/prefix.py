@@ -1,0 +1,142 @@
+"""Prefilled prefixes as values: what was said so far, with its key-value cache.
+
+A :class:`Prefix` is never changed. Going on from it makes a new one whose layers share the
+tensors of the old; so any number of dialogues branch off one image, in any order and from any
+thread, and evicting a prefix cannot hurt whoever still goes on from it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+class BranchLayer(DynamicLayer):
+    """A layer that shares the keys and values of a trunk and owns only what came after it.
+
+    Tensors have shape (1, heads, tokens, head width); ``keys`` and ``values`` hold the tail.
+    """
+
+    def __init__(self, trunk_keys: Tensor, trunk_values: Tensor) -> None:
+        super().__init__()
+        self.trunk_keys, self.trunk_values = trunk_keys, trunk_values
+        self.lazy_initialization(trunk_keys, trunk_values)
+        self.keys, self.values = trunk_keys[..., :0, :], trunk_values[..., :0, :]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append to the tail and return trunk and tail as one."""
+        self.keys = torch.cat([self.keys, key_states], dim=-2)
+        self.values = torch.cat([self.values, value_states], dim=-2)
+        return (
+            torch.cat([self.trunk_keys, self.keys], dim=-2),
+            torch.cat([self.trunk_values, self.values], dim=-2),
+        )
+
+    def get_seq_length(self) -> int:
+        """Tokens in trunk and tail."""
+        return int(self.trunk_keys.shape[-2] + self.keys.shape[-2])
+
+    def cut(self, length: int) -> BranchLayer:
+        """A view of the first ``length`` tokens."""
+        other = copy.copy(self)
+        trunk = self.trunk_keys.shape[-2]
+        if length < trunk:
+            other.trunk_keys = self.trunk_keys[..., :length, :]
+            other.trunk_values = self.trunk_values[..., :length, :]
+        tail = max(0, length - trunk)
+        other.keys, other.values = self.keys[..., :tail, :], self.values[..., :tail, :]
+        return other
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Tokens that the model has read, and what it keeps of them.
+
+    Attributes:
+        ids: the tokens.
+        cache: their keys and values; treat as read-only, go on from :meth:`branch`.
+        position_shift: difference between a later token's index and its rotary position (the
+            image's grid takes fewer positions than tokens in Qwen-VL families).
+    """
+
+    ids: tuple[int, ...]
+    cache: Cache
+    position_shift: int = 0
+
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether every layer keeps all its tokens apart.
+
+        Linear-attention layers hold a running sum, sliding windows drop what they slid over:
+        a shorter prefix cannot be had from those.
+        """
+        return all(type(layer) in (DynamicLayer, BranchLayer) for layer in self.cache.layers)
+
+    def branch(self, length: int | None = None) -> Cache:
+        """A cache to go on from, at the end or (if it can be cut) after ``length`` tokens."""
+        other = copy.copy(self.cache)
+        other.layers = [_branch_layer(layer) for layer in self.cache.layers]
+        if length is not None and length < len(self.ids):
+            other.layers = [layer.cut(length) for layer in other.layers]
+        return other
+
+    def cut(self, length: int) -> Prefix:
+        """The prefix's first ``length`` tokens (a view)."""
+        if length >= len(self.ids):
+            return self
+        return Prefix(self.ids[:length], self.branch(length), self.position_shift)
+
+    def shared_length(self, ids: Sequence[int]) -> int:
+        """How many leading tokens of ``ids`` can be taken over from here (0 if none)."""
+        same = _common_length(self.ids, ids)
+        return same if same == len(self.ids) or self.can_be_cut else 0
+
+    def own_bytes(self, trunk: Prefix | None = None) -> int:
+        """Bytes of keys, values and states, those shared with ``trunk`` left out."""
+        shared = set() if trunk is None else set(_storages(trunk.cache))
+        return sum(n for key, n in _storages(self.cache).items() if key not in shared)
+
+
+def _branch_layer(layer: Any) -> Any:
+    if type(layer) is DynamicLayer:
+        return BranchLayer(layer.keys, layer.values)
+    other = copy.copy(layer)
+    for name, value in vars(layer).items():
+        # Linear-attention layers write into these tensors; all others replace theirs.
+        if isinstance(value, dict):
+            setattr(other, name, {k: _own(v) for k, v in value.items()})
+        elif name in ("conv_states", "recurrent_states"):
+            setattr(other, name, _own(value))
+    return other
+
+
+def _own(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    for index, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return index
+    return min(len(first), len(second))
+
+
+def _storages(cache: Cache) -> dict[int, int]:
+    """Address and bytes of every tensor storage behind a cache."""
+    found: dict[int, int] = {}
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            tensors = value.values() if isinstance(value, dict) else (value,)
+            for tensor in tensors:
+                if isinstance(tensor, Tensor):
+                    storage = tensor.untyped_storage()
+                    found[storage.data_ptr()] = storage.nbytes()
+    return found

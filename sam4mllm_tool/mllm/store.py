@@ -1,0 +1,87 @@
+"""Kept prefixes: one entry an image, bounded by bytes, least recently used images go first."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cachetools import LRUCache
+
+from sam4mllm_tool.mllm.prefix import Prefix
+
+_BRANCHES_AN_IMAGE = 8
+
+ImageKey = tuple[str, tuple[int, ...]]
+"""Digest of an image, and the ids up to its last token (system prompt and header included)."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """An image's prefilled trunk and the dialogues that branch off it, oldest first."""
+
+    trunk: Prefix
+    branches: tuple[Prefix, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held; tensors shared between trunk and branches count once."""
+        return self.trunk.own_bytes() + sum(b.own_bytes(self.trunk) for b in self.branches)
+
+
+class PrefixStore:
+    """Finds the longest kept prefix of a dialogue. Safe from many threads.
+
+    Args:
+        max_bytes: bound for all kept keys and values; what does not fit is simply not kept.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._lock = threading.Lock()
+        self._entries: LRUCache[ImageKey, _Entry] = LRUCache(max_bytes, lambda e: e.nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now."""
+        with self._lock:
+            return int(self._entries.currsize)
+
+    def find(self, key: ImageKey, ids: Sequence[int]) -> Prefix | None:
+        """The longest kept prefix of ``ids`` that leaves at least one token to read."""
+        with self._lock:
+            entry = self._entries.get(key)
+        if entry is None:
+            return None
+        best, length = entry.trunk, len(entry.trunk.ids)
+        for branch in entry.branches:
+            shared = branch.shared_length(ids)
+            if shared == len(ids):
+                shared = shared - 1 if branch.can_be_cut else 0
+            if shared >= length:
+                best, length = branch, shared
+        return best.cut(length)
+
+    def keep(self, key: ImageKey, trunk: Prefix, branch: Prefix | None = None) -> None:
+        """Keep an image's trunk, and a dialogue that went on from it."""
+        with self._lock:
+            entry = self._entries.get(key) or _Entry(trunk)
+            if branch is not None:
+                entry = _Entry(entry.trunk, _with_branch(entry.branches, branch))
+            for smaller in (entry, _Entry(entry.trunk)):
+                if smaller.nbytes <= self._entries.maxsize:
+                    self._entries[key] = smaller
+                    return
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._entries.clear()
+
+
+def _with_branch(branches: tuple[Prefix, ...], new: Prefix) -> tuple[Prefix, ...]:
+    """Add a branch; those that it goes on from need no place of their own if it can be cut."""
+    others = tuple(
+        b for b in branches if b.ids != new.ids
+        and not (new.can_be_cut and b.ids == new.ids[: len(b.ids)])
+    )  # fmt: skip
+    return (*others, new)[-_BRANCHES_AN_IMAGE:]
