@@ -1,0 +1,1 @@
+"""Metrics, data sets and benchmarks of referring segmentation."""

@@ -1,0 +1,169 @@
+"""Metrics on cases worked by hand, and the bootstrap against exact resampling."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from sam4mllm_tool.evaluation.metrics import (
+    METRICS,
+    Bootstrap,
+    Outcome,
+    PointOutcome,
+    best_box_iou,
+    compare_masks,
+    summarise,
+)
+from sam4mllm_tool.types import Box, Mask
+
+
+def outcome(case, intersection, truth, predicted, **more):
+    return Outcome(str(case), more.pop("image", str(case)), intersection, truth, predicted, **more)
+
+
+HAND_WORKED = [
+    outcome(1, 50, 100, 50),  # IoU 0.5: half of the object found
+    outcome(2, 900, 1000, 900),  # IoU 0.9
+    outcome(3, 0, 200, 0),  # a target, but nothing predicted: IoU 0, union 200
+    outcome(4, 0, 0, 0),  # no target, nothing predicted: a right refusal
+    outcome(5, 0, 0, 300),  # no target, false alarm: its area joins the union
+]
+
+
+def value(name, outcomes=HAND_WORKED):
+    return METRICS[name](outcomes)
+
+
+def test_hand_worked_masks():
+    # sums: intersections 50 + 900; unions 100 + 1000 + 200 + 0 + 300
+    assert value("cIoU") == pytest.approx(950 / 1600)
+    assert value("gIoU") == pytest.approx((0.5 + 0.9 + 0 + 1 + 0) / 5)
+    assert value("mIoU") == pytest.approx((0.5 + 0.9 + 0) / 3)
+    assert value("pr50") == pytest.approx(2 / 3), "an IoU of exactly 0.5 counts"
+    assert value("pr60") == pytest.approx(1 / 3)
+    assert value("pr90") == pytest.approx(1 / 3)
+    assert value("n_acc") == 1 / 2
+    assert value("t_acc") == pytest.approx(2 / 3)
+
+
+def test_giou_and_miou_agree_without_no_target_expressions():
+    targets = HAND_WORKED[:3]
+    assert value("gIoU", targets) == value("mIoU", targets)
+
+
+def test_what_is_not_defined_is_nan_and_none_in_a_summary():
+    assert math.isnan(value("n_acc", HAND_WORKED[:3]))
+    assert math.isnan(value("t_acc", HAND_WORKED[3:]))
+    assert math.isnan(value("cIoU", []))
+    assert math.isnan(value("cIoU", [HAND_WORKED[3]])), "only right refusals: 0/0"
+    summary = summarise(HAND_WORKED[:3], Bootstrap(draws=50))
+    assert summary["n_acc"].value is None
+    assert summary["point_accuracy"].value is None
+    json.dumps({name: vars(estimate) for name, estimate in summary.items()}, allow_nan=False)
+
+
+def test_boxes():
+    assert best_box_iou(Box(0, 0, 10, 10), Box(5, 0, 15, 10)) == pytest.approx(50 / 150)
+    assert best_box_iou(None, Box(0, 0, 1, 1)) == 0
+    assert best_box_iou(Box(0, 0, 1, 1), None) is None
+    cases = [
+        outcome(1, 1, 1, 1, box_iou=0.5),
+        outcome(2, 1, 1, 1, box_iou=0.49),
+        outcome(3, 0, 1, 0, box_iou=0.0),
+        outcome(4, 0, 0, 9, box_iou=None),
+    ]
+    assert value("box_acc50", cases) == pytest.approx(1 / 3)
+
+
+def test_balanced_accuracy_does_not_reward_always_yes():
+    yes = [PointOutcome(0.9, 0.1, inside) for inside in [True] * 9 + [False]]
+    cases = [outcome(1, 1, 1, 1, points=tuple(yes))]
+    assert value("point_accuracy_plain", cases) == pytest.approx(0.9)
+    assert value("point_accuracy", cases) == pytest.approx(0.5)
+
+
+def test_point_accuracy_weighs_points_over_all_expressions():
+    cases = [
+        outcome(1, 1, 1, 1, points=(PointOutcome(0.8, 0.2, True), PointOutcome(0.4, 0.6, True))),
+        outcome(2, 1, 1, 1, points=(PointOutcome(0.1, 0.9, False), PointOutcome(0.7, 0.2, False),
+                                    PointOutcome(0.2, 0.3, False))),
+    ]  # fmt: skip
+    assert value("point_accuracy", cases) == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert value("point_accuracy_plain", cases) == pytest.approx(3 / 5)
+
+
+def test_calibration_by_hand():
+    # Bin 0.9–1.0: two points at 0.95, one inside: gap |1.9 - 1|. Bin 0.2–0.3: 0.25, outside.
+    points = (
+        PointOutcome(0.95, 0.05, True),
+        PointOutcome(0.475, 0.025, False),  # normalised: 0.95
+        PointOutcome(0.25, 0.75, False),
+    )
+    assert value("ece", [outcome(1, 1, 1, 1, points=points)]) == pytest.approx((0.9 + 0.25) / 3)
+    split = [outcome(i, 1, 1, 1, points=(point,)) for i, point in enumerate(points)]
+    assert value("ece", split) == pytest.approx((0.9 + 0.25) / 3), "bins are filled over all cases"
+    certain = (PointOutcome(1.0, 0.0, True), PointOutcome(0.0, 1.0, False))
+    assert value("ece", [outcome(1, 1, 1, 1, points=certain)]) == 0
+    unknown = (PointOutcome(0.0, 0.0, True),)
+    assert value("ece", [outcome(1, 1, 1, 1, points=unknown)]) == pytest.approx(0.5)
+
+
+def test_masks_of_several_objects_are_united():
+    a, b = np.zeros((4, 6), bool), np.zeros((4, 6), bool)
+    a[:, :2], b[:, 1:3] = True, True
+    truth = np.zeros((4, 6), bool)
+    truth[:, :3] = True
+    assert compare_masks([Mask(a), Mask(b)], [Mask(truth)]) == (12, 12, 12)
+    assert compare_masks([], [Mask(truth)]) == (0, 12, 0)
+    assert compare_masks([Mask(a)], []) == (0, 0, 8)
+    assert compare_masks([], []) == (0, 0, 0)
+    with pytest.raises(ValueError, match="shape"):
+        compare_masks([Mask(a)], [Mask(truth[:2])])
+
+
+def test_the_bootstrap_interval_of_a_mean_is_the_textbook_one():
+    rng = np.random.default_rng(1)
+    ious = rng.integers(0, 101, 400)
+    cases = [outcome(i, int(v), 100, int(v)) for i, v in enumerate(ious)]
+    estimate = Bootstrap(draws=4000).estimate(cases, METRICS["gIoU"])
+    error = 1.96 * (ious / 100).std() / math.sqrt(400)
+    assert estimate.value == pytest.approx((ious / 100).mean())
+    assert estimate.low == pytest.approx(estimate.value - error, abs=0.15 * error)
+    assert estimate.high == pytest.approx(estimate.value + error, abs=0.15 * error)
+
+
+def test_images_not_expressions_are_resampled():
+    # Ten equal expressions on each image: the interval must be that of 40 images, not 400 cases.
+    rng = np.random.default_rng(2)
+    ious = rng.integers(0, 101, 40)
+    alone = [outcome(i, int(v), 100, int(v)) for i, v in enumerate(ious)]
+    tenfold = [
+        outcome(f"{i}-{n}", int(v), 100, int(v), image=str(i))
+        for i, v in enumerate(ious)
+        for n in range(10)
+    ]
+    one, ten = (Bootstrap().estimate(cases, METRICS["cIoU"]) for cases in (alone, tenfold))
+    assert (one.low, one.high) == pytest.approx((ten.low, ten.high))
+
+
+def test_a_paired_comparison_sees_a_small_but_constant_difference():
+    rng = np.random.default_rng(3)
+    ious = rng.integers(0, 90, 200)
+    first = [outcome(i, int(v), 100, int(v)) for i, v in enumerate(ious)]
+    second = [outcome(i, int(v) + 2, 100, int(v) + 2) for i, v in enumerate(ious)][::-1]
+    gap = Bootstrap().compare(first, second, METRICS["gIoU"])
+    assert gap.value == pytest.approx(0.02)
+    assert (gap.low, gap.high) == pytest.approx((0.02, 0.02))
+    assert gap.p_value == 0
+    same = Bootstrap().compare(first, first, METRICS["gIoU"])
+    assert (same.value, same.p_value) == (0, 1)
+    with pytest.raises(ValueError, match="same expressions"):
+        Bootstrap().compare(first, second[1:], METRICS["gIoU"])
+
+
+def test_outcomes_survive_json():
+    case = outcome(
+        1, 5, 10, 7, box_iou=0.25, points=(PointOutcome(0.5, 0.25, True),), kind="colour"
+    )
+    assert Outcome.from_json(json.loads(json.dumps(case.to_json()))) == case
