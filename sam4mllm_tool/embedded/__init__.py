@@ -8,3 +8,4 @@ _HERE = Path(__file__).parent
 MLLM = _HERE / "mllm"
 ADAPTER = _HERE / "mllm_adapter"
 SAM = _HERE / "sam"
+DEMO = _HERE / "demo"

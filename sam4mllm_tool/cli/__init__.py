@@ -1,0 +1,32 @@
+"""The command line: ``sam4mllm-tool``. Each command is a short file; heavy imports wait."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from sam4mllm_tool.cli import demo, doctor, probe, schemas, segment
+from sam4mllm_tool.cli.common import fail
+from sam4mllm_tool.errors import Sam4MllmError
+
+app = typer.Typer(
+    name="sam4mllm-tool",
+    help="Language to pixels: segment what a text describes, and ask whether points lie on it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("segment")(segment.segment)
+app.command("probe")(probe.probe)
+app.command("tools")(schemas.tools)
+app.command("demo")(demo.demo)
+app.command("doctor")(doctor.doctor)
+
+
+def main() -> None:
+    """Run the command line; typed errors become a message, a hint and an exit status."""
+    try:
+        app()
+    except Sam4MllmError as error:
+        sys.exit(fail(error))

@@ -1,0 +1,112 @@
+"""What the commands share: options, how errors are told, how a result looks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sam4mllm_tool.errors import BackendError, DialogueError, Sam4MllmError
+from sam4mllm_tool.pipeline import Segmentation
+from sam4mllm_tool.types import PromptPoint
+
+console = Console()
+_errors = Console(stderr=True)
+
+MllmOption = Annotated[
+    str, typer.Option(help="'embedded', or a directory or hub id of an image-text-to-text model.")
+]
+AdapterOption = Annotated[str | None, typer.Option(help="PEFT adapter over the MLLM.")]
+SamOption = Annotated[
+    str, typer.Option("--sam", help="'embedded', a segment-anything checkpoint, or a SAM family.")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and no more.")]
+
+# 1 is Python's own; shells see at once whether the call, the model's words or the set-up is wrong.
+EXIT_INPUT, EXIT_DIALOGUE, EXIT_BACKEND = 2, 3, 4
+
+
+def fail(error: Sam4MllmError) -> int:
+    """Print a typed error and return the exit status it stands for."""
+    _errors.print(f"[bold red]{type(error).__name__}[/]: ", end="")
+    _errors.print(error.message, markup=False, highlight=False)
+    if error.hint:
+        _errors.print(f"Hint: {error.hint}", style="yellow", markup=False, highlight=False)
+    if isinstance(error, DialogueError):
+        _errors.print(f"The model said: {error.raw_reply!r}", markup=False, highlight=False)
+        return EXIT_DIALOGUE
+    return EXIT_BACKEND if isinstance(error, BackendError) else EXIT_INPUT
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on standard output."""
+    print(json.dumps(document, indent=1))
+
+
+def segmentation_document(found: Segmentation) -> dict[str, Any]:
+    """The ``--json`` document of a query."""
+    trace = found.trace
+    return {
+        "image_size": [trace.image["width"], trace.image["height"]],
+        "status": found.status.value,
+        "expression": trace.expression,
+        "objects": [
+            {key: one[key] for key in ("box", "score", "area", "points", "mask", "predicted_iou")}
+            for one in trace.objects
+        ],
+        "timings": trace.timings,
+        "notes": trace.notes,
+    }
+
+
+def show_dialogue(found: Segmentation) -> None:
+    """The conversation, and every point with its answer."""
+    for turn in found.trace.conversation():
+        style = {"user": "cyan", "assistant": "green"}.get(turn["role"], "dim")
+        console.print(f"[{style}]{turn['role']:>9}[/] ", end="")
+        console.print(turn["text"].strip(), markup=False, highlight=False)
+    for number, one in enumerate(found.objects, 1):
+        if one.points:
+            console.print(points_table(one.points, f"object {number}: answers"))
+
+
+def points_table(points: tuple[PromptPoint, ...], title: str) -> Table:
+    """Points with label and probabilities."""
+    table = Table(title=title, title_justify="left")
+    for column in ("x", "y", "label", "p_yes", "p_no"):
+        table.add_column(column, justify="right" if column != "label" else "left")
+    colours = {"foreground": "green", "background": "red"}
+    for p in points:
+        colour = colours.get(p.label.value, "dim")
+        table.add_row(
+            f"{p.x:.1f}",
+            f"{p.y:.1f}",
+            f"[{colour}]{p.label.value}[/]",
+            "" if p.p_yes is None else f"{p.p_yes:.3f}",
+            "" if p.p_no is None else f"{p.p_no:.3f}",
+        )
+    return table
+
+
+def show_outcome(found: Segmentation, files: list[Path]) -> None:
+    """Status, objects, notes, times and the files written."""
+    if not found.objects:
+        console.print("[yellow]not found[/]: the model says that nothing in the picture matches.")
+    for number, one in enumerate(found.objects, 1):
+        box = ", ".join(f"{value:.0f}" for value in one.located.box)
+        console.print(
+            f"object {number}: box ({box}), mask {one.mask.area} pixels, "
+            f"predicted IoU {one.drawn.predicted_iou:.2f}",
+            highlight=False,
+        )
+    for note in found.notes:
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+    times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in found.trace.timings.items())
+    console.print(f"[dim]{times}[/]", highlight=False)
+    for path in files:
+        console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
