@@ -1,0 +1,1 @@
+"""Segmenters: SAM and its relatives behind one protocol."""

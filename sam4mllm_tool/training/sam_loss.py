@@ -1,0 +1,60 @@
+"""Losses of a small SAM, at the resolution of its mask logits."""
+
+import torch
+import torch.nn.functional as F
+
+MARGIN = 0.15  # the true box is enlarged by this share of its sides
+OUTSIDE = 0.5  # weight of the background outside that box
+
+
+def mask_loss(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and IoU of N masks.
+
+    Cross-entropy inside the slightly enlarged true box, where object and not-object must be told
+    apart, a weaker one outside, and dice. Counted over the whole picture the easy background
+    drowns the question.
+
+    Args:
+        logits: N x G x G, or N x M x G x G for M candidates.
+        targets: N x G x G, share of each cell that the mask covers.
+
+    Returns:
+        loss and IoU (of logits > 0 with targets > 0.5, no gradient), N or N x M.
+    """
+    inside = near_box(targets)
+    outside = 1 - inside
+    if logits.dim() == 4:
+        targets, inside, outside = targets[:, None], inside[:, None], outside[:, None]
+    entropy = F.binary_cross_entropy_with_logits(
+        logits, targets.expand_as(logits), reduction="none"
+    )
+    near = (entropy * inside).sum((-1, -2)) / inside.sum((-1, -2))
+    far = (entropy * outside).sum((-1, -2)) / outside.sum((-1, -2)).clamp(min=1)
+    probability = logits.sigmoid()
+    overlap = (probability * targets).sum((-1, -2))
+    total = probability.sum((-1, -2)) + targets.sum((-1, -2))
+    dice = 1 - (2 * overlap + 1) / (total + 1)
+    return 2 * near + OUTSIDE * far + dice, mask_iou(logits.detach() > 0, targets > 0.5)
+
+
+def mask_iou(masks: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """IoU of bool masks over the last two axes; 1 where both are empty."""
+    intersection = (masks & targets).sum((-1, -2))
+    union = (masks | targets).sum((-1, -2))
+    return torch.where(union > 0, intersection / union.clamp(min=1), torch.ones_like(union))
+
+
+def near_box(targets: torch.Tensor) -> torch.Tensor:
+    """1 inside each target's box, enlarged by `MARGIN` and a cell; N x G x G, float."""
+    cells = targets.shape[-1]
+    place = torch.arange(cells, device=targets.device)
+    ranges = []
+    for axis in (-1, -2):  # rows: reduce columns, and the other way round
+        present = targets.amax(axis) > 0
+        first = torch.where(present, place, cells).amin(-1)
+        last = torch.where(present, place, -1).amax(-1)
+        margin = MARGIN * (last - first + 1) + 1
+        low, high = (first - margin)[:, None], (last + margin)[:, None]
+        ranges.append((place >= low) & (place <= high))
+    rows, columns = ranges
+    return (rows[:, :, None] & columns[:, None, :]).float()
