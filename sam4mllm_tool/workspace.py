@@ -9,16 +9,18 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cachetools import LRUCache
 
 from sam4mllm_tool.access import ImagePolicy, readable_path
-from sam4mllm_tool.errors import UnknownHandle
+from sam4mllm_tool.errors import InputError, UnknownHandle
 from sam4mllm_tool.images import load_image
 from sam4mllm_tool.pipeline import Location
 from sam4mllm_tool.protocols import MaskCandidate
 from sam4mllm_tool.types import Box, Mask, PromptPoint, RgbImage
+
+R = TypeVar("R")
 
 DEFAULT_BYTES = 1024**3
 _OVERHEAD = 4096
@@ -125,14 +127,12 @@ class Workspace:
         """Keep a new object; returns it with its handle."""
         with self._lock:
             named = replace(record, object_id=self._next("obj"))
-            self._objects[named.object_id] = named
-            return named
+            return _keep(self._objects, named.object_id, named)
 
     def update_object(self, record: ObjectRecord) -> ObjectRecord:
         """Put a new value behind the record's handle."""
         with self._lock:
-            self._objects[record.object_id] = record
-            return record
+            return _keep(self._objects, record.object_id, record)
 
     def objects(self, image_id: str | None = None) -> list[ObjectRecord]:
         """All objects (of an image), oldest handle first."""
@@ -146,7 +146,7 @@ class Workspace:
         if image_id is None:
             image_id = self._by_digest[image.digest] = self._next("img")
         if image_id not in self._images:
-            self._images[image_id] = ImageRecord(image_id, image, source, notes)
+            _keep(self._images, image_id, ImageRecord(image_id, image, source, notes))
         return self._images[image_id]
 
     def _file_key(self, source: Any) -> tuple[Any, ...] | None:
@@ -165,6 +165,17 @@ class Workspace:
     def _next(self, kind: str) -> str:
         self._numbers[kind] += 1
         return f"{kind}_{self._numbers[kind]}"
+
+
+def _keep(cache: LRUCache[str, R], handle: str, record: R) -> R:
+    try:
+        cache[handle] = record
+    except ValueError as error:
+        raise InputError(
+            f"{handle} is too large for this workspace",
+            hint="Use a smaller picture, or a workspace with a larger max_bytes.",
+        ) from error
+    return record
 
 
 def _image_bytes(record: ImageRecord) -> int:

@@ -1,0 +1,74 @@
+"""Shared pictures and models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from sam4mllm_tool.pipeline import Sam4MLLM
+from sam4mllm_tool.testing import ColourSegmenter, TruthfulMllm
+from sam4mllm_tool.types import Mask, RgbImage
+
+RED, BLUE, WHITE = (214, 40, 40), (45, 95, 215), (255, 255, 255)
+
+
+@pytest.fixture(scope="session")
+def blocks() -> RgbImage:
+    """200×120, white, with a red block (20,30)–(80,90) and a blue one (120,20)–(180,60)."""
+    picture = Image.new("RGB", (200, 120), WHITE)
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((20, 30, 79, 89), fill=RED)
+    draw.rectangle((120, 20, 179, 59), fill=BLUE)
+    return RgbImage.from_pil(picture)
+
+
+@pytest.fixture(scope="session")
+def truth(blocks: RgbImage) -> dict[str, list[Mask]]:
+    red = Mask((blocks.array == RED).all(axis=2))
+    blue = Mask((blocks.array == BLUE).all(axis=2))
+    return {"the red block": [red], "the blue block": [blue], "all blocks": [red, blue]}
+
+
+@pytest.fixture
+def model(truth: dict[str, list[Mask]]) -> Sam4MLLM:
+    """The pipeline over truthful stand-ins."""
+    return Sam4MLLM(TruthfulMllm(truth), ColourSegmenter())
+
+
+@pytest.fixture(scope="session")
+def embedded_model() -> Sam4MLLM:
+    """The shipped models, loaded once."""
+    import torch
+
+    from sam4mllm_tool.load import load
+
+    torch.set_num_threads(1)
+    return load()
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def demo_image() -> tuple[RgbImage, str]:
+    """The shipped demo picture and its expression."""
+    import json
+
+    from sam4mllm_tool import embedded
+    from sam4mllm_tool.images import load_image
+
+    question = json.loads((embedded.DEMO / "demo.json").read_text())
+    return load_image(embedded.DEMO / question["picture"]).image, question["expression"]
+
+
+@pytest.fixture
+def blocks_file(blocks: RgbImage, tmp_path: Path) -> Path:
+    """The blocks picture as a PNG file."""
+    path = tmp_path / "blocks.png"
+    blocks.pil.save(path)
+    return path

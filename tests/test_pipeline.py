@@ -1,0 +1,252 @@
+"""The flow over truthful stand-ins, planted faults in the replies, and the shipped models."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sam4mllm_tool.errors import (
+    DialogueError,
+    ExpressionError,
+    InputError,
+    PointOutsideImage,
+    PromptError,
+)
+from sam4mllm_tool.geometry import box_iou
+from sam4mllm_tool.pipeline import Sam4MLLM, Settings, choose_mask, replay
+from sam4mllm_tool.points import Thresholds
+from sam4mllm_tool.protocols import MaskCandidate
+from sam4mllm_tool.testing import ColourSegmenter, ScriptedMllm, TruthfulMllm
+from sam4mllm_tool.trace import Trace
+from sam4mllm_tool.types import (
+    Box,
+    Mask,
+    Point,
+    PointLabel,
+    PromptPoint,
+    Status,
+    Strategy,
+    TargetCount,
+    YesNo,
+)
+
+ANY = TargetCount.ZERO_OR_MORE
+
+
+@pytest.mark.parametrize("strategy", [Strategy.PQPP, Strategy.ADAPTIVE, Strategy.BOX_ONLY])
+def test_the_true_mask_comes_out_exactly(model, blocks, truth, strategy):
+    model = replace(model, settings=Settings(strategy=strategy))
+    found = model.segment(blocks, "the red block")
+    assert found.status is Status.FOUND
+    assert found.objects[0].mask == truth["the red block"][0]
+
+
+def test_pqpp_asks_two_rounds_in_the_published_words(model, blocks):
+    model.segment(blocks, "the red block")
+    first, second = model.mllm.said
+    assert first == (
+        "Please provide the bounding box coordinate of the region this sentence describes (1):\n"
+        '"the red block".'
+    )
+    head, points = second.split("\n")
+    assert head == (
+        "Check if the points listed below are located on the object with bounding box "
+        "[100,250,400,750]:"
+    )
+    assert len(points.split(" ")) == 9
+
+
+def test_points_decide_what_the_box_cannot(blocks, truth):
+    """A ring: the box's centre is background, so only points find the object's colour."""
+    pixels = np.array(blocks.pil)
+    pixels[45:75, 35:65] = (255, 255, 255)
+    from PIL import Image
+
+    from sam4mllm_tool.types import RgbImage
+
+    image = RgbImage.from_pil(Image.fromarray(pixels))
+    ring = Mask((image.array == (214, 40, 40)).all(axis=2))
+    mllm = TruthfulMllm({"the ring": [ring]})
+    by_box = Sam4MLLM(mllm, ColourSegmenter(), Settings(strategy=Strategy.BOX_ONLY))
+    by_points = replace(by_box, settings=Settings(strategy=Strategy.PQPP))
+    assert by_box.segment(image, "the ring").objects[0].mask != ring
+    assert by_points.segment(image, "the ring").objects[0].mask == ring
+
+
+def test_several_objects_and_none_are_results(model, blocks, truth):
+    both = model.segment(blocks, "all blocks", count=TargetCount.ONE_OR_MORE)
+    assert [o.mask for o in both.objects] == truth["all blocks"]
+    none = model.segment(blocks, "the green block", count=ANY)
+    assert none.status is Status.NOT_FOUND
+    assert none.objects == ()
+    assert len(model.segment(blocks, "all blocks").objects) == 1
+
+
+def test_unsure_answers_are_not_shown_to_the_segmenter(truth, blocks):
+    shy = Sam4MLLM(TruthfulMllm(truth, certainty=0.7), ColourSegmenter())
+    found = shy.segment(blocks, "the red block")
+    assert {p.label for p in found.objects[0].points} == {PointLabel.UNDECIDED}
+    bolder = replace(shy, settings=Settings(thresholds=Thresholds(0.6, 0.6)))
+    labels = {p.label for p in bolder.segment(blocks, "the red block").objects[0].points}
+    assert labels == {PointLabel.FOREGROUND}
+
+
+def test_adaptive_stays_within_its_budget_and_stops_when_settled(model, blocks):
+    adaptive = replace(model, settings=Settings(strategy=Strategy.ADAPTIVE, budget=4))
+    found = adaptive.segment(blocks, "the red block")
+    assert len(found.objects[0].points) <= 4
+    assert found.trace.questions <= 3
+
+
+def test_ppg_takes_box_and_points_from_one_reply(blocks, truth):
+    reply = "\n[101,251,401,751] (200,500) (300,400) (150,300) (900,900)"
+    model = Sam4MLLM(ScriptedMllm([reply]), ColourSegmenter(), Settings(strategy=Strategy.PPG))
+    found = model.segment(blocks, "the red block")
+    labels = [p.label.value for p in found.objects[0].points]
+    assert labels == ["foreground"] * 3 + ["background"]
+    assert found.objects[0].mask == truth["the red block"][0]
+    assert found.trace.questions == 1
+
+
+def test_alternates_are_other_boxes_with_scores(model, blocks, truth):
+    located = model.locate(blocks, "the red block", alternates=2).objects[0]
+    assert box_iou(located.alternates[0].box, truth["the blue block"][0].box) > 0.95
+    assert 0 < located.alternates[0].score < located.score
+
+
+@pytest.mark.parametrize(
+    ("reply", "box", "note"),
+    [
+        ("\n[401,751,101,251]", Box(20.3, 30.18, 80.3, 90.18), "swapped"),
+        ("\n[101,251,1401,751]", Box(20.3, 30.18, 199.9, 90.18), "clamped"),
+        ("\n[101,251,101,251]", Box(20.2, 30.12, 20.4, 30.24), "widened"),
+    ],
+)
+def test_odd_boxes_are_mended_and_said_so(blocks, reply, box, note):
+    model = Sam4MLLM(ScriptedMllm([reply]), ColourSegmenter())
+    location = model.locate(blocks, "x")
+    assert location.objects[0].box == pytest.approx(box)
+    assert note in location.notes[0]
+
+
+@pytest.mark.parametrize("reply", ["", "I see a dog.", "[1,2,3]", "[a,b,c,d]", "\n[12,13"])
+def test_replies_without_a_box_are_dialogue_errors_with_the_reply(blocks, reply):
+    model = Sam4MLLM(ScriptedMllm([reply]), ColourSegmenter())
+    with pytest.raises(DialogueError) as caught:
+        model.segment(blocks, "the red block")
+    assert caught.value.raw_reply == reply
+    assert caught.value.hint
+
+
+def test_too_few_ppg_points_are_a_dialogue_error(blocks):
+    settings = Settings(strategy=Strategy.PPG)
+    model = Sam4MLLM(ScriptedMllm(["\n[101,251,401,751] (1,1)"]), ColourSegmenter(), settings)
+    with pytest.raises(DialogueError, match="1 points instead of 4"):
+        model.segment(blocks, "x")
+
+
+@pytest.mark.parametrize("expression", ["", "  \n\t ", "x" * 10_000])
+def test_empty_and_endless_expressions_are_refused(model, blocks, expression):
+    with pytest.raises(ExpressionError) as caught:
+        model.segment(blocks, expression)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "expression", ['the "red" block', "der röte Block\nим", "红色方块", "<s></s>"]
+)
+def test_unusual_expressions_are_asked_as_they_are(model, blocks, expression):
+    model.locate(blocks, expression, ANY)
+    assert " ".join(expression.split()) in model.mllm.said[-1]
+
+
+@pytest.mark.parametrize(
+    ("points", "error"),
+    [
+        ([Point(float("nan"), 1)], PromptError),
+        ([Point(1, float("inf"))], PromptError),
+        ([Point(-1, 5)], PointOutsideImage),
+        ([Point(200, 5)], PointOutsideImage),
+        ([], PromptError),
+        ([Point(1, 1)] * 10_000, PromptError),
+    ],
+)
+def test_bad_points_are_refused(model, blocks, points, error):
+    location = model.locate(blocks, "the red block")
+    with pytest.raises(error):
+        model.check_points(blocks, location, location.objects[0].box, points)
+
+
+def test_the_same_point_is_asked_once_and_answered_everywhere(model, blocks):
+    location = model.locate(blocks, "the red block")
+    points = [Point(30, 40), Point(150, 40), Point(30, 40)]
+    answers = model.check_points(blocks, location, location.objects[0].box, points)
+    assert [p.label.value for p in answers] == ["foreground", "background", "foreground"]
+    assert model.mllm.said[-1].count("(") == 2
+
+
+def test_many_points_are_asked_in_several_questions(model, blocks):
+    location = model.locate(blocks, "the red block")
+    points = [Point(x, 50) for x in range(70)]
+    answers = model.check_points(blocks, location, location.objects[0].box, points)
+    on = [p.label is PointLabel.FOREGROUND for p in answers]
+    assert on == [20 <= x < 80 for x in range(70)]
+    assert len(model.mllm.said) == 1 + 3
+
+
+def test_mask_choice_by_agreement_overrules_a_wrong_estimate():
+    def candidate(columns, predicted_iou):
+        pixels = np.zeros((4, 8), dtype=bool)
+        pixels[:, :columns] = True
+        return MaskCandidate(Mask(pixels), np.zeros((4, 8), np.float32), predicted_iou)
+
+    wide, narrow = candidate(8, 0.8), candidate(4, 0.6)
+    points = [PromptPoint(6, 1, PointLabel.BACKGROUND), PromptPoint(1, 1, PointLabel.FOREGROUND)]
+    assert choose_mask([wide, narrow], points) is wide
+    assert choose_mask([wide, narrow], points, "agreement") is narrow
+    assert choose_mask([wide, narrow], (), "agreement") is wide
+
+
+@pytest.mark.parametrize("strategy", list(Strategy))
+def test_a_saved_trace_replays_to_the_same_masks(embedded_model, demo_image, tmp_path, strategy):
+    model = replace(embedded_model, settings=Settings(strategy=strategy))
+    image, expression = demo_image
+    found = model.segment(image, expression)
+    saved = Trace.load(found.trace.save(tmp_path / "trace.json"))
+    assert saved == found.trace
+    again = replay(saved, image, model.segmenter)
+    assert [o.mask for o in again.objects] == [o.mask for o in found.objects]
+    assert again.trace.objects == found.trace.objects
+
+
+def test_a_trace_does_not_answer_other_questions(model, blocks):
+    trace = model.segment(blocks, "the red block").trace
+    trace.exchanges[0].dialogue[-1] = ("user", "something else")
+    with pytest.raises(InputError, match="does not hold"):
+        replay(trace, blocks, model.segmenter)
+
+
+def test_words_the_small_model_was_not_taught_are_noted(embedded_model, demo_image):
+    location = embedded_model.locate(demo_image[0], "the iridescent zeppelin")
+    assert "iridescent, zeppelin" in location.notes[0]
+    assert "the," not in location.notes[0]
+
+
+def test_the_shipped_models_run_the_whole_dialogue(embedded_model, demo_image):
+    image, expression = demo_image
+    found = embedded_model.segment(image, expression)
+    assert found.status is Status.FOUND
+    (one,) = found.objects
+    assert len(one.points) == 9
+    for point in one.points:
+        assert 0 <= point.p_yes + point.p_no <= 1 + 1e-6
+    assert one.mask.pixels.shape == (image.height, image.width)
+    assert set(found.trace.timings) == {"locate", "points", "image embedding", "mask"}
+
+
+def test_scripted_answers_count_by_threshold(blocks):
+    answers = [YesNo(0.9, 0.05)] * 4 + [YesNo(0.02, 0.95)] * 4 + [YesNo(0.4, 0.5)]
+    model = Sam4MLLM(ScriptedMllm(["\n[101,251,401,751]"], [answers]), ColourSegmenter())
+    points = model.segment(blocks, "x").objects[0].points
+    labels = [p.label.value for p in points]
+    assert labels == ["foreground"] * 4 + ["background"] * 4 + ["undecided"]

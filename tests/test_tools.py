@@ -1,0 +1,293 @@
+"""The tools as an agent calls them: by name, with JSON, over handles."""
+
+import asyncio
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from sam4mllm_tool.access import ImagePolicy
+from sam4mllm_tool.errors import (
+    AccessDenied,
+    BackendError,
+    CheckpointError,
+    DialogueError,
+    InputError,
+    PointOutsideImage,
+    PromptError,
+    UnknownHandle,
+)
+from sam4mllm_tool.pipeline import Sam4MLLM
+from sam4mllm_tool.testing import ColourSegmenter, ScriptedMllm
+from sam4mllm_tool.tools import REGISTRY, Toolbox
+from sam4mllm_tool.workspace import Workspace
+
+TOOLS = [
+    "segment_object",
+    "locate_object",
+    "is_point_inside_object",
+    "segment_with_prompts",
+    "compare_objects",
+    "view_objects",
+    "save_objects",
+]
+
+
+@pytest.fixture
+def box(model):
+    return Toolbox(model)
+
+
+def segment(box, path, expression="the red block", **more):
+    arguments = {"image": str(path), "expression": expression, **more}
+    return box.call("segment_object", arguments)
+
+
+def test_the_registry_holds_the_seven_tools_with_closed_schemas():
+    assert [spec.name for spec in REGISTRY] == TOOLS
+    for spec in REGISTRY:
+        schema = spec.arguments.model_json_schema()
+        assert schema["additionalProperties"] is False
+        assert all(p.get("description") for p in schema["properties"].values()), spec.name
+        assert spec.read_only == (spec.name != "save_objects")
+
+
+def test_listing_tools_loads_no_model():
+    def never() -> Sam4MLLM:
+        raise AssertionError("loaded")
+
+    assert len(Toolbox(never).specs()) == 7
+
+
+def test_segment_object_gives_handles_text_and_the_exact_mask(box, blocks_file, truth):
+    output = segment(box, blocks_file)
+    assert output.result.status == "found"
+    assert output.result.image_id == "img_1"
+    assert (output.result.image_width, output.result.image_height) == (200, 120)
+    (one,) = output.result.objects
+    assert one.object_id == "obj_1"
+    assert one.area == 3600
+    assert one.area_fraction == 0.15
+    assert one.points_inside == 9
+    assert output.masks["obj_1"] == truth["the red block"][0]
+    assert "obj_1" in output.text
+    assert "counts" not in output.text
+    rle = output.artifact()["masks"]["obj_1"]
+    assert int(coco_mask.area({**rle, "counts": rle["counts"].encode()})) == 3600
+    json.dumps(output.artifact())
+
+
+def test_not_found_says_what_to_do_next(box, blocks_file):
+    output = segment(box, blocks_file, "the green block")
+    assert output.result.status == "not_found"
+    assert output.result.objects == []
+    assert "simpler" in output.text
+
+
+def test_step_by_step_is_the_same_as_in_one_call(box, blocks_file, truth):
+    located = box.call("locate_object", {"image": str(blocks_file), "expression": "the red block"})
+    object_id = located.result.objects[0].object_id
+    assert located.result.objects[0].area is None
+    probed = box.call("is_point_inside_object", {"object_id": object_id})
+    assert [p.answer for p in probed.result.points] == ["inside"] * 9
+    drawn = box.call("segment_with_prompts", {"object_id": object_id})
+    assert drawn.result.objects[0].object_id == object_id
+    assert drawn.masks[object_id] == segment(box, blocks_file).masks["obj_2"]
+
+
+def test_points_are_answered_and_compared_with_the_mask(box, blocks_file):
+    segment(box, blocks_file)
+    points = [{"x": 30, "y": 40}, {"x": 5, "y": 5}]
+    result = box.call("is_point_inside_object", {"object_id": "obj_1", "points": points}).result
+    assert [p.answer for p in result.points] == ["inside", "outside"]
+    assert [p.in_mask for p in result.points] == [True, False]
+    assert not any(p.disagrees for p in result.points)
+    # a mask that misses part of the object disagrees with the answer there
+    half = box.call("segment_with_prompts", {"image": "img_1", "box": [20, 30, 50, 90]})
+    object_id = half.result.objects[0].object_id
+    record = box.workspace.object(object_id)
+    located = box.workspace.object("obj_1").location
+    from dataclasses import replace
+
+    box.workspace.update_object(replace(record, location=located))
+    told = box.call(
+        "is_point_inside_object", {"object_id": object_id, "points": [{"x": 70, "y": 60}]}
+    )
+    assert told.result.points[0].disagrees
+    assert "disagrees" in told.text
+
+
+def test_an_expression_alone_is_located_first(box, blocks_file):
+    arguments = {"image": str(blocks_file), "expression": "the blue block"}
+    result = box.call("is_point_inside_object", arguments).result
+    assert result.object_id == "obj_1"
+    missing = box.call("is_point_inside_object", {**arguments, "expression": "nothing"})
+    assert missing.result.status == "not_found"
+
+
+def test_refining_keeps_the_former_mask(box, blocks_file, truth):
+    segment(box, blocks_file)
+    point = {"x": 150, "y": 40, "label": "background"}
+    refined = box.call("segment_with_prompts", {"object_id": "obj_1", "points": [point]})
+    assert refined.result.objects[0].object_id == "obj_2"
+    assert refined.result.objects[0].points_outside == 1
+    assert box.workspace.object("obj_1").mask == truth["the red block"][0]
+
+
+def test_compare_measures_exactly(box, blocks_file):
+    segment(box, blocks_file, "all blocks")
+    arguments = {"object_ids": ["obj_1", "obj_2"], "combine": "union"}
+    output = box.call("compare_objects", arguments)
+    (pair,) = output.result.pairs
+    assert pair.position == ["left_of", "below"]
+    assert pair.distance == 40  # red ends at x 80, blue begins at 120, rows overlap
+    assert pair.iou == pair.a_inside_b == 0
+    assert output.result.combined.area == 3600 + 2400
+    assert output.masks["obj_3"].area == 6000
+    more = box.call("compare_objects", {"object_ids": ["obj_1", "obj_3"], "combine": "subtract"})
+    assert more.result.pairs[0].a_inside_b == 1
+    assert more.result.pairs[0].distance == 0
+    assert more.result.combined.area == 0
+
+
+def test_view_is_bounded_and_numbered(box, blocks_file):
+    segment(box, blocks_file, "all blocks")
+    output = box.call("view_objects", {"image": "img_1", "max_side": 100})
+    assert max(output.picture.size) <= 100
+    assert output.result.shown == {1: "obj_1", 2: "obj_2"}
+    cropped = box.call("view_objects", {"object_ids": ["obj_2"], "crop": True})
+    assert cropped.picture.width < 200
+
+
+def test_saved_files_read_back_exactly(box, blocks_file, tmp_path, truth):
+    segment(box, blocks_file, "all blocks")
+    formats = ["png", "coco_rle", "coco_polygons", "overlay"]
+    arguments = {"object_ids": ["obj_1", "obj_2"], "folder": str(tmp_path / "out")}
+    output = box.call("save_objects", {**arguments, "formats": formats})
+    files = {path.rpartition("/")[2]: path for path in output.result.files}
+    assert sorted(files) == [
+        "img_1_coco_polygons.json",
+        "img_1_coco_rle.json",
+        "img_1_obj_1.png",
+        "img_1_obj_2.png",
+        "img_1_overlay.png",
+    ]
+    saved = np.asarray(Image.open(files["img_1_obj_2.png"])) == 255
+    assert np.array_equal(saved, truth["the blue block"][0].pixels)
+    for name in ("img_1_coco_rle.json", "img_1_coco_polygons.json"):
+        coco = COCO(files[name])
+        masks = [coco.annToMask(a).astype(bool) for a in coco.loadAnns(coco.getAnnIds())]
+        assert np.array_equal(masks[0], truth["the red block"][0].pixels)
+        assert np.array_equal(masks[1], truth["the blue block"][0].pixels)
+
+
+def test_relative_coordinates_go_in_and_out(model, blocks_file, truth):
+    box = Toolbox(model, coordinates="relative_1000")
+    assert "thousandths" in box.specs()[0].description
+    output = segment(box, blocks_file)
+    assert output.result.objects[0].box == pytest.approx([100.5, 250.5, 400.5, 750.5])
+    points = [{"x": 150, "y": 333}, {"x": 1000, "y": 1000}]
+    told = box.call("is_point_inside_object", {"object_id": "obj_1", "points": points})
+    assert [p.answer for p in told.result.points] == ["inside", "outside"]
+    drawn = box.call("segment_with_prompts", {"image": "img_1", "box": [100, 250, 400, 750]})
+    assert drawn.masks[drawn.result.objects[0].object_id] == truth["the red block"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "error"),
+    [
+        ("segment", {}, InputError),
+        ("segment_object", {}, InputError),
+        ("segment_object", {"image": "IMAGE", "expression": ""}, InputError),
+        ("segment_object", {"image": "IMAGE", "expression": "x", "colour": "red"}, InputError),
+        ("segment_object", {"image": "/nowhere.png", "expression": "x"}, InputError),
+        ("segment_object", {"image": "img_7", "expression": "x"}, UnknownHandle),
+        ("segment_object", {"image": "http://127.0.0.1/x.png", "expression": "x"}, AccessDenied),
+        ("is_point_inside_object", {}, InputError),
+        ("is_point_inside_object", {"object_id": "obj_7"}, UnknownHandle),
+        ("is_point_inside_object", {"object_id": "obj_1", "points": []}, PromptError),
+        (
+            "is_point_inside_object",
+            {"object_id": "obj_1", "points": [{"x": 500, "y": 1}]},
+            PointOutsideImage,
+        ),
+        (
+            "is_point_inside_object",
+            {"object_id": "obj_1", "points": [{"x": float("nan"), "y": 1}]},
+            PromptError,
+        ),
+        ("segment_with_prompts", {"image": "img_1"}, InputError),
+        ("segment_with_prompts", {"image": "img_1", "box": [50, 50, 10, 10]}, PromptError),
+        ("segment_with_prompts", {"image": "img_1", "box": [500, 500, 600, 600]}, PromptError),
+        ("segment_with_prompts", {"image": "img_1", "box": [0, 0, 1]}, InputError),
+        ("compare_objects", {"object_ids": ["obj_1"]}, InputError),
+        ("view_objects", {}, InputError),
+        ("save_objects", {"object_ids": ["obj_9"], "folder": "/tmp"}, UnknownHandle),
+    ],
+)
+def test_bad_calls_are_input_errors_with_hints_and_nothing_is_lost(
+    box, blocks_file, name, arguments, error
+):
+    segment(box, blocks_file)
+    arguments = {k: str(blocks_file) if v == "IMAGE" else v for k, v in arguments.items()}
+    with pytest.raises(error) as caught:
+        box.call(name, arguments)
+    assert isinstance(caught.value, InputError)
+    assert caught.value.hint
+    assert box.call("view_objects", {"image": "img_1"}).result.shown == {1: "obj_1"}
+
+
+def test_saving_outside_the_allowed_folders_is_refused(model, blocks_file, tmp_path):
+    policy = ImagePolicy(allowed_dirs=(blocks_file.parent,))
+    box = Toolbox(model, Workspace(policy))
+    segment(box, blocks_file)
+    with pytest.raises(AccessDenied):
+        box.call("save_objects", {"object_ids": ["obj_1"], "folder": "/var/elsewhere"})
+
+
+def test_a_reply_that_does_not_parse_is_a_dialogue_error(blocks_file):
+    box = Toolbox(Sam4MLLM(ScriptedMllm(["mumble"]), ColourSegmenter()))
+    with pytest.raises(DialogueError, match="no box"):
+        segment(box, blocks_file)
+
+
+def test_a_missing_checkpoint_is_a_backend_error_every_time(blocks_file):
+    def broken() -> Sam4MLLM:
+        raise CheckpointError("gone", hint="put it back")
+
+    box = Toolbox(broken)
+    for _ in range(2):
+        with pytest.raises(BackendError, match="gone"):
+            segment(box, blocks_file)
+
+
+def test_clients_share_the_model_and_nothing_else(box, blocks_file):
+    segment(box, blocks_file)
+    other = box.for_workspace(Workspace())
+    assert other.model is box.model
+    with pytest.raises(UnknownHandle):
+        other.call("view_objects", {"object_ids": ["obj_1"]})
+
+
+async def test_many_async_calls_at_once_get_their_own_answers(box, blocks_file):
+    expressions = ["the red block", "the blue block", "nothing"] * 4
+    outputs = await asyncio.gather(
+        *(
+            box.acall("segment_object", {"image": str(blocks_file), "expression": expression})
+            for expression in expressions
+        )
+    )
+    areas = [o.result.objects[0].area if o.result.objects else None for o in outputs]
+    assert areas == [3600, 2400, None] * 4
+
+
+def test_the_shipped_models_behind_the_tools(embedded_model, demo_image):
+    box = Toolbox(embedded_model)
+    record = box.workspace.open_image(demo_image[0].pil)
+    arguments = {"image": record.image_id, "expression": demo_image[1], "count": "1"}
+    output = box.call("segment_object", arguments)
+    assert output.result.status == "found"
+    assert output.result.questions == 2
