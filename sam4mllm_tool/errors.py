@@ -8,6 +8,7 @@
     │   ├── ExpressionError      empty or overlong text
     │   ├── PromptError          box or points that make no sense (NaN, empty, too many)
     │   │   └── PointOutsideImage
+    │   ├── DatasetError         a data set's file is missing or not in its layout
     │   ├── UnknownHandle        image_id or object_id never given out, or evicted since
     │   └── AccessDenied         path or URL the policy does not allow
     ├── DialogueError        the model's reply could not be read; carries ``raw_reply``
@@ -63,6 +64,10 @@ class PromptError(InputError):
 
 class PointOutsideImage(PromptError):
     """A point lies outside the image."""
+
+
+class DatasetError(InputError):
+    """A data set's file is missing (the hint says what to download) or not in its layout."""
 
 
 class UnknownHandle(InputError):

@@ -118,6 +118,7 @@ def test_masks_of_several_objects_are_united():
     assert compare_masks([], [Mask(truth)]) == (0, 12, 0)
     assert compare_masks([Mask(a)], []) == (0, 0, 8)
     assert compare_masks([], []) == (0, 0, 0)
+    assert compare_masks([Mask(a), Mask(b)], [Mask(truth)], ignore=Mask(a)) == (4, 4, 4)
     with pytest.raises(ValueError, match="shape"):
         compare_masks([Mask(a)], [Mask(truth[:2])])
 

@@ -113,13 +113,17 @@ class Outcome:
         return cls(**{**data, "points": points})
 
 
-def compare_masks(predicted: Sequence[Mask], truth: Sequence[Mask]) -> tuple[int, int, int]:
+def compare_masks(
+    predicted: Sequence[Mask], truth: Sequence[Mask], ignore: Mask | None = None
+) -> tuple[int, int, int]:
     """(intersection, truth area, predicted area) of the united masks, in pixels.
+
+    Pixels of ``ignore`` count in none of the three (ReasonSeg's ignored regions).
 
     Raises:
         ValueError: masks of different sizes.
     """
-    union_a, union_b = _united(predicted), _united(truth)
+    union_a, union_b = _united(predicted, ignore), _united(truth, ignore)
     if union_a is None or union_b is None:
         return (
             0,
@@ -321,5 +325,8 @@ def summarise(
     return {name: resampler.estimate(outcomes, metric) for name, metric in METRICS.items()}
 
 
-def _united(masks: Sequence[Mask]) -> NDArray[np.bool_] | None:
-    return np.logical_or.reduce([mask.pixels for mask in masks]) if masks else None
+def _united(masks: Sequence[Mask], ignore: Mask | None) -> NDArray[np.bool_] | None:
+    if not masks:
+        return None
+    united: NDArray[np.bool_] = np.logical_or.reduce([mask.pixels for mask in masks])
+    return united & ~ignore.pixels if ignore else united
