@@ -1,0 +1,47 @@
+"""Cancelling and progress."""
+
+import asyncio
+import threading
+
+import pytest
+
+from sam4mllm_tool.calls import CallCancelled, CallContext, call_context, run_in_thread, stage
+
+
+def test_stages_are_reported_and_a_cancelled_call_stops_at_the_next():
+    seen: list[str] = []
+    with call_context(CallContext(on_stage=seen.append)) as context:
+        stage("one")
+        context.cancelled.set()
+        with pytest.raises(CallCancelled):
+            stage("two")
+    stage("outside")
+    assert seen == ["one"]
+
+
+async def test_cancelling_the_task_stops_the_worker():
+    started, stopped = threading.Event(), threading.Event()
+
+    def work() -> None:
+        started.set()
+        try:
+            for _ in range(1000):
+                threading.Event().wait(0.005)
+                stage("step")
+        except CallCancelled:
+            stopped.set()
+            raise
+
+    task = asyncio.create_task(run_in_thread(work))
+    await asyncio.to_thread(started.wait, 5)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await asyncio.to_thread(stopped.wait, 5)
+
+
+async def test_the_surrounding_listener_hears_the_worker():
+    seen: list[str] = []
+    with call_context(CallContext(on_stage=seen.append)):
+        await run_in_thread(stage, "locate")
+    assert seen == ["locate"]
