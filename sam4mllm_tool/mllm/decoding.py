@@ -21,7 +21,8 @@ class Fork:
     """A free choice that a reply has made, and what it could have said instead.
 
     Attributes:
-        spot: the place behind which the choice was made, everything read.
+        spot: the place behind which the choice was made, everything read (``None`` if it was
+            not kept).
         tokens, log_probabilities: the allowed tokens, and their probabilities among themselves.
         place: where the reply was in its grammar.
         chosen: index of the token that was said.
@@ -29,7 +30,7 @@ class Fork:
         score: sum of log-probabilities before the choice.
     """
 
-    spot: Spot
+    spot: Spot | None
     place: Place
     tokens: Tensor
     log_probabilities: Tensor
@@ -56,7 +57,8 @@ class Spoken:
 def speak_freely(engine: Engine, spot: Spot, end_ids: Sequence[int], limit: int) -> Spoken:
     """Greedy reply without a grammar, up to ``limit`` tokens."""
     said: list[int] = []
-    score, new = 0.0, ()
+    score = 0.0
+    new: tuple[int, ...] = ()
     while len(said) < limit:
         spot, logits = engine.read(spot, new)
         token = int(logits[-1].argmax())
@@ -86,7 +88,7 @@ def speak(
     forks: list[Fork] = []
     score, place = 0.0, grammar.start
     new: list[int] = []
-    if start is not None:
+    if start is not None and start.spot is not None:
         token = int(start.tokens[choice])
         score = start.score + float(start.log_probabilities[choice])
         if grammar.is_end(token):
@@ -120,9 +122,8 @@ def speak_alternates(
     nothing new.
     """
     greedy = speak(engine, spot, grammar, limit)
-    ways = sorted(_other_ways(greedy.forks, grammar, count), key=lambda way: -way[0])
     found = {greedy.ids: greedy}
-    for _, fork, choice in ways:
+    for _, fork, choice in other_ways(greedy.forks, grammar, count):
         if len(found) >= count:
             break
         other = speak(engine, spot, grammar, limit, fork, choice)
@@ -177,18 +178,18 @@ def _choose(
     return Fork(spot, place, tokens, among, int(among.argmax()), said, score)
 
 
-def _other_ways(
+def other_ways(
     forks: Iterable[Fork], grammar: TokenGrammar, count: int
 ) -> list[tuple[float, Fork, int]]:
-    """(score, fork, choice) of the likeliest other choices."""
+    """The likeliest other choices: (score up to and with it, fork, index of the token)."""
     ways = []
     for fork in forks:
-        likely = fork.log_probabilities.clone()
+        likely = grammar.peaks(fork.tokens, fork.log_probabilities)
         likely[fork.chosen] = -torch.inf
         for value, choice in zip(*likely.topk(min(count, len(likely))), strict=True):
             if torch.isfinite(value):
                 ways.append((fork.score + float(value), fork, int(choice)))
-    return ways
+    return sorted(ways, key=lambda way: -way[0])
 
 
 def _pick(logits: Tensor, options: Tensor) -> list[int]:

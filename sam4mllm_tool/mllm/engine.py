@@ -85,7 +85,7 @@ class Engine:
             CallCancelled: nobody wants the answer any more.
             DeviceOutOfMemory: the device is too small for this image.
         """
-        with self.turn.taken(), self._memory_guard(), torch.inference_mode():
+        with self.turn.taken(), self.memory_guard(), torch.inference_mode():
             unread = (*spot.unread, *ids)
             if spot.prefix is None:
                 return self._read_with_image(spot, unread, keep)
@@ -121,21 +121,27 @@ class Engine:
         self, inputs: ImageInputs, ids: tuple[int, ...], image_end: int, keep: int
     ) -> tuple[Prefix, Tensor]:
         """The one pass that sees pixels."""
+        arguments = self.image_arguments(inputs, ids, image_end)
+        out = self.model(use_cache=True, logits_to_keep=keep, **arguments)
+        # The model's own copy is overwritten by the next image; ours stays with the prefix.
+        deltas = getattr(getattr(self.model, "model", None), "rope_deltas", None)
+        shift = 0 if deltas is None else int(deltas.reshape(-1)[0])
+        return Prefix(ids, out.past_key_values, shift), out.logits[0, -keep:].float()
+
+    def image_arguments(
+        self, inputs: ImageInputs, ids: tuple[int, ...], image_end: int
+    ) -> dict[str, Any]:
+        """The model's arguments for reading ``ids`` with the image among them."""
+        tokens = torch.tensor([ids], device=self.device)
         arguments: dict[str, Any] = {
             name: self._on_device(tensor) for name, tensor in inputs.tensors.items()
         }
-        tokens = torch.tensor([ids], device=self.device)
         if inputs.token_types is not None:
             start = image_end - len(inputs.ids)
             types = torch.zeros_like(tokens)
             types[0, start:image_end] = torch.tensor(inputs.token_types, device=self.device)
             arguments["mm_token_type_ids"] = types
-        arguments["attention_mask"] = torch.ones_like(tokens)
-        out = self.model(input_ids=tokens, use_cache=True, logits_to_keep=keep, **arguments)
-        # The model's own copy is overwritten by the next image; ours stays with the prefix.
-        deltas = getattr(getattr(self.model, "model", None), "rope_deltas", None)
-        shift = 0 if deltas is None else int(deltas.reshape(-1)[0])
-        return Prefix(ids, out.past_key_values, shift), out.logits[0, -keep:].float()
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **arguments}
 
     def _read_on(self, prefix: Prefix, ids: tuple[int, ...], keep: int) -> tuple[Prefix, Tensor]:
         start = len(prefix.ids)
@@ -156,7 +162,8 @@ class Engine:
         return tensor.to(self.device)
 
     @contextmanager
-    def _memory_guard(self) -> Iterator[None]:
+    def memory_guard(self) -> Iterator[None]:
+        """Turn running out of memory into an error with a hint, and free what is kept."""
         try:
             yield
         except torch.OutOfMemoryError as error:

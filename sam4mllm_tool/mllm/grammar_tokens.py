@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
+from torch import Tensor
+
 from sam4mllm_tool.errors import CheckpointError
 from sam4mllm_tool.grammar import Choice, Grammar, Literal, Number, Part, Repeat
 from sam4mllm_tool.mllm.conversation import DialogueEncoder
@@ -29,6 +32,9 @@ class _Track:
     head: Part | _Forced
     rest: _Track | None
 
+
+_NEIGHBOURS = 15
+"""Numbers this close (of 1000) to a likelier one are no alternates of their own."""
 
 Place = frozenset["_Track | None"]
 """Where a reply is within a grammar."""
@@ -73,6 +79,24 @@ class TokenGrammar:
     def is_end(self, token: int) -> bool:
         """Whether a token ends the turn."""
         return token in self._end_ids
+
+    def peaks(self, tokens: Tensor, log_probabilities: Tensor) -> Tensor:
+        """Log-probabilities of allowed tokens, minus infinity where a number close by is likelier.
+
+        A neighbour of a likely coordinate says nothing new; other tokens are left as they are.
+        """
+        values = self._digits.values
+        numbers = [(values[t], i) for i, t in enumerate(tokens.tolist()) if t in values]
+        found = log_probabilities.clone()
+        if len(numbers) < 4 * _NEIGHBOURS:
+            return found
+        order = torch.tensor([i for _, i in sorted(numbers)], device=found.device)
+        line = found[order]
+        around = torch.nn.functional.max_pool1d(
+            line[None], 2 * _NEIGHBOURS + 1, stride=1, padding=_NEIGHBOURS
+        )[0]
+        found[order] = torch.where(line < around, -torch.inf, line)
+        return found
 
     def _expand(self, place: Place) -> dict[int, Place]:
         merged: dict[int, set[_Track | None]] = {}
@@ -137,6 +161,7 @@ class _DigitTokens:
     """Tokens made of ASCII digits only, by their number of digits."""
 
     by_length: dict[int, tuple[int, ...]]
+    values: dict[int, int]
 
     def groups(self, digits: int) -> list[tuple[int, tuple[int, ...]]]:
         """(length, tokens) that a number with that many digits left may go on with."""
@@ -149,7 +174,8 @@ class _DigitTokens:
 @lru_cache(maxsize=16)
 def _digit_tokens(encoder: DialogueEncoder) -> _DigitTokens:
     by_length: dict[int, list[int]] = {}
-    for token, index in encoder.tokenizer.get_vocab().items():
+    vocabulary = encoder.tokenizer.get_vocab()
+    for token, index in vocabulary.items():
         if token.isascii() and token.isdigit():
             by_length.setdefault(len(token), []).append(index)
     if len(by_length.get(1, ())) != 10 and len(by_length.get(3, ())) != 1000:
@@ -157,7 +183,8 @@ def _digit_tokens(encoder: DialogueEncoder) -> _DigitTokens:
             "the tokenizer has no tokens for the ten digits",
             hint="Ask without a grammar, or use another checkpoint.",
         )
-    return _DigitTokens({n: tuple(sorted(ids)) for n, ids in by_length.items()})
+    values = {index: int(t) for t, index in vocabulary.items() if t.isascii() and t.isdigit()}
+    return _DigitTokens({n: tuple(sorted(ids)) for n, ids in by_length.items()}, values)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ import psutil
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
 from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory
@@ -116,15 +119,16 @@ def load_model(folder: Path, placement: Placement) -> Any:
     elif placement.device_map is not None:
         options["device_map"] = placement.device_map
     try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            config=config,
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **options,
-        )
+        with _no_progress_bar():
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                folder,
+                config=config,
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
         if "device_map" not in options:
             model = model.to(placement.device)
     except torch.OutOfMemoryError as error:
@@ -146,9 +150,10 @@ def load_processor(folder: Path) -> Any:
         CheckpointError: missing or not a processor for images and text.
     """
     try:
-        processor = AutoProcessor.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True, backend="pil"
-        )
+        options = {"trust_remote_code": False, "local_files_only": True}
+        processor = AutoProcessor.from_pretrained(folder, **options)
+        # Chosen apart: video processors know no such backend and would refuse.
+        pictures = AutoImageProcessor.from_pretrained(folder, backend="pil", **options)
     except Exception as error:
         raise CheckpointError(
             f"the processor in {folder} cannot be loaded: {error}",
@@ -159,6 +164,7 @@ def load_processor(folder: Path) -> Any:
             f"{folder} holds no processor for images and text",
             hint="The checkpoint must be an image-text-to-text chat model.",
         )
+    processor.image_processor = pictures
     return processor
 
 
@@ -315,6 +321,18 @@ def _quantization(placement: Placement) -> BitsAndBytesConfig:
         bnb_4bit_compute_dtype=placement.dtype,
         llm_int8_skip_modules=None,
     )
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing on the terminal of whoever called a tool."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _best_device() -> str:

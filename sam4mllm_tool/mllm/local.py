@@ -28,7 +28,7 @@ from sam4mllm_tool.protocols import Reply
 from sam4mllm_tool.types import RgbImage, YesNo
 
 _GIBIBYTE = 1 << 30
-_LONGEST_REPLY = 4096
+LONGEST_REPLY = 4096
 
 
 class LocalMllm:
@@ -151,7 +151,7 @@ class LocalMllm:
             spoken = speak_freely(self.engine, spot, self.end_ids, max_new_tokens)
             free = len(spoken.ids)
         else:
-            spoken = speak(self.engine, spot, self._grammar(grammar), _LONGEST_REPLY)
+            spoken = speak(self.engine, spot, self._grammar(grammar), LONGEST_REPLY)
             free = len(spoken.forks)
         self.engine.keep(spoken.spot)
         return self._reply(spoken, free, spoken.spot.passes)
@@ -165,7 +165,7 @@ class LocalMllm:
         choice and go on greedily, so each costs only its own tail.
         """
         spot = self._open(image, dialogue)
-        replies = speak_alternates(self.engine, spot, self._grammar(grammar), _LONGEST_REPLY, count)
+        replies = speak_alternates(self.engine, spot, self._grammar(grammar), LONGEST_REPLY, count)
         self.engine.keep(replies[0].spot)
         return [self._reply(r, len(r.forks), r.spot.passes) for r in replies]
 

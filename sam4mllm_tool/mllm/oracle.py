@@ -1,0 +1,165 @@
+"""The full-recompute oracle: every question starts over with plain ``model.generate``.
+
+This is the procedure of SAM4MLLM's authors: each round encodes the image, reads the whole
+prompt and decodes token by token (with a key-value cache within the call). The engine must say
+the same; tests and the benchmark hold it to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from sam4mllm_tool.dialogue import Dialogue, YesNoWords
+from sam4mllm_tool.grammar import Grammar
+from sam4mllm_tool.mllm.decoding import Fork, other_ways
+from sam4mllm_tool.mllm.grammar_tokens import Place, TokenGrammar
+from sam4mllm_tool.mllm.local import LONGEST_REPLY, LocalMllm
+from sam4mllm_tool.protocols import Reply
+from sam4mllm_tool.types import RgbImage, YesNo
+
+
+class RecomputeMllm(LocalMllm):
+    """A :class:`LocalMllm` that reuses nothing between calls."""
+
+    def generate(
+        self,
+        image: RgbImage,
+        dialogue: Dialogue,
+        *,
+        grammar: Grammar | None = None,
+        max_new_tokens: int = 256,
+    ) -> Reply:
+        """Greedy reply, by one ``model.generate``."""
+        if grammar is None:
+            ids, logits = self._run(image, dialogue, None, max_new_tokens)
+            score = sum(float(r.log_softmax(-1)[t]) for t, r in zip(ids, logits, strict=True))
+            free = [token for token in ids if token not in self.end_ids]
+            return Reply(self.encoder.decode_continuation(free), score, len(free), len(ids))
+        said, forks = self._run_grammar(image, dialogue, self._grammar(grammar))
+        return self._scored(said, forks, 0.0)
+
+    def alternates(
+        self, image: RgbImage, dialogue: Dialogue, *, grammar: Grammar, count: int
+    ) -> list[Reply]:
+        """The greedy reply and others, each by a ``model.generate`` of its own."""
+        tokens = self._grammar(grammar)
+        said, forks = self._run_grammar(image, dialogue, tokens)
+        found = {said: self._scored(said, forks, 0.0)}
+        for score, fork, choice in other_ways(forks, tokens, count):
+            if len(found) >= count:
+                break
+            start = (*fork.said, int(fork.tokens[choice]))
+            said, after = self._run_grammar(image, dialogue, tokens, start)
+            found.setdefault(said, self._scored(said, after, score))
+        greedy, *others = found.values()
+        return [greedy, *sorted(others, key=lambda r: -(r.log_probability or 0.0))]
+
+    def answer_yes_no(
+        self, image: RgbImage, dialogue: Dialogue, *, words: YesNoWords, count: int
+    ) -> list[YesNo]:
+        """Answers one by one, by one ``model.generate``."""
+        if count < 1:
+            return []
+        tokens = self._words(words)
+        only = _OnlyTokens([*((i,) for i in tokens.prefix), *[(*tokens.yes, *tokens.no)] * count])
+        _, logits = self._run(image, dialogue, only, len(tokens.prefix) + count)
+        rows = logits[len(tokens.prefix) :].softmax(-1)
+        p_yes = rows[:, list(tokens.yes)].sum(-1).tolist()
+        p_no = rows[:, list(tokens.no)].sum(-1).tolist()
+        return [YesNo(y, n) for y, n in zip(p_yes, p_no, strict=True)]
+
+    def _run(
+        self, image: RgbImage, dialogue: Dialogue, processor: LogitsProcessor | None, limit: int
+    ) -> tuple[list[int], Tensor]:
+        """New ids (end of turn included) and the float32 logits each was chosen from."""
+        inputs = self._image_inputs(image)
+        encoded = self.encoder.encode(dialogue, inputs)
+        config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=limit,
+            eos_token_id=list(self.end_ids),
+            pad_token_id=self.end_ids[0],
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        with self.engine.turn.taken(), self.engine.memory_guard(), torch.inference_mode():
+            out = self.model.generate(
+                **self.engine.image_arguments(inputs, encoded.ids, encoded.image_end),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([] if processor is None else [processor]),
+            )
+        ids = out.sequences[0, len(encoded.ids) :].tolist()
+        return ids, torch.cat(out.logits).float()
+
+    def _run_grammar(
+        self,
+        image: RgbImage,
+        dialogue: Dialogue,
+        grammar: TokenGrammar,
+        start: tuple[int, ...] = (),
+    ) -> tuple[tuple[int, ...], tuple[Fork, ...]]:
+        """Reply ids, and its free choices behind ``start``."""
+        ids, logits = self._run(image, dialogue, _OnlyGrammar(grammar, start), LONGEST_REPLY)
+        said = tuple(token for token in ids if not grammar.is_end(token))
+        return said, tuple(_free_choices(grammar, ids, logits, len(start)))
+
+    def _scored(self, said: tuple[int, ...], forks: Sequence[Fork], before: float) -> Reply:
+        score = before + sum(float(f.log_probabilities[f.chosen]) for f in forks)
+        return Reply(self.encoder.decode_continuation(said), score, len(forks), len(said))
+
+
+class _OnlyTokens(LogitsProcessor):  # type: ignore[misc]
+    """Allows only the given ids at each step."""
+
+    def __init__(self, allowed: Sequence[tuple[int, ...]]) -> None:
+        self.allowed, self.step = allowed, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.step += 1
+        return _restricted(scores, self.allowed[self.step - 1])
+
+
+@dataclass
+class _OnlyGrammar(LogitsProcessor):  # type: ignore[misc]
+    """Allows only what a grammar allows, after a given start."""
+
+    grammar: TokenGrammar
+    start: tuple[int, ...]
+    place: Place | None = None
+    step: int = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.place is None:
+            self.place = self.grammar.start
+        else:
+            self.place = self.grammar.allowed(self.place)[int(input_ids[0, -1])]
+        self.step += 1
+        if self.step <= len(self.start):
+            return _restricted(scores, (self.start[self.step - 1],))
+        return _restricted(scores, tuple(self.grammar.allowed(self.place)))
+
+
+def _restricted(scores: Tensor, allowed: tuple[int, ...]) -> Tensor:
+    kept = torch.full_like(scores, -torch.inf)
+    index = list(allowed)
+    kept[:, index] = scores[:, index]
+    return kept
+
+
+def _free_choices(grammar: TokenGrammar, ids: Sequence[int], logits: Tensor, behind: int) -> Any:
+    place, score = grammar.start, 0.0
+    for index, token in enumerate(ids):
+        options = list(grammar.allowed(place))
+        if index >= behind and len(options) > 1 and not grammar.at_end(place):
+            tokens = torch.tensor(options, device=logits.device)
+            among = logits[index][tokens].log_softmax(-1)
+            chosen = options.index(token)
+            yield Fork(None, place, tokens, among, chosen, tuple(ids[:index]), score)
+            score += float(among[chosen])
+        place = grammar.allowed(place)[token]
