@@ -90,7 +90,7 @@ def write_files(found: Segmentation, image: RgbImage, folder: Path) -> list[Path
 
 def write_trace(found: Segmentation, image: RgbImage, path: Path) -> Path:
     """The run as a self-contained page, or as JSON."""
-    from sam4mllm_tool.render import trace_page
+    from sam4mllm_tool.page import trace_page
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
