@@ -39,11 +39,13 @@ class Frame:
 
     def point_in(self, x: float, y: float) -> Point:
         """An agent's point in pixels. The far edge 1000 of a relative frame is the last pixel."""
+        if self.coordinates == "pixels":
+            return Point(x, y)
         scale_x, scale_y = self._scale
-        if self.coordinates == "relative_1000":
-            x = math.nextafter(1000, 0) if x == 1000 else x
-            y = math.nextafter(1000, 0) if y == 1000 else y
-        return Point(x * scale_x, y * scale_y)
+        return Point(
+            math.nextafter(self.width, 0) if x == 1000 else x * scale_x,
+            math.nextafter(self.height, 0) if y == 1000 else y * scale_y,
+        )
 
     def box_in(self, numbers: Sequence[float]) -> Box:
         """An agent's box in pixels.
