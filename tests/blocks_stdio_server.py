@@ -1,0 +1,33 @@
+"""An MCP server over stdio whose models know one picture, for tests: FOLDER [GATE].
+
+With GATE, loading waits until that file exists.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from sam4mllm_integrations.mcp_server import serve
+from sam4mllm_tool.pipeline import Sam4MLLM
+from sam4mllm_tool.testing import ColourSegmenter, TruthfulMllm
+from sam4mllm_tool.types import Mask
+
+
+def main() -> None:
+    folders = [Path(folder) for folder in sys.argv[1].split(":") if folder]
+    gate = Path(sys.argv[2]) if len(sys.argv) > 2 else None
+
+    def load() -> Sam4MLLM:
+        while gate is not None and not gate.exists():
+            time.sleep(0.02)
+        red = np.zeros((120, 200), bool)
+        red[30:90, 20:80] = True  # as drawn in conftest.py
+        return Sam4MLLM(TruthfulMllm({"the red block": [Mask(red)]}), ColourSegmenter())
+
+    serve(load, allow_dirs=folders)
+
+
+if __name__ == "__main__":
+    main()
