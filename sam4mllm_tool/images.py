@@ -19,7 +19,7 @@ from urllib.request import url2pathname
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sam4mllm_tool.access import ImagePolicy, fetch, readable_path, safe_output_path
 from sam4mllm_tool.errors import AccessDenied, ImageError, InputError
@@ -31,6 +31,7 @@ ImageSource: TypeAlias = "str | Path | bytes | Image.Image | NDArray[np.uint8]"
 
 # Raster formats Pillow decodes by itself; EPS and the like would start other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "ICO", "JPEG2000")
+_KNOWN_FORMATS = f"Give a complete picture file ({', '.join(FORMATS[:6])} …)."
 _WHITE = (255, 255, 255, 255)
 
 
@@ -185,6 +186,8 @@ def _decoded(open_image: Callable[[], Image.Image], policy: ImagePolicy) -> Load
         return LoadedImage(RgbImage.from_pil(rgb), tuple(notes))
     except InputError:
         raise
+    except UnidentifiedImageError as error:
+        raise ImageError("This is not a picture of a known format.", hint=_KNOWN_FORMATS) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(
             f"The picture is far over the limit of {policy.max_pixels:,} pixels.",
@@ -194,7 +197,7 @@ def _decoded(open_image: Callable[[], Image.Image], policy: ImagePolicy) -> Load
     except Exception as error:
         raise ImageError(
             f"The picture cannot be decoded: {str(error)[:200] or type(error).__name__}.",
-            hint=f"Give a complete picture file ({', '.join(FORMATS[:6])} …).",
+            hint=_KNOWN_FORMATS,
         ) from error
 
 

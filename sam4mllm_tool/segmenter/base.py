@@ -1,0 +1,238 @@
+"""What every SAM backend shares: one embedding an image, prompts in batches, turns and limits."""
+
+from __future__ import annotations
+
+import gc
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from cachetools import LRUCache
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sam4mllm_tool.calls import check_cancelled
+from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory, PromptError
+from sam4mllm_tool.mllm.turns import FairTurn
+from sam4mllm_tool.protocols import MaskCandidate, SegmentPrompt
+from sam4mllm_tool.types import Mask, PointLabel, PromptPoint, RgbImage
+
+DEFAULT_CACHE_BYTES = 256 * 1024**2
+_PROMPTS_AT_ONCE = 16
+_SHOWN_LABELS = {PointLabel.FOREGROUND: 1, PointLabel.BACKGROUND: 0}
+
+Embedding = TypeVar("Embedding")
+
+
+class EmbeddingSegmenter(ABC, Generic[Embedding]):
+    """A promptable segmenter that embeds an image once and answers prompts from the embedding.
+
+    Backends say how to encode an image, decode prompts and bring logits to the image's size.
+    Image embeddings are kept on the model's device, the least recently used one goes first. One
+    thread is at the model at a time; a caller who has gone gives up the place.
+
+    Args:
+        name: checkpoint, for traces.
+        device: where the model is.
+        cache_bytes: bound on the kept embeddings; what does not fit is computed again.
+    """
+
+    def __init__(self, name: str, device: torch.device, cache_bytes: int) -> None:
+        self.name = name
+        self.device = device
+        self._embeddings: LRUCache[str, Embedding] = LRUCache(cache_bytes, self._embedding_bytes)
+        self._turn = FairTurn()
+
+    @abstractmethod
+    def _encode(self, image: RgbImage) -> Embedding:
+        """The image embedding."""
+
+    @abstractmethod
+    def _embedding_bytes(self, embedding: Embedding) -> int:
+        """Memory an embedding holds."""
+
+    @abstractmethod
+    def _decode(
+        self, image: RgbImage, embedding: Embedding, prompts: Sequence[SegmentPrompt]
+    ) -> tuple[Tensor, Tensor]:
+        """Low-resolution logits (n, 3, h, w) and predicted IoUs (n, 3) of prompts of one kind."""
+
+    @abstractmethod
+    def _to_image_size(self, image: RgbImage, logits: Tensor) -> Tensor:
+        """Logits (n, c, h, w) brought to (n, c, image height, image width)."""
+
+    @property
+    @abstractmethod
+    def logits_shape(self) -> tuple[int, int]:
+        """(h, w) of the low-resolution logits."""
+
+    def embed(self, image: RgbImage) -> None:
+        """Compute and keep the image embedding, so that the next ``predict`` need not.
+
+        Raises:
+            DeviceOutOfMemory: the device is too small.
+        """
+        with self._at_model():
+            self._embedding(image)
+
+    def predict(
+        self, image: RgbImage, prompts: Sequence[SegmentPrompt]
+    ) -> list[tuple[MaskCandidate, ...]]:
+        """Three candidate masks a prompt (in the model's order), for all prompts of one image.
+
+        Prompts of one kind (same number of points, box or none, mask or none) are decoded
+        together; padding them to one length would change the masks.
+
+        Raises:
+            PromptError: a prompt holds neither box nor labelled point nor mask, a box or point
+                that is not finite, or mask logits of another size.
+            DeviceOutOfMemory: the device is too small.
+        """
+        for prompt in prompts:
+            self._check_prompt(prompt)
+        found: dict[int, tuple[MaskCandidate, ...]] = {}
+        for numbers in _groups_of_one_kind(prompts):
+            group = [prompts[number] for number in numbers]
+            with self._at_model():
+                logits, ious = self._decode(image, self._embedding(image), group)
+                for number, one, scores in zip(numbers, logits, ious, strict=True):
+                    found[number] = self._candidates(image, one, scores)
+        return [found[number] for number in range(len(prompts))]
+
+    def logits_at_image_size(
+        self, image: RgbImage, logits: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """Low-resolution logits brought to the image: ``float32`` of shape (height, width).
+
+        Raises:
+            PromptError: logits of another size than this segmenter's.
+        """
+        self._check_logits(logits)
+        with self._at_model():
+            small = torch.tensor(logits, dtype=torch.float32, device=self.device)[None, None]
+            return self._to_image_size(image, small)[0, 0].cpu().numpy()
+
+    def _embedding(self, image: RgbImage) -> Embedding:
+        known = self._embeddings.get(image.digest)
+        if known is not None:
+            return known
+        embedding = self._encode(image)
+        if self._embedding_bytes(embedding) <= self._embeddings.maxsize:
+            self._embeddings[image.digest] = embedding
+        check_cancelled()
+        return embedding
+
+    def _candidates(
+        self, image: RgbImage, logits: Tensor, ious: Tensor
+    ) -> tuple[MaskCandidate, ...]:
+        masks = (self._to_image_size(image, logits[None])[0] > 0).cpu().numpy()
+        low = logits.float().cpu().numpy()
+        scores = ious.float().cpu().tolist()
+        return tuple(
+            MaskCandidate(Mask(mask.copy()), one.copy(), score)
+            for mask, one, score in zip(masks, low, scores, strict=True)
+        )
+
+    def _check_prompt(self, prompt: SegmentPrompt) -> None:
+        points = shown_points(prompt)
+        if prompt.box is None and not points and prompt.mask_logits is None:
+            raise PromptError(
+                "the prompt holds neither a box nor a labelled point nor a mask",
+                hint="Give a box, a foreground or background point, or a former mask.",
+            )
+        numbers = [*(prompt.box or ()), *(value for p in points for value in (p.x, p.y))]
+        if not np.isfinite(numbers).all():
+            raise PromptError("a box or point is not a finite number", hint="Give pixels.")
+        if prompt.box is not None and (prompt.box.width < 0 or prompt.box.height < 0):
+            raise PromptError(
+                f"the box {tuple(prompt.box)} ends before it begins",
+                hint="Give x_min, y_min, x_max, y_max.",
+            )
+        if prompt.mask_logits is not None:
+            self._check_logits(prompt.mask_logits)
+
+    def _check_logits(self, logits: NDArray[np.float32]) -> None:
+        if logits.shape != self.logits_shape or not np.isfinite(logits).all():
+            raise PromptError(
+                f"mask logits of shape {logits.shape} do not fit; "
+                f"this segmenter's are finite and {self.logits_shape}",
+                hint="Give the logits of a mask that this segmenter made.",
+            )
+
+    @contextmanager
+    def _at_model(self) -> Iterator[None]:
+        with self._turn.taken(), torch.inference_mode():
+            try:
+                yield
+            except torch.OutOfMemoryError as error:
+                self._embeddings.clear()
+                gc.collect()
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                raise DeviceOutOfMemory(
+                    f"the segmenter ran out of memory on {self.device}: {error}",
+                    hint="Use a smaller picture or checkpoint, or device='cpu'.",
+                    retryable=True,
+                ) from error
+
+
+def shown_points(prompt: SegmentPrompt) -> list[PromptPoint]:
+    """The points SAM is shown: those with a label."""
+    return [point for point in prompt.points if point.label in _SHOWN_LABELS]
+
+
+def point_arrays(
+    prompts: Sequence[SegmentPrompt],
+) -> tuple[NDArray[np.float64], NDArray[np.int64]] | None:
+    """Pixels (n, points, 2) and labels (n, points; 1 foreground, 0 background), if any."""
+    shown = [shown_points(prompt) for prompt in prompts]
+    if not shown[0]:
+        return None
+    coordinates = np.array([[(p.x, p.y) for p in points] for points in shown], dtype=np.float64)
+    labels = np.array([[_SHOWN_LABELS[p.label] for p in points] for points in shown])
+    return coordinates, labels
+
+
+def box_array(prompts: Sequence[SegmentPrompt]) -> NDArray[np.float64] | None:
+    """Boxes (n, 4) in pixels, if any."""
+    boxes = [prompt.box for prompt in prompts if prompt.box is not None]
+    return np.array(boxes, dtype=np.float64) if boxes else None
+
+
+def mask_array(prompts: Sequence[SegmentPrompt]) -> NDArray[np.float32] | None:
+    """Former masks' logits (n, 1, h, w), if any."""
+    masks = [prompt.mask_logits for prompt in prompts if prompt.mask_logits is not None]
+    return np.stack(masks).astype(np.float32)[:, None] if masks else None
+
+
+def _groups_of_one_kind(prompts: Sequence[SegmentPrompt]) -> Iterator[list[int]]:
+    """Positions of prompts that may be decoded in one call, bounded in number."""
+    groups: dict[tuple[bool, int, bool], list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        kind = (prompt.box is not None, len(shown_points(prompt)), prompt.mask_logits is not None)
+        groups.setdefault(kind, []).append(number)
+    for numbers in groups.values():
+        for start in range(0, len(numbers), _PROMPTS_AT_ONCE):
+            yield numbers[start : start + _PROMPTS_AT_ONCE]
+
+
+def choose_device(device: str) -> torch.device:
+    """``"auto"``: CUDA before MPS before CPU.
+
+    Raises:
+        CheckpointError: a device this machine does not have.
+    """
+    try:
+        if device == "auto":
+            mps = "mps" if torch.backends.mps.is_available() else "cpu"
+            device = "cuda" if torch.cuda.is_available() else mps
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(
+            f"device {device!r} cannot be used: {error}", hint="Use device='auto' or 'cpu'."
+        ) from error
+    return chosen
