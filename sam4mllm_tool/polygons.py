@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
-from scipy.ndimage import binary_fill_holes, label
 
 from sam4mllm_tool.types import Mask
 
@@ -33,6 +32,8 @@ def polygons_to_mask(polygons: list[list[float]], width: int, height: int) -> Ma
 
 def _pieces(pixels: Pixels, x: int, y: int) -> Iterator[tuple[Pixels, int, int]]:
     """4-connected pieces without holes, each with the offset of its window."""
+    from scipy.ndimage import binary_fill_holes, label  # slow to import: servers start without
+
     numbered, count = label(pixels)
     for number in range(1, count + 1):
         piece = numbered == number

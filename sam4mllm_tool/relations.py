@@ -6,8 +6,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import binary_erosion
-from scipy.spatial import cKDTree
 
 from sam4mllm_tool.types import Mask
 
@@ -35,6 +33,8 @@ def centroid(mask: Mask) -> tuple[float, float] | None:
 
 def mask_distance(a: Mask, b: Mask) -> float:
     """Smallest gap between the masks in pixels; 0 if they touch or overlap, inf if one is empty."""
+    from scipy.spatial import cKDTree  # slow to import: servers start without
+
     if not a.area or not b.area:
         return float("inf")
     if (a.pixels & b.pixels).any():
@@ -79,4 +79,6 @@ def combine(how: Literal["union", "intersect", "subtract"], masks: list[Mask]) -
 
 def _rim(pixels: NDArray[np.bool_]) -> NDArray[np.intp]:
     """(row, column) of the mask's border pixels."""
+    from scipy.ndimage import binary_erosion
+
     return np.argwhere(pixels & ~binary_erosion(pixels))
