@@ -133,7 +133,7 @@ def _label(
     size: tuple[int, int],
 ) -> None:
     """A number in a filled plate, moved inside the picture."""
-    font = ImageFont.load_default(size=max(10, round(max(size) / 32)))
+    font = ImageFont.load_default(size=max(12, round(max(size) / 32)))
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font, anchor="lt")
     half_x, half_y = (right - left) / 2 + 3, (bottom - top) / 2 + 3
     x = min(max(centre[0], half_x), max(half_x, size[0] - half_x - 1))

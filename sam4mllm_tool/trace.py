@@ -110,11 +110,11 @@ class Trace(BaseModel):
         for exchange in self.exchanges:
             turns = [*exchange.dialogue, ("assistant", _answer_text(exchange))]
             for end in range(1, len(turns) + 1):
-                start = tuple(turns[:end])
+                start = tuple((role, text.strip()) for role, text in turns[:end])
                 if start not in seen:
                     seen.add(start)
                     role, text = turns[end - 1]
-                    said.append({"role": role, "text": text})
+                    said.append({"role": role, "text": text.strip()})
         return said
 
 
