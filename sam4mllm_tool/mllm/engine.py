@@ -19,7 +19,7 @@ from sam4mllm_tool.errors import DeviceOutOfMemory
 from sam4mllm_tool.mllm.conversation import Encoded, ImageInputs
 from sam4mllm_tool.mllm.prefix import Prefix
 from sam4mllm_tool.mllm.store import ImageKey, PrefixStore
-from sam4mllm_tool.mllm.turns import FairTurn
+from sam4mllm_tool.turns import FairTurn
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sam4mllm_tool.calls import check_cancelled
 from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory, PromptError
-from sam4mllm_tool.mllm.turns import FairTurn
 from sam4mllm_tool.protocols import MaskCandidate, SegmentPrompt
+from sam4mllm_tool.turns import FairTurn
 from sam4mllm_tool.types import Mask, PointLabel, PromptPoint, RgbImage
 
 DEFAULT_CACHE_BYTES = 256 * 1024**2
