@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 from pydantic import BaseModel
@@ -29,7 +29,7 @@ class Picture:
     """An encoded picture within a stated size."""
 
     data: bytes
-    mime_type: str
+    mime_type: Literal["image/png", "image/jpeg"]
     width: int
     height: int
 
@@ -109,17 +109,17 @@ def bounded_picture(image: Image.Image, max_characters: int = MAX_PICTURE_CHARAC
 
     PNG if that fits, else JPEG, else a smaller JPEG.
     """
-    picture = _encoded(image, "PNG")
+    picture = _png(image)
     for quality in _JPEG_QUALITIES:
         if _fits(picture, max_characters):
             return picture
-        picture = _encoded(image, "JPEG", quality)
+        picture = _jpeg(image, quality)
     while not _fits(picture, max_characters) and max(image.size) > _SMALLEST_SIDE:
         excess = math.sqrt(_characters(picture) / max_characters)
         scale = min(0.9, 1 / excess)
         size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
         image = image.resize(size, Image.Resampling.LANCZOS)
-        picture = _encoded(image, "JPEG", _JPEG_QUALITIES[-1])
+        picture = _jpeg(image, _JPEG_QUALITIES[-1])
     return picture
 
 
@@ -217,11 +217,16 @@ def _with_view_size(output: ToolOutput, picture: Picture) -> ToolOutput:
     return ToolOutput(result.model_copy(update=update), output.masks, output.picture)
 
 
-def _encoded(image: Image.Image, kind: str, quality: int = 0) -> Picture:
+def _png(image: Image.Image) -> Picture:
     buffer = BytesIO()
-    options = {"optimize": True} if kind == "PNG" else {"quality": quality}
-    image.convert("RGB").save(buffer, kind, **options)
-    return Picture(buffer.getvalue(), f"image/{kind.lower()}", image.width, image.height)
+    image.convert("RGB").save(buffer, "PNG", optimize=True)
+    return Picture(buffer.getvalue(), "image/png", image.width, image.height)
+
+
+def _jpeg(image: Image.Image, quality: int) -> Picture:
+    buffer = BytesIO()
+    image.convert("RGB").save(buffer, "JPEG", quality=quality)
+    return Picture(buffer.getvalue(), "image/jpeg", image.width, image.height)
 
 
 def _characters(picture: Picture) -> int:
