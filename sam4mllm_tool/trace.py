@@ -37,8 +37,8 @@ class Exchange(BaseModel):
     image: str = Field(description="digest of the picture that was asked about")
     dialogue: list[tuple[str, str]] = Field(description="(role, text) turns, the question last")
     count: int = Field(1, description="answers or alternates asked for")
-    replies: list[tuple[str, float | None]] = Field(
-        default=[], description="(text, log-probability) of each reply"
+    replies: list[tuple[str, float | None, int]] = Field(
+        default=[], description="(text, log-probability, free tokens) of each reply"
     )
     answers: list[YesNo] = Field(default=[], description="p_yes and p_no a point")
     seconds: float = 0.0
@@ -121,7 +121,7 @@ class Trace(BaseModel):
 def _answer_text(exchange: Exchange) -> str:
     if exchange.kind == "yes_no":
         return "".join("Yes" if a.p_yes >= a.p_no else "No" for a in exchange.answers)
-    return "\n".join(text for text, _ in exchange.replies).strip()
+    return "\n".join(text for text, *_ in exchange.replies).strip()
 
 
 class Recorder:
@@ -205,7 +205,7 @@ class RecordingMllm:
                 image=image.digest,
                 dialogue=[(turn.role, turn.text) for turn in dialogue],
                 count=count,
-                replies=[(reply.text, reply.log_probability) for reply in replies],
+                replies=[(reply.text, reply.log_probability, reply.tokens) for reply in replies],
                 answers=list(answers),
                 seconds=seconds,
             )
@@ -274,15 +274,14 @@ class ReplayMllm:
         max_new_tokens: int = 256,
     ) -> Reply:
         """The recorded reply."""
-        text, log_probability = self._find("generate", image, dialogue, 1).replies[0]
-        return Reply(text, log_probability)
+        return Reply(*self._find("generate", image, dialogue, 1).replies[0])
 
     def alternates(
         self, image: RgbImage, dialogue: Dialogue, *, grammar: Grammar, count: int
     ) -> list[Reply]:
         """The recorded replies."""
         found = self._find("alternates", image, dialogue, count)
-        return [Reply(text, log_probability) for text, log_probability in found.replies]
+        return [Reply(*reply) for reply in found.replies]
 
     def answer_yes_no(
         self, image: RgbImage, dialogue: Dialogue, *, words: YesNoWords, count: int
