@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from sam4mllm_tool.calls import stage
+from sam4mllm_tool.checks import check_expression, check_image_points
 from sam4mllm_tool.dialogue import Dialogue, Turn
-from sam4mllm_tool.errors import ExpressionError, PointOutsideImage, PromptError
 from sam4mllm_tool.formats import DialogueFormat, get_format
 from sam4mllm_tool.geometry import clip_box
+from sam4mllm_tool.marks import draw_marks
 from sam4mllm_tool.points import (
     Thresholds,
     grid_points,
@@ -27,6 +28,14 @@ from sam4mllm_tool.points import (
     uncertain_points,
 )
 from sam4mllm_tool.protocols import MaskCandidate, Mllm, Reply, Segmenter, SegmentPrompt
+from sam4mllm_tool.results import (
+    LocatedObject,
+    Location,
+    ScoredBox,
+    Segmentation,
+    SegmentedObject,
+    Settings,
+)
 from sam4mllm_tool.trace import Recorder, RecordingMllm, RecordingSegmenter, ReplayMllm, Trace
 from sam4mllm_tool.types import (
     Box,
@@ -35,107 +44,25 @@ from sam4mllm_tool.types import (
     PointLabel,
     PromptPoint,
     RgbImage,
-    Status,
     Strategy,
     TargetCount,
+    YesNo,
 )
 
-MAX_EXPRESSION = 2_000
-MAX_POINTS = 1_000
+__all__ = [
+    "LocatedObject",
+    "Location",
+    "Sam4MLLM",
+    "ScoredBox",
+    "Segmentation",
+    "SegmentedObject",
+    "Settings",
+    "agreement",
+    "choose_mask",
+    "replay",
+]
 
-
-@dataclass(frozen=True)
-class Settings:
-    """How the dialogue is held.
-
-    Attributes:
-        strategy: see :class:`~sam4mllm_tool.types.Strategy`.
-        points: candidate points a box in round 2.
-        candidates: how they are spread over the box.
-        thresholds: which answers count.
-        positive, negative: points asked for in a PPG reply.
-        budget: most points *adaptive* asks about, an object.
-        per_question: points *adaptive* asks about at a time.
-        choose_by: which of SAM's masks is taken: the best predicted IoU (the paper), or that plus
-            the share of confident points it agrees with.
-    """
-
-    strategy: Strategy = Strategy.PQPP
-    points: int = 9
-    candidates: Literal["grid", "poisson"] = "grid"
-    thresholds: Thresholds = field(default_factory=Thresholds)
-    positive: int = 3
-    negative: int = 1
-    budget: int = 9
-    per_question: int = 3
-    choose_by: Literal["predicted_iou", "agreement"] = "predicted_iou"
-
-
-@dataclass(frozen=True)
-class ScoredBox:
-    """A box in pixels; ``score`` is the geometric mean probability of its free tokens, 0…1."""
-
-    box: Box
-    score: float | None = None
-
-
-@dataclass(frozen=True)
-class LocatedObject:
-    """One object of round 1, with prompt points if the strategy got them in the same reply."""
-
-    box: Box
-    score: float | None = None
-    alternates: tuple[ScoredBox, ...] = ()
-    points: tuple[PromptPoint, ...] = ()
-
-
-@dataclass(frozen=True)
-class Location:
-    """Round 1's outcome; ``dialogue`` goes on in round 2."""
-
-    expression: str
-    count: TargetCount
-    dialogue: Dialogue
-    objects: tuple[LocatedObject, ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def status(self) -> Status:
-        """Found, or not found: both are results."""
-        return Status.FOUND if self.objects else Status.NOT_FOUND
-
-
-@dataclass(frozen=True)
-class SegmentedObject:
-    """An object with its mask, and the box and points that led to it."""
-
-    located: LocatedObject
-    points: tuple[PromptPoint, ...]
-    drawn: MaskCandidate
-
-    @property
-    def mask(self) -> Mask:
-        """The mask, at the size of the image."""
-        return self.drawn.mask
-
-
-@dataclass(frozen=True)
-class Segmentation:
-    """The result of one query."""
-
-    location: Location
-    objects: tuple[SegmentedObject, ...]
-    trace: Trace
-
-    @property
-    def status(self) -> Status:
-        """Found, or not found: both are results."""
-        return self.location.status
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a reader should know about the result."""
-        return self.location.notes
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -221,6 +148,8 @@ class Sam4MLLM:
     ) -> Location:
         """Round 1: the box(es) the expression means, each with up to ``alternates`` others."""
         stage("locate")
+        verified = self.settings.verified_boxes if count is TargetCount.ONE else 0
+        alternates = max(alternates, verified - 1)
         text = check_expression(expression)
         question = self.speech.ask_boxes(text, count, image.size)
         grammar = self.speech.box_grammar(count)
@@ -236,7 +165,9 @@ class Sam4MLLM:
         other_boxes = self._other_boxes(others, image, boxes)
         found = tuple(LocatedObject(box, _score(best), other_boxes) for box in boxes)
         notes = (*read.notes, *self._word_notes(text))
-        return Location(text, count, (*dialogue, Turn("assistant", best.text)), found, notes)
+        spoken = (*dialogue, Turn("assistant", best.text))
+        location = Location(text, count, spoken, found, notes)
+        return self._surest(image, location) if verified > 1 else location
 
     def locate_with_points(
         self, image: RgbImage, expression: str, count: TargetCount = TargetCount.ONE
@@ -290,20 +221,63 @@ class Sam4MLLM:
         asked = self.candidate_points(box, image) if points is None else list(points)
         check_image_points(asked, image)
         limits = thresholds or self.settings.thresholds
-        answers: dict[Point, PromptPoint] = {}
         different = list(dict.fromkeys(asked))
-        step = self.speech.points_per_question
-        for start in range(0, len(different), step):
-            some = different[start : start + step]
+        asking = self.settings.point_asking or self.speech.point_asking
+        ask = self._ask_by_marks if asking == "marks" else self._ask_by_coordinates
+        answers: dict[Point, PromptPoint] = {}
+        for point, answer in zip(different, ask(image, location, box, different), strict=True):
+            label = label_point(answer, limits)
+            answers[point] = PromptPoint(*point, label, answer.p_yes, answer.p_no)
+        return tuple(answers[point] for point in asked)
+
+    def _ask_by_coordinates(
+        self, image: RgbImage, location: Location, box: Box, points: Sequence[Point]
+    ) -> list[YesNo]:
+        """Round 2 as the paper has it: the dialogue of round 1 goes on."""
+        answers: list[YesNo] = []
+        for some in batched(points, self.speech.points_per_question):
             question = self.speech.ask_points(location.expression, box, some, image.size)
             dialogue = (*location.dialogue, Turn("user", question))
-            said = self.mllm.answer_yes_no(
-                image, dialogue, words=self.speech.yes_no, count=len(some)
-            )
-            for point, answer in zip(some, said, strict=True):
-                label = label_point(answer, limits)
-                answers[point] = PromptPoint(*point, label, answer.p_yes, answer.p_no)
-        return tuple(answers[point] for point in asked)
+            answers += self._yes_no(image, dialogue, len(some))
+        return answers
+
+    def _ask_by_marks(
+        self, image: RgbImage, location: Location, box: Box, points: Sequence[Point]
+    ) -> list[YesNo]:
+        """Round 2 on a copy of the picture with numbered marks, which is a dialogue of its own."""
+        marked = draw_marks(image, points, box)
+        answers: list[YesNo] = []
+        for some in batched(range(1, len(points) + 1), self.speech.points_per_question):
+            question = self.speech.ask_marks(location.expression, some)
+            answers += self._yes_no(marked, self._opening(question), len(some))
+        return answers
+
+    def _yes_no(self, image: RgbImage, dialogue: Dialogue, count: int) -> list[YesNo]:
+        return self.mllm.answer_yes_no(image, dialogue, words=self.speech.yes_no, count=count)
+
+    def verify(self, image: RgbImage, expression: str, boxes: Sequence[Box]) -> list[YesNo]:
+        """For each box, whether its region shows what the expression describes."""
+        stage("verify")
+        questions = [self.speech.ask_verification(expression, b, image.size) for b in boxes]
+        return [self._yes_no(image, self._opening(q), 1)[0] for q in questions]
+
+    def _surest(self, image: RgbImage, location: Location) -> Location:
+        """The location with the candidate box that verification is surest of."""
+        if len(location.objects) != 1 or not location.objects[0].alternates:
+            return location
+        first = location.objects[0]
+        candidates = [ScoredBox(first.box, first.score), *first.alternates]
+        answers = self.verify(image, location.expression, [c.box for c in candidates])
+        ranked = sorted(
+            zip(candidates, answers, strict=True), key=lambda pair: pair[1].p_yes, reverse=True
+        )
+        (best, _), *others = ranked
+        reply = self.speech.write_boxes([best.box], image.size)
+        return replace(
+            location,
+            dialogue=(*location.dialogue[:-1], Turn("assistant", reply)),
+            objects=(LocatedObject(best.box, best.score, tuple(other for other, _ in others)),),
+        )
 
     def draw(self, image: RgbImage, prompts: Sequence[SegmentPrompt]) -> list[MaskCandidate]:
         """Box and confident points → the chosen one of SAM's three masks, for each prompt."""
@@ -387,44 +361,6 @@ def replay(trace: Trace, image: RgbImage, segmenter: Segmenter) -> Segmentation:
     return model.segment(image, trace.expression, count=TargetCount(trace.count))
 
 
-def check_expression(expression: str) -> str:
-    """The expression on one line, without outer white space.
-
-    Raises:
-        ExpressionError: nothing left, or more than ``MAX_EXPRESSION`` characters.
-    """
-    text = " ".join(expression.split())
-    if not text:
-        raise ExpressionError(
-            "the expression is empty", hint="Describe the object, e.g. 'the red apple'."
-        )
-    if len(text) > MAX_EXPRESSION:
-        raise ExpressionError(
-            f"the expression has {len(text)} characters, the limit is {MAX_EXPRESSION}",
-            hint="Describe one object, or one group of objects, in a sentence.",
-        )
-    return text
-
-
-def check_image_points(points: Sequence[Point], image: RgbImage) -> None:
-    """Raise PromptError or PointOutsideImage unless all points lie on the image."""
-    if not points:
-        raise PromptError("no points were given", hint="Give at least one point (x, y).")
-    if len(points) > MAX_POINTS:
-        raise PromptError(
-            f"{len(points)} points were given, the limit is {MAX_POINTS}",
-            hint="Ask about fewer points; a few dozen describe an object well.",
-        )
-    for x, y in points:
-        if not (math.isfinite(x) and math.isfinite(y)):
-            raise PromptError(f"the point ({x}, {y}) is not finite", hint="Give pixel numbers.")
-        if not (0 <= x < image.width and 0 <= y < image.height):
-            raise PointOutsideImage(
-                f"the point ({x:g}, {y:g}) lies outside the image",
-                hint=f"x goes from 0 to {image.width}, y from 0 to {image.height}, exclusive.",
-            )
-
-
 def agreement(mask: Mask, points: Sequence[PromptPoint]) -> float:
     """Share of the foreground and background points that the mask agrees with, 1 if none."""
     sure = [p for p in points if p.label is not PointLabel.UNDECIDED]
@@ -457,6 +393,12 @@ def _blot(doubt: np.ndarray, point: PromptPoint, radius: float) -> None:
     """Set the doubt around a point that was asked about to zero, in place."""
     rows, columns = np.ogrid[: doubt.shape[0], : doubt.shape[1]]
     doubt[(rows + 0.5 - point.y) ** 2 + (columns + 0.5 - point.x) ** 2 < radius**2] = 0
+
+
+def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Consecutive slices of at most ``size`` items (``itertools.batched`` needs Python 3.12)."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 def _trace(

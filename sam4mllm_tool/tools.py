@@ -18,11 +18,12 @@ from pydantic import BaseModel, ValidationError
 
 from sam4mllm_tool import tool_models as m
 from sam4mllm_tool.calls import run_in_thread
+from sam4mllm_tool.checks import check_image_points
 from sam4mllm_tool.errors import InputError, PromptError
 from sam4mllm_tool.export import save_files
 from sam4mllm_tool.frames import Coordinates, Frame
 from sam4mllm_tool.geometry import intersection
-from sam4mllm_tool.pipeline import LocatedObject, Location, Sam4MLLM, check_image_points
+from sam4mllm_tool.pipeline import LocatedObject, Location, Sam4MLLM
 from sam4mllm_tool.points import Thresholds
 from sam4mllm_tool.protocols import MaskCandidate, SegmentPrompt
 from sam4mllm_tool.relations import (

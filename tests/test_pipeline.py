@@ -194,6 +194,28 @@ def test_many_points_are_asked_in_several_questions(model, blocks):
     assert len(model.mllm.said) == 1 + 3
 
 
+def test_points_can_be_asked_by_marks_on_a_copy_of_the_picture(blocks):
+    answers = [[YesNo(0.9, 0.05)] * 9]
+    mllm = ScriptedMllm(["\n[100,250,400,750]"], answers)
+    settings = Settings(point_asking="marks")
+    found = Sam4MLLM(mllm, ColourSegmenter(), settings).segment(blocks, "the red block")
+    first, second = found.trace.exchanges
+    assert first.image == blocks.digest != second.image
+    assert second.dialogue[-1][1].endswith("1 2 3 4 5 6 7 8 9")
+    assert [p.label for p in found.objects[0].points] == [PointLabel.FOREGROUND] * 9
+
+
+def test_verification_overrules_a_wrong_first_box(blocks, truth):
+    """The model's first box is wrong and its second right; asked to look, it sees that."""
+    wrong, right = "\n[600,166,900,500]", "\n[100,250,400,750]"
+    mllm = ScriptedMllm([wrong, right], [[YesNo(0.1, 0.9)], [YesNo(0.8, 0.1)]])
+    settings = Settings(strategy=Strategy.BOX_ONLY, verified_boxes=2)
+    found = Sam4MLLM(mllm, ColourSegmenter(), settings).segment(blocks, "the red block")
+    assert found.objects[0].mask == truth["the red block"][0]
+    assert found.location.dialogue[-1].text == right
+    assert found.trace.questions == 3
+
+
 def test_mask_choice_by_agreement_overrules_a_wrong_estimate():
     def candidate(columns, predicted_iou):
         pixels = np.zeros((4, 8), dtype=bool)
