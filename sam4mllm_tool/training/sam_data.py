@@ -1,4 +1,4 @@
-"""Batches for training a small SAM: augmented cached scenes, masks at the logits' resolution, prompts.
+"""Batches for training a small SAM: augmented scenes, prompts, masks at the logits' resolution.
 
 Coordinates are pixels of the square input image, boxes (x_min, y_min, x_max, y_max).
 """
@@ -239,7 +239,8 @@ def _labels(
 
 
 def _union(one: Floats, other: Floats) -> Floats:
-    return np.concatenate([np.minimum(one[:2], other[:2]), np.maximum(one[2:], other[2:])])
+    low, high = np.minimum(one[:2], other[:2]), np.maximum(one[2:], other[2:])
+    return np.concatenate([low, high]).astype(np.float32)
 
 
 def _stack(images: list[npt.NDArray[np.uint8]]) -> torch.Tensor:

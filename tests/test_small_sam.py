@@ -1,0 +1,362 @@
+"""The small SAM: files, training arithmetic, and the measurements it is judged by."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from segment_anything import SamPredictor
+
+from sam4mllm_tool.errors import CheckpointError
+from sam4mllm_tool.evaluation import sam as evaluation
+from sam4mllm_tool.evaluation.sam_prompts import deepest_pixel, error_point, true_prompts
+from sam4mllm_tool.protocols import MaskCandidate
+from sam4mllm_tool.scenes.render import render_scene
+from sam4mllm_tool.scenes.world import HELD_OUT_WORLD, SAM_WORLD
+from sam4mllm_tool.segmenter.small import (
+    SmallSamConfig,
+    build_small_sam,
+    load_small_sam,
+    load_small_sam_config,
+    save_small_sam,
+)
+from sam4mllm_tool.training import sam as training
+from sam4mllm_tool.training.sam_data import BatchSettings, SceneBatches, covered, jitter_box
+from sam4mllm_tool.training.sam_data import mask_box as data_box
+from sam4mllm_tool.training.sam_init import cosine_filters, initialise
+from sam4mllm_tool.training.sam_interaction import candidates_loss, decode, error_points
+from sam4mllm_tool.training.sam_loss import mask_iou, mask_loss, near_box
+from sam4mllm_tool.training.scene_cache import build_scene_cache, open_scene_cache
+from sam4mllm_tool.types import Mask, PointLabel, RgbImage
+
+TINY = SmallSamConfig(
+    image_size=64,
+    patch_size=16,
+    embed_dim=32,
+    depth=2,
+    num_heads=2,
+    window_size=2,
+    global_blocks=(1,),
+    prompt_dim=32,
+    decoder_depth=1,
+    decoder_mlp_dim=32,
+    decoder_heads=2,
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny():
+    sam = build_small_sam(TINY)
+    initialise(sam)
+    return sam.eval()
+
+
+# -- files ------------------------------------------------------------------------------------
+
+
+def test_saved_weights_come_back_exactly(tiny, tmp_path):
+    save_small_sam(tiny, TINY, tmp_path)
+    first = load_small_sam(tmp_path)
+    save_small_sam(first, load_small_sam_config(tmp_path), tmp_path / "again")
+    second = load_small_sam(tmp_path / "again")
+    for name, value in first.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, second.state_dict()[name])
+        assert torch.equal(value, tiny.state_dict()[name].half().float())
+    assert load_small_sam_config(tmp_path) == TINY
+
+
+def test_damaged_files_are_named_as_such(tiny, tmp_path):
+    with pytest.raises(CheckpointError, match="no small SAM"):
+        load_small_sam(tmp_path / "nothing")
+    save_small_sam(tiny, TINY, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"embed_dim": 64}))
+    with pytest.raises(CheckpointError, match="weights"):
+        load_small_sam(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    with pytest.raises(CheckpointError, match="no small SAM"):
+        load_small_sam(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(CheckpointError, match="weights"):
+        load_small_sam(tmp_path)
+
+
+def test_it_is_a_sam_like_any_other(tiny):
+    predictor = SamPredictor(tiny)
+    predictor.set_image(np.full((48, 96, 3), 127, dtype=np.uint8))
+    masks, quality, logits = predictor.predict(box=np.array([10, 10, 40, 30]))
+    assert masks.shape == (3, 48, 96) and quality.shape == (3,) and logits.shape == (3, 16, 16)
+
+
+def test_embedded_weights_load_and_are_small():
+    directory = Path(training.__file__).parents[1] / "embedded" / "sam"
+    load_small_sam(directory)
+    assert (directory / "model.safetensors").stat().st_size < 15e6
+
+
+# -- training arithmetic ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_box", (True, False))
+def test_batched_decoding_equals_sam_prompt_by_prompt(tiny, with_box):
+    embeddings = torch.randn(3, TINY.prompt_dim, TINY.grid, TINY.grid)
+    points, labels = torch.rand(3, 2, 2) * 64, torch.tensor([[0, 1], [1, 1], [1, 0]])
+    boxes = torch.tensor([[3.0, 4, 30, 40], [0, 0, 9, 9], [5, 5, 60, 50]]) if with_box else None
+    former = torch.randn(3, 1, 4 * TINY.grid, 4 * TINY.grid)
+    logits, quality = decode(tiny, embeddings, points, labels, boxes, former)
+    for row in range(3):
+        sparse, dense = tiny.prompt_encoder(
+            points=(points[row : row + 1], labels[row : row + 1]),
+            boxes=boxes[row : row + 1] if boxes is not None else None,
+            masks=former[row : row + 1],
+        )
+        expected, expected_quality = tiny.mask_decoder.predict_masks(
+            embeddings[row : row + 1], tiny.prompt_encoder.get_dense_pe(), sparse, dense
+        )
+        torch.testing.assert_close(logits[row], expected[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(quality[row], expected_quality[0], atol=1e-5, rtol=1e-5)
+
+
+def test_starting_weights_look_where_the_point_is():
+    config = SmallSamConfig(depth=1, global_blocks=(0,))
+    sam = build_small_sam(config)
+    initialise(sam)
+    attention = sam.mask_decoder.transformer.final_attn_token_to_image
+    positions = sam.prompt_encoder.get_dense_pe().flatten(2)[0].T
+    query, key = attention.q_proj(positions), attention.k_proj(positions)
+    found = (query @ key.T).argmax(1)
+    assert (found == torch.arange(len(found))).float().mean() > 0.95
+
+
+def test_patches_start_as_orthogonal_waves():
+    filters = cosine_filters(48, 16).flatten(1)
+    products = torch.nn.functional.normalize(filters) @ torch.nn.functional.normalize(filters).T
+    assert (products - torch.eye(48)).abs().max() < 1e-5
+
+
+def test_loss_by_hand():
+    target = torch.zeros(1, 10, 10)
+    target[0, 2:4, 2:4] = 1
+    near = near_box(target)[0]
+    assert near.nonzero().amin(0).tolist() == [1, 1] and near.nonzero().amax(0).tolist() == [4, 4]
+    loss, iou = mask_loss(torch.zeros(1, 10, 10), target)
+    dice = 1 - (2 * 2 + 1) / (50 + 4 + 1)
+    assert loss.item() == pytest.approx(2.5 * np.log(2) + dice, rel=1e-5)
+    assert iou.item() == 0
+    perfect, one = mask_loss(40 * (target[:, None].repeat(1, 3, 1, 1) - 0.5), target)
+    assert perfect.shape == (1, 3) and perfect.max() < 1e-3 and torch.equal(one, torch.ones(1, 3))
+
+
+def test_iou_by_hand():
+    one, other = torch.zeros(2, 4, 4, dtype=torch.bool), torch.zeros(2, 4, 4, dtype=torch.bool)
+    one[0, :2] = True
+    other[0, 1:3] = True
+    assert mask_iou(one, other).tolist() == pytest.approx([1 / 3, 1])
+
+
+def test_only_the_best_candidate_is_taught_fully():
+    target = torch.zeros(1, 8, 8)
+    target[0, 2:6, 2:6] = 1
+    good, bad = 20 * (target - 0.5), -20 * (target - 0.5)
+    losses = []
+    for others in (bad, 0 * bad):
+        logits = torch.stack([good, others, good, others], dim=1).requires_grad_()
+        loss, iou = candidates_loss(logits, torch.zeros(1, 4), target)
+        loss.backward()
+        losses.append(logits.grad[0].abs().sum((1, 2)))
+        assert iou[0, 2] == 1
+    assert losses[1][1] > 0 and losses[1][2] < 1e-3
+
+
+def test_error_points_lie_in_the_error(tiny):
+    target = torch.zeros(2, 16, 16)
+    target[:, 4:10, 4:10] = 1
+    found = 2 * target - 1
+    found[0, 5, 5] = -1  # a hole: the point must say foreground, here
+    found[1, 12, 3] = 1  # too much: background, there
+    generator = torch.Generator().manual_seed(0)
+    points, labels = error_points(found, target, tiny, generator)
+    assert (points[:, 0] // 4).tolist() == [[5, 5], [3, 12]] and labels.tolist() == [[1], [0]]
+
+
+def test_batches_agree_with_the_scenes(tmp_path):
+    assert list(build_scene_cache(tmp_path, "sam", "train", 5, 4, 64)) == [4]
+    assert list(build_scene_cache(tmp_path, "sam", "train", 5, 4, 64)) == []
+    cache = open_scene_cache(tmp_path)
+    for index in range(4):
+        scene = render_scene(SAM_WORLD, "train", index, 5, 64)
+        assert np.array_equal(cache.images[index], np.asarray(scene.image))
+        for number, thing in enumerate(scene.objects):
+            assert np.array_equal(cache.labels[index] == number, thing.mask)
+    batch = next(iter(SceneBatches(tmp_path, BatchSettings(16, 2, 3, 2.0), seed=1)))
+    again = next(iter(SceneBatches(tmp_path, BatchSettings(16, 2, 3, 2.0), seed=1)))
+    assert torch.equal(batch.images, again.images)
+    with_box, without = batch.groups
+    assert with_box.boxes.shape == (6, 4) and without.boxes is None
+    cells = (without.points[:, 0] // 4).long()
+    share = without.targets[torch.arange(len(cells)), cells[:, 1], cells[:, 0]]
+    assert (share > 0).all() and (without.labels[:, 0] == 1).all()
+
+
+def test_boxes_and_cells():
+    mask = np.zeros((16, 16), dtype=bool)
+    mask[4:8, 2:5] = True
+    assert data_box(mask).tolist() == [2, 4, 5, 8]
+    assert covered(mask, 4).tolist() == [[0] * 4, [127, 63, 0, 0], [0] * 4, [0] * 4]
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        moved = jitter_box(data_box(mask), 0.25, mask, rng)
+        assert (np.abs(moved - [2, 4, 5, 8]) <= [0.75, 1, 0.75, 1]).all()
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "validate", lambda *_: {"box": 0.5, "box_10_points": 0.5})
+    list(build_scene_cache(tmp_path / "scenes", "sam", "train", 0, 6, 64))
+    settings = training.SamTraining(tmp_path, tmp_path / "out", scenes=6, pictures=2)
+    first = training.Trainer(settings, TINY)
+    for stage, share in (("dense", 0.0), ("interactive", 0.5)):
+        first.spent = 60 * settings.minutes * share
+        batches = SceneBatches(
+            tmp_path / "scenes", BatchSettings(16, 2, dense=stage == "dense"), seed=0
+        )
+        assert first.stage == stage
+        for batch, _ in zip(batches, range(2), strict=False):
+            first.one_step(stage, batch)
+    first.save()
+    first.report("interactive")
+    assert load_small_sam_config(tmp_path / "out") == TINY
+    second = training.Trainer(settings, TINY)
+    second.resume()
+    assert (second.step, second.spent) == (first.step, first.spent)
+    for one, other in ((first.sam, second.sam), (first.average, second.average)):
+        for name, value in one.state_dict().items():
+            assert torch.equal(value, other.state_dict()[name])
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(first.sam.parameters(), build_small_sam(TINY).parameters(), strict=True)
+    )
+
+
+# -- measurements -------------------------------------------------------------------------------
+
+
+class Oracle:
+    """A segmenter that knows the scenes: answers with the object that the prompt fits best."""
+
+    name = "oracle"
+
+    def __init__(self, worlds, spoil=lambda mask: mask):
+        self.scenes = {}
+        self.worlds, self.spoil, self.embedded = worlds, spoil, 0
+
+    def _objects(self, image):
+        if not self.scenes:
+            for world in self.worlds:
+                for split, index in [("test", n) for n in range(40)] + [
+                    ("val", n) for n in range(12)
+                ]:
+                    scene = render_scene(world, split, index, 7)
+                    self.scenes[RgbImage.from_pil(scene.image).digest] = scene.objects
+        return self.scenes[image.digest]
+
+    def embed(self, image):
+        self.embedded += 1
+
+    def predict(self, image, prompts):
+        return [self._answer(self._objects(image), prompt) for prompt in prompts]
+
+    def _answer(self, objects, prompt):
+        def misfit(thing):
+            off = np.abs(np.subtract(thing.box, prompt.box)).sum() if prompt.box else 0
+            wrong = [
+                thing.mask[int(p.y), int(p.x)] != (p.label is PointLabel.FOREGROUND)
+                for p in prompt.points
+            ]
+            return 30 * sum(wrong) + off
+
+        mask = self.spoil(min(objects, key=misfit).mask)
+        logits = np.zeros((64, 64), dtype=np.float32)
+        right = MaskCandidate(Mask(mask), logits, 1.0)
+        return (
+            MaskCandidate(Mask(~mask), logits, 0.2),
+            right,
+            MaskCandidate(Mask(~mask), logits, 0),
+        )
+
+
+def test_an_oracle_scores_one():
+    report = evaluation.evaluate_sam(Oracle([SAM_WORLD, HELD_OUT_WORLD]), seed=7, objects=30)
+    for world in (report.trained_categories, report.held_out_categories):
+        for name in ("box", "box_1_points", "box_10_points", "one_point"):
+            assert world["all"][name].mean == 1.0 == world["all"][name].low
+        assert world["all"]["box"].objects >= 30 > world["occluded"]["box"].objects > 3
+    assert [after.mean for after in report.rounds] == [1.0] * evaluation.ROUNDS
+    assert report.calibration["correlation"] >= 0 and report.calibration["bias"] < 0.1
+    found = report.to_json()
+    assert found["bars"]["box only"] == {"value": 1.0, "bar": 0.82, "reached": True}
+    assert not found["bars"]["gain of 10 points on hard objects"]["reached"]
+    json.dumps(found)
+
+
+def test_a_spoilt_oracle_is_found_out():
+    def half(mask):
+        rows = np.flatnonzero(mask.any(1))
+        return mask & (np.arange(mask.shape[0])[:, None] < rows[len(rows) // 2])
+
+    report = evaluation.evaluate_sam(Oracle([SAM_WORLD, HELD_OUT_WORLD], half), seed=7, objects=20)
+    everything = report.trained_categories["all"]
+    assert 0.3 < everything["box"].mean < 0.6
+    assert everything["box"].low < everything["box"].mean < everything["box"].high
+    assert report.calibration["bias"] > 0.3
+    assert not report.to_json()["bars"]["box only"]["reached"]
+
+
+def test_score_weighs_objects_and_resamples_scenes():
+    certain = evaluation.score([(0, 0.5), (0, 0.7), (1, 0.6)])
+    assert certain.mean == pytest.approx(0.6) and certain.objects == 3
+    assert certain.low == pytest.approx(0.6) and certain.high == pytest.approx(0.6)
+    spread = evaluation.score([(n, float(n % 2)) for n in range(100)])
+    assert spread.low == pytest.approx(0.4, abs=0.04)
+    assert spread.high == pytest.approx(0.6, abs=0.04)
+
+
+def test_calibration_by_hand():
+    found = evaluation.calibration([(0.5, 0.7), (0.9, 0.9), (0.7, 0.8)])
+    assert found["mean_absolute_error"] == pytest.approx(0.1)
+    assert found["bias"] == pytest.approx(-0.1)
+    assert found["correlation"] == pytest.approx(1.0)
+
+
+def test_true_prompts_tell_the_truth():
+    rng = np.random.default_rng(0)
+    for index in range(5):
+        for thing in render_scene(SAM_WORLD, "test", index).objects:
+            prompts = true_prompts(thing, rng)
+            assert prompts["box"].box == thing.box and prompts["one_point"].box is None
+            for name, prompt in prompts.items():
+                if "wrong" not in name:
+                    for point in prompt.points:
+                        inside = point.label is PointLabel.FOREGROUND
+                        assert thing.mask[int(point.y), int(point.x)] == inside
+            ten = prompts["box_10_points"].points
+            assert prompts["box_3_points"].points == ten[:3]
+
+
+def test_deepest_pixel_and_error_point():
+    mask = np.zeros((20, 20), dtype=bool)
+    mask[2:9, 3:10] = True
+    assert deepest_pixel(mask) == (6, 5)
+    found = mask.copy()
+    found[12:17, 12:17] = True
+    point = error_point(found, mask)
+    assert (point.x, point.y, point.label) == (14.5, 14.5, PointLabel.BACKGROUND)
+    assert error_point(mask, mask) is None
