@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from sam4mllm_tool.cli import demo, doctor, probe, schemas, segment
+from sam4mllm_tool.cli import demo, doctor, evaluate, mcp, probe, scenes, schemas, segment
 from sam4mllm_tool.cli.common import fail
 from sam4mllm_tool.errors import Sam4MllmError
 
@@ -22,6 +22,9 @@ app.command("probe")(probe.probe)
 app.command("tools")(schemas.tools)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
+app.command("mcp")(mcp.mcp)
+app.command("scenes")(scenes.scenes)
+app.add_typer(evaluate.app, name="eval")
 
 
 def main() -> None:
