@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_REGEX_ESCAPES = {sign: f"\\{sign}" for sign in "\\^$.|?*+()[]{}"} | {"\n": r"\n"}
+
 
 @dataclass(frozen=True)
 class Literal:
@@ -47,3 +49,24 @@ class Repeat:
 
 Part = Literal | Number | Choice | Repeat
 Grammar = tuple[Part, ...]
+
+
+def grammar_regex(grammar: Grammar) -> str:
+    """The grammar as a regular expression that matches whole replies.
+
+    Only literals, groups, ``|``, ``{m,n}`` and ``[0-9]`` are used, which every guided-decoding
+    backend knows.
+    """
+    return "".join(_part_regex(part) for part in grammar)
+
+
+def _part_regex(part: Part) -> str:
+    match part:
+        case Literal(text):
+            return "".join(_REGEX_ESCAPES.get(c, c) for c in text)
+        case Number(digits):
+            return f"[0-9]{{{digits}}}"
+        case Choice(options):
+            return f"({'|'.join(grammar_regex(option) for option in options)})"
+        case Repeat(item, minimum, maximum):
+            return f"({grammar_regex(item)}){{{minimum},{maximum}}}"

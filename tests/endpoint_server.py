@@ -1,0 +1,199 @@
+"""A small OpenAI-compatible server over the local engine, with true log-probabilities.
+
+It understands what vLLM understands beyond OpenAI's fields (``continue_final_message``,
+``structured_outputs``, ``ignore_eos``) and can be told to misbehave.
+"""
+
+from __future__ import annotations
+
+import base64
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import regex
+import torch
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from sam4mllm_tool.dialogue import Turn
+from sam4mllm_tool.grammar import Grammar
+from sam4mllm_tool.images import load_image
+from sam4mllm_tool.mllm.local import LocalMllm
+
+
+@dataclass
+class Manners:
+    """How the server behaves; a test changes it as it likes."""
+
+    owner: str = "vllm"
+    logprobs: bool = True
+    failures: int = 0  # so many requests are answered with 503 first
+    status: int | None = None
+    delay: float = 0.0
+    keep_to_regex: bool = True
+    strip: bool = False
+    likely: tuple[str, ...] = ()  # tokens that take the likeliest one's place in a new reply
+    say_first: str = ""  # put before every reply that does not go on from another
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    active: int = 0
+    most_active: int = 0
+
+
+class TestServer:
+    """Chat completions by a :class:`LocalMllm`."""
+
+    __test__ = False
+
+    def __init__(self, mllm: LocalMllm) -> None:
+        self.mllm = mllm
+        self.manners = Manners()
+        # Regexes whose grammar is known are kept to token by token as the local engine does;
+        # by a regex alone there are several ways to cut the same text into tokens.
+        self.grammars: dict[str, Grammar] = {}
+        encoder = mllm.encoder
+        self.texts = [encoder.decode_continuation([i]) for i in range(len(encoder.tokenizer))]
+        for end in mllm.end_ids:
+            self.texts[end] = ""
+        self.app = Starlette(
+            routes=[
+                Route("/v1/models", self.models),
+                Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            ]
+        )
+
+    async def models(self, request: Request) -> JSONResponse:
+        entry = {"id": "tiny", "object": "model", "created": 0, "owned_by": self.manners.owner}
+        return JSONResponse({"object": "list", "data": [entry]})
+
+    async def chat(self, request: Request) -> JSONResponse:
+        manners, body = self.manners, await request.json()
+        manners.requests.append(body)
+        if manners.failures:
+            manners.failures -= 1
+            return JSONResponse({"error": {"message": "busy"}}, status_code=503)
+        if manners.status:
+            return JSONResponse({"error": {"message": "no"}}, status_code=manners.status)
+        return JSONResponse(await run_in_threadpool(self._answer, body))
+
+    def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        manners = self.manners
+        manners.active += 1
+        manners.most_active = max(manners.most_active, manners.active)
+        time.sleep(manners.delay)
+        try:
+            choices = [
+                self._choice(body, i, torch.Generator().manual_seed(body.get("seed", 0) + i))
+                for i in range(body.get("n", 1))
+            ]
+        finally:
+            manners.active -= 1
+        return {
+            "id": "x", "object": "chat.completion", "created": 0, "model": "tiny",
+            "choices": choices, "usage": {"prompt_tokens": 0, "completion_tokens": 0,
+                                          "total_tokens": 0},
+        }  # fmt: skip
+
+    def _choice(self, body: dict[str, Any], index: int, dice: torch.Generator) -> dict[str, Any]:
+        turns, image = _read_messages(body["messages"])
+        continued = ""
+        if body.get("continue_final_message"):
+            assert body.get("add_generation_prompt") is False
+            continued = turns.pop().text
+        engine, encoder = self.mllm.engine, self.mllm.encoder
+        spot = self.mllm._open(image, tuple(turns))
+        pattern = (body.get("structured_outputs") or {}).get("regex")
+        pattern = pattern if self.manners.keep_to_regex else None
+        grammar = self.mllm._grammar(self.grammars[pattern]) if pattern in self.grammars else None
+        place = grammar.start if grammar else None
+        ends, read = set(self.mllm.end_ids), encoder.encode_continuation(continued)
+        said, entries = self.manners.say_first if not continued else "", []
+        ids = [*read, *encoder.encode_continuation(said)] if said else list(read)
+        while len(entries) < body["max_tokens"]:
+            spot, logits = engine.read(spot, ids, 1)
+            scores = logits[-1].log_softmax(-1)
+            if not continued and len(entries) < len(self.manners.likely):
+                favourite = self.texts.index(self.manners.likely[len(entries)])
+                scores = scores.index_fill(0, torch.tensor([favourite]), 9.0).log_softmax(-1)
+            if grammar is not None:
+                scores = _only(scores, grammar.allowed(place)).log_softmax(-1)
+            elif pattern is not None:
+                scores = self._masked(scores, pattern, said, ends).log_softmax(-1)
+            if body.get("temperature", 1.0) == 0:
+                token = int(scores.argmax())
+            else:
+                token = int(torch.multinomial(scores.exp(), 1, generator=dice))
+            entries.append(self._entry(scores, token, body.get("top_logprobs") or 0))
+            place = grammar.allowed(place)[token] if grammar else None
+            if token in ends and not body.get("ignore_eos"):
+                break
+            said += self.texts[token]
+            ids = [token]
+        content = said.strip() if self.manners.strip else said
+        shown = {"content": entries} if body.get("logprobs") and self.manners.logprobs else None
+        message = {"role": "assistant", "content": content}
+        return {"index": index, "finish_reason": "stop", "message": message, "logprobs": shown}
+
+    def _masked(
+        self, scores: torch.Tensor, pattern: str, said: str, ends: set[int]
+    ) -> torch.Tensor:
+        whole = regex.compile(pattern)
+
+        def fits(i: int) -> bool:
+            if i in ends:
+                return whole.fullmatch(said) is not None
+            text = self.texts[i]
+            return bool(text) and whole.fullmatch(said + text, partial=True) is not None
+
+        return _only(scores, [i for i in range(len(self.texts)) if fits(i)])
+
+    def _entry(self, scores: torch.Tensor, token: int, top: int) -> dict[str, Any]:
+        def one(i: int) -> dict[str, Any]:
+            return {"token": self.texts[i] if i < len(self.texts) else "", "bytes": None,
+                    "logprob": max(float(scores[i]), -9999.0)}  # fmt: skip
+
+        best = scores.topk(min(top, len(scores))).indices.tolist() if top else []
+        return {**one(token), "top_logprobs": [one(i) for i in best]}
+
+
+def _only(scores: torch.Tensor, allowed: Iterable[int]) -> torch.Tensor:
+    kept = torch.full_like(scores, -torch.inf)
+    tokens = list(allowed)
+    kept[tokens] = scores[tokens]
+    return kept
+
+
+def _read_messages(messages: list[dict[str, Any]]) -> tuple[list[Turn], Any]:
+    turns, image = [], None
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            assert [part["type"] for part in content] == ["image_url", "text"]
+            uri = content[0]["image_url"]["url"]
+            assert uri.startswith("data:image/png;base64,")
+            image = load_image(base64.b64decode(uri.partition(",")[2])).image
+            content = content[1]["text"]
+        turns.append(Turn(message["role"], content))
+    return turns, image
+
+
+@contextmanager
+def running(server: TestServer) -> Iterator[str]:
+    """Serve on a free port of the loopback; gives the base URL."""
+    config = uvicorn.Config(server.app, host="127.0.0.1", port=0, log_level="error")
+    runner = uvicorn.Server(config)
+    thread = threading.Thread(target=runner.run, daemon=True)
+    thread.start()
+    while not runner.started:
+        time.sleep(0.01)
+    port = runner.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}/v1"
+    runner.should_exit = True
+    thread.join(10)
