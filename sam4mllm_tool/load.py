@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sam4mllm_tool import embedded
 from sam4mllm_tool.formats import get_format
 from sam4mllm_tool.pipeline import Sam4MLLM, Settings
-from sam4mllm_tool.protocols import Mllm, Segmenter
+from sam4mllm_tool.protocols import Segmenter
+
+if TYPE_CHECKING:
+    from sam4mllm_tool.mllm.local import LocalMllm
 
 EMBEDDED = "embedded"
 
@@ -40,15 +43,16 @@ def load(
         CheckpointError: a checkpoint is missing, corrupt or of the wrong kind.
         DeviceOutOfMemory: the device is too small for it.
     """
+    local = load_mllm(mllm, adapter=adapter, device=device, dtype=dtype, **mllm_options)
     return Sam4MLLM(
-        mllm=load_mllm(mllm, adapter=adapter, device=device, dtype=dtype, **mllm_options),
+        mllm=local,
         segmenter=load_sam(segmenter, device=device),
         settings=settings or Settings(),
-        format=None if format is None else get_format(format),
+        format=get_format(format) if format else local.own_format,
     )
 
 
-def load_mllm(name: str = EMBEDDED, *, adapter: str | None = None, **options: Any) -> Mllm:
+def load_mllm(name: str = EMBEDDED, *, adapter: str | None = None, **options: Any) -> LocalMllm:
     """The MLLM of that name; the embedded one comes with its own adapter."""
     from sam4mllm_tool.mllm.local import LocalMllm
 

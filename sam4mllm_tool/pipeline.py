@@ -349,15 +349,20 @@ class Sam4MLLM:
         return (f"the model was not taught these words and may guess: {listed}",)
 
 
-def replay(trace: Trace, image: RgbImage, segmenter: Segmenter) -> Segmentation:
-    """Run a recorded query again with its recorded replies: no MLLM, the same masks."""
+def replay(
+    trace: Trace, image: RgbImage, segmenter: Segmenter, format: DialogueFormat | None = None
+) -> Segmentation:
+    """Run a recorded query again with its recorded replies: no MLLM, the same masks.
+
+    Give ``format`` if the run was made with one that its name alone does not describe.
+    """
     recorded = dict(trace.settings)
     format_name = recorded.pop("format")
     known_words = recorded.pop("known_words")
     recorded["thresholds"] = Thresholds(**recorded["thresholds"])
     recorded["strategy"] = Strategy(recorded["strategy"])
     words = None if known_words is None else frozenset(known_words)
-    model = Sam4MLLM(ReplayMllm(trace, format_name, words), segmenter, Settings(**recorded))
+    model = Sam4MLLM(ReplayMllm(trace, format_name, words), segmenter, Settings(**recorded), format)
     return model.segment(image, trace.expression, count=TargetCount(trace.count))
 
 

@@ -12,6 +12,7 @@ import torch
 
 from sam4mllm_tool.dialogue import Dialogue, YesNoWords
 from sam4mllm_tool.errors import CheckpointError
+from sam4mllm_tool.formats import DialogueFormat, format_for
 from sam4mllm_tool.grammar import Grammar
 from sam4mllm_tool.mllm import loading
 from sam4mllm_tool.mllm.conversation import DialogueEncoder, ImageInputs
@@ -29,6 +30,7 @@ from sam4mllm_tool.types import RgbImage, YesNo
 
 _GIBIBYTE = 1 << 30
 LONGEST_REPLY = 4096
+PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
 class LocalMllm:
@@ -37,6 +39,10 @@ class LocalMllm:
     The image is encoded and read once and kept; every later question about it goes on from
     there. Replies and probabilities are those of reading everything anew each time, within the
     arithmetic of the dtype (float32: 1e-4). Safe from many threads: forward passes take turns.
+
+    Attributes:
+        own_format: the format of a stock checkpoint with its processor's own limits, ``None``
+            where ``format_name`` says it all.
 
     Args:
         model: image-text-to-text model in eval mode.
@@ -59,6 +65,7 @@ class LocalMllm:
     ) -> None:
         self.name = name
         self.format_name = format_name
+        self.own_format: DialogueFormat | None = None
         self.known_words = known_words
         self.model = model
         self.encoder = DialogueEncoder(processor)
@@ -118,20 +125,26 @@ class LocalMllm:
         if compile:
             model.forward = torch.compile(model.forward, dynamic=True)
         notes = _read_notes(folder)
+        if adapter is not None:
+            # Published adapters say nothing of themselves; they speak the dialogue of the paper.
+            notes = {"format": "sam4mllm", **notes, **_read_notes(Path(adapter))}
         words = notes.get("vocabulary")
+        stock = format_for(model.config.model_type, _read_json(folder / PREPROCESSOR_FILE))
         kind: type[LocalMllm] = cls
         if recompute:
             from sam4mllm_tool.mllm.oracle import RecomputeMllm
 
             kind = RecomputeMllm
-        return kind(
+        found = kind(
             model.eval(),
             processor,
             name=str(checkpoint) + (f" + {adapter}" if adapter is not None else ""),
-            format_name=notes.get("format", "sam4mllm"),
+            format_name=notes.get("format", stock.name),
             known_words=None if words is None else frozenset(str(w).lower() for w in words),
             cache_bytes=cache_bytes,
         )
+        found.own_format = None if "format" in notes else stock
+        return found
 
     def generate(
         self,
@@ -220,13 +233,17 @@ def _end_ids(model: Any, encoder: DialogueEncoder) -> tuple[int, ...]:
 
 def _read_notes(folder: Path) -> dict[str, Any]:
     """What the project's own checkpoints say about themselves beside their weights."""
-    file = folder / "sam4mllm.json"
+    return _read_json(folder / "sam4mllm.json")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The contents of a JSON file, nothing if it does not exist."""
     if not file.is_file():
         return {}
     try:
-        notes = json.loads(file.read_text())
+        contents = json.loads(file.read_text())
     except ValueError as error:
         raise CheckpointError(
             f"{file} is damaged: {error}", hint="Download the checkpoint again."
         ) from error
-    return notes if isinstance(notes, dict) else {}
+    return contents if isinstance(contents, dict) else {}
