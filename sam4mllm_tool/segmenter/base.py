@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sam4mllm_tool.calls import check_cancelled
-from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory, PromptError
+from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory, ImageError, PromptError
 from sam4mllm_tool.protocols import MaskCandidate, SegmentPrompt
 from sam4mllm_tool.turns import FairTurn
 from sam4mllm_tool.types import Mask, PointLabel, PromptPoint, RgbImage
@@ -206,6 +206,22 @@ def mask_array(prompts: Sequence[SegmentPrompt]) -> NDArray[np.float32] | None:
     """Former masks' logits (n, 1, h, w), if any."""
     masks = [prompt.mask_logits for prompt in prompts if prompt.mask_logits is not None]
     return np.stack(masks).astype(np.float32)[:, None] if masks else None
+
+
+def padded_size(image: RgbImage, side: int) -> tuple[int, int]:
+    """(height, width) of an image whose longer side is scaled to ``side``, before padding.
+
+    Raises:
+        ImageError: nothing would be left of the shorter side.
+    """
+    scale = side / max(image.size)
+    height, width = int(image.height * scale + 0.5), int(image.width * scale + 0.5)
+    if min(height, width) < 1:
+        raise ImageError(
+            f"a picture of {image.width}×{image.height} is too thin for this segmenter",
+            hint=f"The longer side may be {2 * side - 1} times the shorter at most.",
+        )
+    return height, width
 
 
 def _groups_of_one_kind(prompts: Sequence[SegmentPrompt]) -> Iterator[list[int]]:

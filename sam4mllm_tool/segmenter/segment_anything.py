@@ -19,7 +19,7 @@ from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 
-from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory, ImageError
+from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory
 from sam4mllm_tool.protocols import SegmentPrompt
 from sam4mllm_tool.segmenter.base import (
     DEFAULT_CACHE_BYTES,
@@ -27,6 +27,7 @@ from sam4mllm_tool.segmenter.base import (
     box_array,
     choose_device,
     mask_array,
+    padded_size,
     point_arrays,
 )
 from sam4mllm_tool.segmenter.small import load_small_sam
@@ -88,7 +89,7 @@ class SegmentAnythingSegmenter(EmbeddingSegmenter[Tensor]):
         return height, width
 
     def _encode(self, image: RgbImage) -> Tensor:
-        self._scaled_size(image)
+        padded_size(image, self._resize.target_length)
         pixels = torch.as_tensor(self._resize.apply_image(image.array), device=self.device)
         pixels = pixels.permute(2, 0, 1).contiguous()[None]
         return self._sam.image_encoder(self._sam.preprocess(pixels))
@@ -120,21 +121,10 @@ class SegmentAnythingSegmenter(EmbeddingSegmenter[Tensor]):
 
     def _to_image_size(self, image: RgbImage, logits: Tensor) -> Tensor:
         return self._sam.postprocess_masks(
-            logits, self._scaled_size(image), (image.height, image.width)
+            logits,
+            padded_size(image, self._resize.target_length),
+            (image.height, image.width),
         )
-
-    def _scaled_size(self, image: RgbImage) -> tuple[int, int]:
-        """(height, width) of the image in the model's frame, before padding."""
-        height, width = ResizeLongestSide.get_preprocess_shape(
-            image.height, image.width, self._resize.target_length
-        )
-        if min(height, width) < 1:
-            raise ImageError(
-                f"a picture of {image.width}×{image.height} is too thin for this segmenter",
-                hint=f"The longer side may be {2 * self._resize.target_length - 1} times the "
-                "shorter at most.",
-            )
-        return height, width
 
     def _tensor(self, array: object) -> Tensor:
         return torch.as_tensor(array, dtype=torch.float32, device=self.device)

@@ -1,0 +1,227 @@
+"""The SAM families of transformers: SAM, SAM-HQ, SAM 2 and 2.1, SAM 3's tracker, EdgeTAM.
+
+They differ in how a picture is brought to the model's square input (scaled and padded, or
+stretched) and in what an image embedding consists of; ``FAMILIES`` says which does what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn.functional import interpolate
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForMaskGeneration
+from transformers.utils import logging as transformers_logging
+
+from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory
+from sam4mllm_tool.protocols import SegmentPrompt
+from sam4mllm_tool.segmenter.base import (
+    DEFAULT_CACHE_BYTES,
+    EmbeddingSegmenter,
+    box_array,
+    choose_device,
+    mask_array,
+    padded_size,
+    point_arrays,
+)
+from sam4mllm_tool.types import RgbImage
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets a family apart.
+
+    Attributes:
+        padded: the longer side is scaled to the model's, the shorter one padded; otherwise both
+            sides are stretched to it.
+        arguments: what ``get_image_embeddings`` returned → arguments of the model's ``forward``.
+    """
+
+    padded: bool
+    arguments: Callable[[Any], dict[str, Any]] = lambda embedding: {"image_embeddings": embedding}
+
+
+_PADDED = Family(padded=True)
+_HQ = Family(
+    padded=True,
+    arguments=lambda parts: {"image_embeddings": parts[0], "intermediate_embeddings": parts[1]},
+)
+_STRETCHED = Family(padded=False)
+
+FAMILIES = {
+    "sam": _PADDED,
+    "sam_hq": _HQ,
+    "sam2": _STRETCHED,
+    "sam2_video": _STRETCHED,
+    "sam3_tracker": _STRETCHED,
+    "sam3_video": _STRETCHED,
+    "edgetam": _STRETCHED,
+    "edgetam_video": _STRETCHED,
+}
+"""By ``model_type``; video checkpoints are read as their family's image model."""
+
+_HINT = f"Give a transformers checkpoint of one of: {', '.join(FAMILIES)}."
+
+
+class TransformersSegmenter(EmbeddingSegmenter[Any]):
+    """A transformers SAM as a :class:`~sam4mllm_tool.protocols.Segmenter`.
+
+    Args:
+        model: a model of one of the ``FAMILIES``, on its device.
+        image_processor: the family's image processor.
+        name: checkpoint, for traces.
+        cache_bytes: bound on the image embeddings kept.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        image_processor: Any,
+        *,
+        name: str = "transformers",
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> None:
+        super().__init__(name, model.device, cache_bytes)
+        self._model = model.eval().requires_grad_(False)
+        self._process = image_processor
+        self._family = FAMILIES[model.config.model_type]
+        self._side: int = model.prompt_encoder.input_image_size
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str = "float32",
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> TransformersSegmenter:
+        """Load a directory or hub id; weights from safetensors only.
+
+        Raises:
+            CheckpointError: missing, corrupt or of the wrong kind.
+            DeviceOutOfMemory: the device is too small for it.
+        """
+        target, kind = choose_device(device), getattr(torch, dtype, None)
+        if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+            raise CheckpointError(
+                f"unknown dtype {dtype!r}", hint="Use 'float32', 'bfloat16' or 'float16'."
+            )
+        with _loading(str(name)):
+            model = _load_model(str(name), kind).to(target)
+            processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        return cls(model, processor, name=Path(name).name, cache_bytes=cache_bytes)
+
+    @property
+    def logits_shape(self) -> tuple[int, int]:
+        """(h, w) of the low-resolution logits, four to a patch and axis."""
+        height, width = self._model.prompt_encoder.image_embedding_size
+        return 4 * height, 4 * width
+
+    def _encode(self, image: RgbImage) -> Any:
+        self._scaled_size(image)
+        pixels = self._process(images=image.pil, return_tensors="pt")["pixel_values"]
+        return self._model.get_image_embeddings(pixels.to(self.device, self._model.dtype))
+
+    def _embedding_bytes(self, embedding: Any) -> int:
+        return sum(tensor.nbytes for tensor in _tensors(embedding))
+
+    def _decode(
+        self, image: RgbImage, embedding: Any, prompts: Sequence[SegmentPrompt]
+    ) -> tuple[Tensor, Tensor]:
+        """Each prompt is an item of the batch, the embedding is shared without a copy."""
+        points, boxes, masks = point_arrays(prompts), box_array(prompts), mask_array(prompts)
+        height, width = self._scaled_size(image)
+        scale = np.array([width / image.width, height / image.height])
+        arguments = self._family.arguments(_expanded(embedding, len(prompts)))
+        if points is not None:
+            arguments["input_points"] = self._tensor(points[0] * scale)[:, None]
+            arguments["input_labels"] = torch.as_tensor(points[1], device=self.device)[:, None]
+        if boxes is not None:
+            arguments["input_boxes"] = self._tensor(boxes * np.tile(scale, 2))[:, None]
+        if masks is not None:
+            arguments["input_masks"] = self._tensor(masks).to(self._model.dtype)
+        output = self._model(**arguments, multimask_output=True)
+        return output.pred_masks[:, 0].float(), output.iou_scores[:, 0].float()
+
+    def _to_image_size(self, image: RgbImage, logits: Tensor) -> Tensor:
+        if self._family.padded:
+            height, width = self._scaled_size(image)
+            logits = _resized(logits, (self._side, self._side))[..., :height, :width]
+        return _resized(logits, (image.height, image.width))
+
+    def _scaled_size(self, image: RgbImage) -> tuple[int, int]:
+        """(height, width) of the picture in the model's frame, without padding."""
+        return padded_size(image, self._side) if self._family.padded else (self._side, self._side)
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return torch.as_tensor(array, dtype=torch.float32, device=self.device)
+
+
+def _resized(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    return interpolate(logits, size, mode="bilinear", align_corners=False)
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    else:
+        for branch in tree:
+            yield from _tensors(branch)
+
+
+def _expanded(tree: Any, count: int) -> Any:
+    """The same embedding of one image for ``count`` prompts."""
+    if isinstance(tree, Tensor):
+        return tree.expand(count, *tree.shape[1:])
+    return [_expanded(branch, count) for branch in tree]
+
+
+def _load_model(name: str, dtype: torch.dtype) -> Any:
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if config.model_type not in FAMILIES:
+        raise CheckpointError(f"{name!r} is a {config.model_type!r}, not a SAM", hint=_HINT)
+    model, report = AutoModelForMaskGeneration.from_pretrained(
+        name,
+        config=config,
+        dtype=dtype,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    lacking = sorted([*report["missing_keys"], *map(str, report["mismatched_keys"])])
+    if lacking:
+        raise CheckpointError(
+            f"{name!r} lacks weights of its model: {', '.join(lacking[:3])} …",
+            hint="The checkpoint is incomplete or of another architecture; fetch it again.",
+        )
+    return model
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Errors of loading as ours, and no progress bar on the terminal of whoever called a tool."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceOutOfMemory(
+            f"the device has too little memory for {name!r}: {error}",
+            hint="Use a smaller checkpoint, dtype='bfloat16', or device='cpu'.",
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the segmenter {name!r} cannot be loaded: {str(error)[:300]}", hint=_HINT
+        ) from error
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
