@@ -17,6 +17,7 @@ import numpy as np
 from sam4mllm_tool.calls import stage
 from sam4mllm_tool.checks import check_expression, check_image_points
 from sam4mllm_tool.dialogue import Dialogue, Turn
+from sam4mllm_tool.errors import DialogueError
 from sam4mllm_tool.formats import DialogueFormat, get_format
 from sam4mllm_tool.geometry import clip_box
 from sam4mllm_tool.marks import draw_marks
@@ -253,7 +254,15 @@ class Sam4MLLM:
         return answers
 
     def _yes_no(self, image: RgbImage, dialogue: Dialogue, count: int) -> list[YesNo]:
-        return self.mllm.answer_yes_no(image, dialogue, words=self.speech.yes_no, count=count)
+        words = self.speech.yes_no
+        answers = self.mllm.answer_yes_no(image, dialogue, words=words, count=count)
+        if len(answers) != count:
+            raise DialogueError(
+                f"{len(answers)} answers came back for {count} points",
+                raw_reply="".join("Yes" if a.p_yes >= a.p_no else "No" for a in answers),
+                hint="Ask about fewer points at a time.",
+            )
+        return answers
 
     def verify(self, image: RgbImage, expression: str, boxes: Sequence[Box]) -> list[YesNo]:
         """For each box, whether its region shows what the expression describes."""

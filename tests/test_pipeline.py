@@ -145,6 +145,13 @@ def test_too_few_ppg_points_are_a_dialogue_error(blocks):
         model.segment(blocks, "x")
 
 
+def test_too_few_answers_are_a_dialogue_error(blocks):
+    mllm = ScriptedMllm(["\n[101,251,401,751]"], [[YesNo(0.9, 0.05)] * 4])
+    with pytest.raises(DialogueError, match="4 answers came back for 9 points") as caught:
+        Sam4MLLM(mllm, ColourSegmenter()).segment(blocks, "x")
+    assert caught.value.raw_reply == "YesYesYesYes"
+
+
 @pytest.mark.parametrize("expression", ["", "  \n\t ", "x" * 10_000])
 def test_empty_and_endless_expressions_are_refused(model, blocks, expression):
     with pytest.raises(ExpressionError) as caught:
