@@ -25,7 +25,7 @@ from sam4mllm_tool.frames import Coordinates, Frame
 from sam4mllm_tool.geometry import intersection
 from sam4mllm_tool.pipeline import LocatedObject, Location, Sam4MLLM
 from sam4mllm_tool.points import Thresholds
-from sam4mllm_tool.protocols import MaskCandidate, SegmentPrompt
+from sam4mllm_tool.protocols import SegmentPrompt
 from sam4mllm_tool.relations import (
     combine,
     mask_distance,
@@ -34,6 +34,7 @@ from sam4mllm_tool.relations import (
     share_inside,
 )
 from sam4mllm_tool.render import numbered_view
+from sam4mllm_tool.tool_texts import complaint, object_line, pair_line, points_text
 from sam4mllm_tool.trace import Trace
 from sam4mllm_tool.types import Box, Mask, Point, PointLabel, PromptPoint, TargetCount
 from sam4mllm_tool.workspace import ImageRecord, ObjectRecord, Workspace
@@ -131,7 +132,7 @@ class Toolbox:
             parsed = spec.arguments.model_validate(dict(arguments or {}))
         except ValidationError as error:
             raise InputError(
-                _complaint(name, error), hint="Call again with the arguments mended."
+                complaint(name, error), hint="Call again with the arguments mended."
             ) from error
         return spec.function(self, parsed)
 
@@ -210,7 +211,7 @@ class Toolbox:
         told = [_point_result(frame, answer, found.mask) for answer in answers]
         return ToolOutput(
             m.PointsResult(
-                **_header(record, "ok", _points_text(found, told), location.notes),
+                **_header(record, "ok", points_text(_quoted(found), told), location.notes),
                 object_id=found.object_id,
                 points=told,
             )
@@ -275,9 +276,9 @@ class Toolbox:
                     mask=mask,
                 )
             )
-        lines = [_object_line(self._summary(frame, one)) for one in found]
-        lines += [_pair_line(pair) for pair in pairs]
-        lines += [f"New: {_object_line(self._summary(frame, combined))}"] if combined else []
+        lines = [object_line(self._summary(frame, one)) for one in found]
+        lines += [pair_line(pair) for pair in pairs]
+        lines += [f"New: {object_line(self._summary(frame, combined))}"] if combined else []
         return ToolOutput(
             m.ComparisonResult(
                 **_header(record, "ok", "\n".join(lines)),
@@ -359,7 +360,7 @@ class Toolbox:
                 "Try a simpler or more general expression, or count '1' to force an answer."
             )
         else:
-            text = "\n".join(_object_line(summary) for summary in summaries)
+            text = "\n".join(object_line(summary) for summary in summaries)
             if any(one.mask is None for one in kept):
                 text += "\nNext: is_point_inside_object, then segment_with_prompts."
         if issubclass(result, m.ObjectsResult):
@@ -535,22 +536,6 @@ def _header(
     }
 
 
-def _object_line(one: m.ObjectSummary) -> str:
-    parts = [f"{one.object_id} '{one.name[:80]}' box {one.box}"]
-    if one.score is not None:
-        parts.append(f"score {one.score:.2f}")
-    if one.area is not None:
-        parts.append(f"mask {one.area} px ({100 * (one.area_fraction or 0):.1f}% of the image)")
-    if one.predicted_iou is not None:
-        parts.append(f"predicted IoU {one.predicted_iou:.2f}")
-    if one.points_inside or one.points_outside or one.points_undecided:
-        parts.append(
-            f"points {one.points_inside} inside, {one.points_outside} outside, "
-            f"{one.points_undecided} undecided"
-        )
-    return ", ".join(parts)
-
-
 def _point_result(frame: Frame, answer: PromptPoint, mask: Mask | None) -> m.PointResult:
     in_mask = None if mask is None else mask.contains(answer.x, answer.y)
     sure = answer.label is not PointLabel.UNDECIDED
@@ -567,16 +552,6 @@ def _point_result(frame: Frame, answer: PromptPoint, mask: Mask | None) -> m.Poi
     )  # fmt: skip
 
 
-def _points_text(found: ObjectRecord, points: list[m.PointResult]) -> str:
-    lines = [f"{_quoted(found)}:"]
-    for p in points[:40]:
-        clash = " (the mask disagrees)" if p.disagrees else ""
-        lines.append(f"({p.x:g}, {p.y:g}) {p.answer}, p_yes {p.p_yes:.2f}{clash}")
-    if len(points) > 40:
-        lines.append(f"… and {len(points) - 40} more in the structured result")
-    return "\n".join(lines)
-
-
 def _compare(frame: Frame, a: ObjectRecord, b: ObjectRecord) -> m.PairComparison:
     one, other = _mask(a), _mask(b)
     return m.PairComparison(
@@ -588,22 +563,3 @@ def _compare(frame: Frame, a: ObjectRecord, b: ObjectRecord) -> m.PairComparison
         distance=frame.length_out(mask_distance(one, other)),
         position=relative_position(one, other),
     )
-
-
-def _pair_line(pair: m.PairComparison) -> str:
-    where = " and ".join(side.replace("_", " ") for side in pair.position) or "at the same place as"
-    return (
-        f"{pair.a} is {where} {pair.b}: IoU {pair.iou:.2f}, "
-        f"{100 * pair.a_inside_b:.0f}% of {pair.a} in {pair.b}, gap {pair.distance:g}"
-    )
-
-
-def _complaint(name: str, error: ValidationError) -> str:
-    parts = []
-    for one in error.errors(include_url=False, include_input=False)[:5]:
-        where = ".".join(str(step) for step in one["loc"])
-        parts.append(f"{where}: {one['msg']}" if where else str(one["msg"]))
-    return f"arguments of {name} do not fit: " + "; ".join(parts)
-
-
-__all__ = ["REGISTRY", "MaskCandidate", "ToolOutput", "ToolSpec", "Toolbox", "get_tool"]
