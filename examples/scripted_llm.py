@@ -5,15 +5,15 @@ It lets the examples run without an account. Point the official client at its ad
     OpenAI(base_url=f"{llm.url}/v1", api_key="none")
     Anthropic(base_url=llm.url, api_key="none")
 
-A script is a list of steps; each is a function from the latest tool results, as text, to the tool
-calls to make next, or to the final answer.
+A script is a list of steps, one a request; each is a function from the latest tool results, as
+text, to the tool calls to make next, or to the final answer.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -74,13 +74,15 @@ class ScriptedLlm:
         """Address of the server, without ``/v1``."""
         return f"http://127.0.0.1:{self._server.server_port}"
 
+    def _next(self, seen: Iterable[str]) -> tuple[int, list[Call] | str]:
+        turn = len(self.requests) - 1
+        return turn, self.steps[turn]("\n".join(seen))
+
     def chat_completion(self, request: dict[str, Any]) -> dict[str, Any]:
         """POST /v1/chat/completions."""
         messages = request["messages"]
-        turn = sum(message["role"] == "assistant" for message in messages)
         latest = _after_last(messages, lambda message: message["role"] == "assistant")
-        seen = [_text(message["content"]) for message in latest if message["role"] == "tool"]
-        said = self.steps[turn]("\n".join(seen))
+        turn, said = self._next(_text(message["content"]) for message in latest)
         calls = [] if isinstance(said, str) else said
         message = {
             "role": "assistant",
@@ -115,8 +117,7 @@ class ScriptedLlm:
         """POST /v1/responses; the whole conversation comes in ``input``."""
         items = request["input"] if isinstance(request["input"], list) else []
         outputs = _after_last(items, lambda item: item.get("type") == "function_call")
-        turn = len({item["id"] for item in items if item.get("type") == "function_call"})
-        said = self.steps[turn]("\n".join(_text(item["output"]) for item in outputs))
+        turn, said = self._next(_text(item.get("output")) for item in outputs)
         output: list[dict[str, Any]]
         if isinstance(said, str):
             text = {"type": "output_text", "text": said, "annotations": []}
@@ -155,11 +156,10 @@ class ScriptedLlm:
     def message(self, request: dict[str, Any]) -> dict[str, Any]:
         """POST /v1/messages."""
         messages = request["messages"]
-        turn = sum(message["role"] == "assistant" for message in messages)
         latest = messages[-1]["content"]
         blocks = latest if isinstance(latest, list) else []
         results = [block for block in blocks if block["type"] == "tool_result"]
-        said = self.steps[turn]("\n".join(_text(block["content"]) for block in results))
+        turn, said = self._next(_text(block["content"]) for block in results)
         content: list[dict[str, Any]]
         if isinstance(said, str):
             content = [{"type": "text", "text": said}]
@@ -204,7 +204,7 @@ def _message(identity: str, content: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _after_last(items: list[Any], matches: Callable[[Any], bool]) -> list[Any]:
     """What follows the last item that matches."""
-    last = max((n for n, item in enumerate(items) if matches(item)), default=len(items))
+    last = max((n for n, item in enumerate(items) if matches(item)), default=-1)
     return items[last + 1 :]
 
 
