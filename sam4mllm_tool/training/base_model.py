@@ -59,7 +59,7 @@ class BaseShape:
     Attributes:
         image_size: side of the square picture the model sees, pixels.
         patch_size: side of a patch, pixels.
-        vision_width, vision_layers: of the vision transformer.
+        vision_width, vision_layers, vision_inner: of the vision transformer and its MLP.
         text_width, text_layers, text_inner: of the Llama decoder and its MLP.
         head_width: of an attention head, in both.
         rope_theta: with 16 rotating pairs a head, ``5**16`` makes each pair five times slower
@@ -68,12 +68,13 @@ class BaseShape:
     """
 
     image_size: int = 96
-    patch_size: int = 8
+    patch_size: int = 12
     vision_width: int = 192
     vision_layers: int = 5
-    text_width: int = 192
-    text_layers: int = 5
-    text_inner: int = 384
+    vision_inner: int = 512
+    text_width: int = 256
+    text_layers: int = 4
+    text_inner: int = 512
     head_width: int = 32
     rope_theta: float = float(5**16)
 
@@ -156,7 +157,7 @@ def build_model(
     """A LLaVA of that shape with transformers' own random weights."""
     vision = SiglipVisionConfig(
         hidden_size=shape.vision_width,
-        intermediate_size=4 * shape.vision_width,
+        intermediate_size=shape.vision_inner,
         num_hidden_layers=shape.vision_layers,
         num_attention_heads=shape.vision_width // shape.head_width,
         image_size=shape.image_size,

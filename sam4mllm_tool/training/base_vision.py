@@ -28,9 +28,13 @@ FLAGS = (
     "only", "one of two", "one of three",
     *SIDES, "biggest", "smallest", "middle across", "middle down",
 )  # fmt: skip
-SAMPLES = 4
+CELLS = 3
+"""How finely a patch tells its object's outline: ``CELLS`` x ``CELLS`` cells."""
+SAMPLES = 2 * CELLS
 """A patch is judged by ``SAMPLES`` x ``SAMPLES`` places of the object map."""
 MARGIN = 0.06
+BOXES_A_BATCH = 512
+"""Boxes are asked of a sample of patches: a thousand-way softmax each is dear."""
 
 
 def fourier(values: Tensor) -> Tensor:
@@ -50,7 +54,8 @@ class Questions:
     """The yes/no questions every patch answers about the object on it, by group.
 
     The order is: names, colours, ``FLAGS``, then for every side and name "lies on that side of
-    such a thing", then how much of each quarter of the patch the object covers.
+    such a thing", then how much of each cell of the patch
+    the object covers.
     """
 
     names: tuple[str, ...]
@@ -64,7 +69,7 @@ class Questions:
             "colours": len(self.colours),
             "flags": len(FLAGS),
             "relations": len(SIDES) * len(self.names),
-            "quarters": 4,
+            "cells": CELLS**2,
         }
         ends = np.cumsum(list(sizes.values()))
         return {
@@ -75,10 +80,10 @@ class Questions:
     @property
     def count(self) -> int:
         """All questions together."""
-        return self.groups["quarters"].stop
+        return self.groups["cells"].stop
 
     def of_thing(self, number: int, things: tuple[Thing, ...]) -> NDArray[np.float32]:
-        """Answers for object ``number`` of a scene, quarters left at zero."""
+        """Answers for object ``number`` of a scene, cells left at zero."""
         thing = things[number]
         answers = np.zeros(self.count, dtype=np.float32)
         answers[self.names.index(thing.name)] = 1
@@ -116,9 +121,8 @@ def patch_answers(
     )
     boxes = np.array([thing.box for thing in scene.things], dtype=np.float32)
     answers = np.where(busy[:, None], of_things[main], 0).astype(np.float32)
-    half = SAMPLES // 2
-    on_main = (seen == (main + 1)[:, None, None]).reshape(-1, 2, half, 2, half).mean((2, 4))
-    answers[:, questions.groups["quarters"]] = on_main.reshape(-1, 4)
+    on_main = (seen == (main + 1)[:, None, None]).reshape(-1, CELLS, 2, CELLS, 2).mean((2, 4))
+    answers[:, questions.groups["cells"]] = on_main.reshape(-1, CELLS**2)
     return answers, np.where(busy[:, None], boxes[main], np.nan).astype(np.float32)
 
 
@@ -129,12 +133,18 @@ class DenseHeads(nn.Module):
         super().__init__()
         self.answers = nn.Linear(width, questions.count)
         self.boxes = nn.Linear(width, 4 * CODE)
+        nn.init.zeros_(self.answers.weight)
+        nn.init.constant_(self.answers.bias, -3.0)
+        nn.init.normal_(self.boxes.weight, std=0.3 / math.sqrt(width))
         self.register_buffer("codes", number_codes(), persistent=False)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(..., width) → logits (..., questions), number logits (..., 4, 1000)."""
-        codes = self.boxes(features).unflatten(-1, (4, CODE))
-        return self.answers(features), codes @ self.codes.T / 4
+        return self.answers(features), self.numbers(features)
+
+    def numbers(self, features: Tensor) -> Tensor:
+        """(..., width) → logits of the four box numbers, (..., 4, 1000)."""
+        return self.boxes(features).unflatten(-1, (4, CODE)) @ self.codes.T / 4
 
 
 def dense_loss(
@@ -151,12 +161,14 @@ def dense_loss(
     Returns:
         the loss and its parts for the log.
     """
-    logits, numbers = heads(features)
+    logits = heads.answers(features)
     each = functional.binary_cross_entropy_with_logits(logits, answers, reduction="none")
     said = (each * weights).sum(-1).mean()
-    busy = ~boxes[..., 0].isnan()
+    busy = (~boxes[..., 0].isnan()).nonzero()
+    busy = busy[torch.randperm(len(busy))[:BOXES_A_BATCH]].unbind(1)
     truth = (boxes[busy] * 1000).long().clamp(0, 999)
-    placed = functional.cross_entropy(numbers[busy].flatten(0, 1), truth.flatten())
+    numbers = heads.numbers(features[busy])
+    placed = functional.cross_entropy(numbers.flatten(0, 1), truth.flatten())
     return said + 0.3 * placed, {"answers": said.item(), "boxes": placed.item()}
 
 

@@ -70,12 +70,12 @@ def measure(tower: torch.nn.Module, heads: DenseHeads, batch: Batch, names: int)
     features = tower_features(tower, to_pixels(pictures)).float()
     logits, numbers = heads(features)
     groups, busy = heads.groups, ~boxes[..., 0].isnan()
-    full = busy & (answers[..., groups["quarters"]].mean(-1) > 0.5)
+    full = busy & (answers[..., groups["cells"]].mean(-1) > 0.5)
     right = logits[..., :names].argmax(-1) == answers[..., :names].argmax(-1)
     found = {"name": right[full].float().mean().item()}
-    for group in ("colours", "flags", "relations", "quarters"):
+    for group in ("colours", "flags", "relations", "cells"):
         said, truth = logits[..., groups[group]] > 0, answers[..., groups[group]] > 0.5
-        where = busy if group == "quarters" else full
+        where = busy if group == "cells" else full
         hits = [(said == truth)[where][truth[where] == value].float().mean() for value in (0, 1)]
         found[group] = (sum(hits) / 2).item()
     found["silent"] = (logits[..., :names].max(-1).values < 0)[~busy].float().mean().item()
@@ -131,8 +131,8 @@ def main() -> None:
         optimizers.step(loss, [p for _, p in named])
         step += 1
         sums += [parts["answers"], parts["boxes"]]
-        if step % 50 == 0:
-            said = " ".join(f"{k} {v:.3f}" for k, v in zip(parts, sums / 50, strict=True))
+        if step % 25 == 0:
+            said = " ".join(f"{k} {v:.3f}" for k, v in zip(parts, sums / 25, strict=True))
             print(f"{share * options.minutes:.1f} min, {step * options.batch} pictures: {said}", flush=True)
             sums[:] = 0
         if step % 200 == 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from sam4mllm_tool.scenes import expressions as wording
 from sam4mllm_tool.scenes.sprites import functions, plurals, sprites
 from sam4mllm_tool.scenes.world import World
@@ -30,6 +32,12 @@ def words_of(world: World) -> list[str]:
     for name, templates in vars(wording).items():
         texts += _strings(templates) if name.isupper() else []
     return [text.replace("{", " ").replace("}", " ") for text in texts]
+
+
+def known_words(world: World) -> list[str]:
+    """The lower-case words of the expressions that the model is taught."""
+    texts = " ".join(words_of(world)).lower()
+    return sorted({word for word in re.findall(r"[a-z]+", texts) if len(word) > 1 or word == "a"})
 
 
 def _strings(value: object) -> list[str]:

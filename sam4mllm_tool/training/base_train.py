@@ -1,0 +1,276 @@
+"""Stage 2 of base training: ``python -m sam4mllm_tool.training.base_train FOLDER``.
+
+Starts from the tower of stage 1, folds its heads into the projector, and teaches the dialogue.
+Checkpoints every few minutes; started again it goes on from the last one. Lessons get harder when
+measurements say so, not when a clock does (:data:`COURSE`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from sam4mllm_tool.scenes.world import WORLDS
+from sam4mllm_tool.training.base_init import fold_projector, init_language, make_meanings
+from sam4mllm_tool.training.base_lessons import Plan, Teacher
+from sam4mllm_tool.training.base_measure import Examination
+from sam4mllm_tool.training.base_model import (
+    BaseShape,
+    build_model,
+    build_processor,
+    build_tokenizer,
+    save_base,
+)
+from sam4mllm_tool.training.base_optimizer import Optimizers, make_optimizers
+from sam4mllm_tool.training.base_packing import Packed, Packer
+from sam4mllm_tool.training.base_scenes import SceneShards
+from sam4mllm_tool.training.base_vision import DenseHeads, dense_loss, patch_answers
+from sam4mllm_tool.training.base_vision_train import to_pixels, tower_features
+from sam4mllm_tool.training.base_world import known_words, questions_of, words_of
+
+TOPICS = (
+    "category", "colour", "function", "size", "position", "ordinal", "relation", "plural",
+    "absent", "what", "what list", "points", "verify", "ppg",
+)  # fmt: skip
+COURSE = (
+    Plan(boxes=5, absent=1.5, what=4, what_lists=1, points=1, verify=1, list_sizes=(2, 3, 4, 5)),
+    Plan(boxes=5, absent=1.5, what=1, what_lists=1, points=2, verify=1, list_sizes=(4, 6, 9, 9)),
+    Plan(boxes=5, absent=1.5, what=0.5, what_lists=0.5, points=2.5, verify=1, ppg=1,
+         list_sizes=(4, 6, 9, 9, 12, 16)),
+)  # fmt: skip
+"""Lesson plans, easy to hard."""
+GATES = ({"what": 0.7, "lists": 0.6}, {"points": 0.72})
+"""What an examination must show before the next plan."""
+SPREAD = 6.0
+"""Standard deviation, in steps of the number line, of the label smoothing of coordinates."""
+Batch = tuple[Tensor, Packed, Tensor, Tensor]
+
+
+class LessonBatches(IterableDataset[Batch]):
+    """Endless batches (pictures, packed lessons, dense answers, boxes) from cached scenes."""
+
+    def __init__(self, folder: Path, packer: Packer, shape: BaseShape, size: int, seed: int,
+                 longest: int, world: str) -> None:  # fmt: skip
+        self.folder, self.packer, self.shape = folder, packer, shape
+        self.size, self.seed, self.longest = size, seed, longest
+        self.questions = questions_of(WORLDS[world])
+
+    def __iter__(self) -> Iterator[Batch]:
+        torch.set_num_threads(1)
+        shards, rng = SceneShards(self.folder / "scenes", "train"), random.Random(self.seed)
+        teacher = Teacher(rng)
+        while True:
+            order = list(range(len(shards)))
+            rng.shuffle(order)
+            while len(order) >= 3 * self.size:
+                stage = int((self.folder / "stage").read_text() or 0)
+                scenes = []
+                while len(scenes) < self.size and order:
+                    scene = shards[order.pop()]
+                    if len(scene.things) > 1 or rng.random() < 0.4:
+                        scenes.append(scene)
+                lessons = [teacher.lessons(scene, COURSE[stage]) for scene in scenes]
+                dense = [patch_answers(s, self.questions, self.shape.grid) for s in scenes]
+                answers, boxes = (np.stack(part) for part in zip(*dense, strict=True))
+                pictures = torch.from_numpy(np.stack([scene.image for scene in scenes]))
+                packed = self.packer.pack(lessons, self.longest)
+                yield pictures, packed, torch.from_numpy(answers), torch.from_numpy(boxes)
+
+
+def forward(
+    model: LlavaForConditionalGeneration, pictures: Tensor, packed: Packed
+) -> tuple[Tensor, Tensor]:
+    """Tower features, and hidden states of the decoder: what LLaVA's own forward computes."""
+    features = tower_features(model.model.vision_tower, to_pixels(pictures))
+    seen = model.model.multi_modal_projector(features)
+    embedded = model.get_input_embeddings()(packed.tokens)
+    places = packed.tokens == model.config.image_token_id
+    embedded = embedded.masked_scatter(places[..., None], seen.to(embedded.dtype))
+    hidden = model.model.language_model(
+        inputs_embeds=embedded,
+        attention_mask=packed.mask,
+        position_ids=packed.positions,
+        use_cache=False,
+    ).last_hidden_state
+    return features, hidden
+
+
+class Loss:
+    """Text cross-entropy with label smoothing along the number line, and weights by token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        convert = tokenizer.convert_tokens_to_ids
+        self.first = convert("000")
+        steps = torch.arange(1000)
+        near = torch.exp(-0.5 * ((steps[:, None] - steps) / SPREAD) ** 2)
+        self.near = near / near.sum(1, keepdim=True)
+        self.weights = torch.ones(len(tokenizer) + 64)
+        self.weights[self.first : self.first + 1000] = 0.5
+        for token in (",", "]", "Ċ", "(", "Ġ(", ")"):
+            self.weights[convert(token)] = 0.05
+        self.weights[convert("</s>")] = 0.2
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, V) logits and N targets → the weighted mean, and each token's own loss."""
+        logs = functional.log_softmax(logits.float(), -1)
+        each = -logs.gather(1, targets[:, None])[:, 0]
+        number = (targets >= self.first) & (targets < self.first + 1000)
+        steps = targets[number] - self.first
+        each = each.masked_scatter(
+            number, -(self.near[steps] * logs[number, self.first : self.first + 1000]).sum(-1)
+        )
+        weights = self.weights[targets]
+        return (each * weights).sum() / weights.sum(), each.detach()
+
+
+def gentle(name: str) -> float:
+    """Learning-rate factors: low for what was built in, so that training does not wash it out."""
+    if "vision_tower" in name:
+        return 0.6
+    if "projector" in name or "embed_tokens" in name or "lm_head" in name:
+        return 0.1
+    if any(f"layers.{n}.self_attn" in name or f"layers.{n}.input" in name for n in (0, 1)):
+        return 0.1
+    return 0.3 if "layers.2.self_attn" in name else 1.0
+
+
+def start_model(
+    folder: Path, world: str, shape: BaseShape, seed: int
+) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerFast, DenseHeads]:
+    """The tower and heads of stage 1 in a model whose decoder has its circuits built in."""
+    torch.manual_seed(seed)
+    questions = questions_of(WORLDS[world])
+    tokenizer = build_tokenizer(words_of(WORLDS[world]))
+    model = build_model(tokenizer, shape)
+    heads = DenseHeads(shape.vision_width, questions)
+    stored = load_file(folder / "vision.safetensors")
+    for module, prefix in ((model.model.vision_tower, "tower."), (heads, "heads.")):
+        own = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+        module.load_state_dict(own)
+    meanings = make_meanings(questions, seed)
+    init_language(model, tokenizer, questions, meanings)
+    shards = SceneShards(folder / "scenes", "train")
+    pictures = torch.from_numpy(np.stack([shards[n].image for n in range(200)]))
+    with torch.no_grad():
+        features = tower_features(model.model.vision_tower, to_pixels(pictures))
+    print(fold_projector(model, heads, questions, meanings, features, shape), flush=True)
+    return model, tokenizer, heads
+
+
+def main() -> None:
+    """Train until the minutes are over."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--world", default="small", choices=sorted(WORLDS))
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--longest", type=int, default=448)
+    parser.add_argument("--dense", type=float, default=0.3, help="weight of stage 1's loss")
+    parser.add_argument("--optimizer", default="adamw", choices=["muon", "adamw"])
+    parser.add_argument("--examine", type=float, default=8, help="minutes between examinations")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    shape, folder = BaseShape(), options.folder
+    model, tokenizer, heads = start_model(folder, options.world, shape, options.seed)
+    heads.requires_grad_(False)
+    optimizers = make_optimizers(model.named_parameters(), options.rate, options.optimizer, gentle)
+    state = {"step": 0, "seconds": 0.0, "stage": 0}
+    if (folder / "resume.pt").exists():
+        state = resume(folder, model, optimizers)
+    (folder / "stage").write_text(str(state["stage"]))
+    packer = Packer(tokenizer, shape.grid**2, TOPICS)
+    batches = LessonBatches(folder, packer, shape, options.batch, options.seed + state["step"],
+                            options.longest, options.world)  # fmt: skip
+    loader = iter(DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=6))
+    examination = Examination(folder, model, tokenizer, packer, build_processor(tokenizer, shape))
+    loss_of, parameters = Loss(tokenizer), list(model.parameters())
+    weights = torch.ones(heads.answers.out_features)
+    clock, next_exam = time.time() - state["seconds"], state["seconds"]
+    sums = np.zeros((len(TOPICS), 3))
+    while True:
+        state["seconds"] = time.time() - clock
+        share = state["seconds"] / (options.minutes * 60)
+        if state["seconds"] >= next_exam or share >= 1:
+            examine(state, examination, folder, model, optimizers, options, shape)
+            clock = time.time() - state["seconds"]
+            next_exam = state["seconds"] + options.examine * 60
+            if share >= 1:
+                break
+        optimizers.set_scale(
+            min(1, (state["step"] + 1) / 60) * min(1, max(0.02, (1 - share) / 0.35))
+        )
+        pictures, packed, answers, boxes = next(loader)
+        with torch.autocast("cpu", torch.bfloat16):
+            features, hidden = forward(model, pictures, packed)
+            chosen = packed.targets != -100
+            logits = model.lm_head(hidden[chosen])
+        targets = packed.targets[chosen]
+        loss, each = loss_of(logits, targets)
+        dense, _ = dense_loss(heads, features.float(), answers, boxes, weights)
+        optimizers.step(loss + options.dense * dense, parameters)
+        state["step"] += 1
+        topics, right = packed.topics[chosen].numpy(), (logits.argmax(-1) == targets).numpy()
+        decisive = (loss_of.weights[targets] > 0.3).numpy()
+        for topic in range(len(TOPICS)):
+            mine = (topics == topic) & decisive
+            sums[topic] += mine.sum(), right[mine].sum(), each.numpy()[mine].sum()
+        if state["step"] % 50 == 0:
+            said = " ".join(
+                f"{topic} {hits / n:.2f}/{total / n:.2f}"
+                for topic, (n, hits, total) in zip(TOPICS, sums, strict=True) if n
+            )  # fmt: skip
+            print(f"{state['seconds'] / 60:.1f} min step {state['step']} dense {dense:.2f} "
+                  f"L {packed.tokens.shape[1]} {said}", flush=True)  # fmt: skip
+            sums[:] = 0
+
+
+def examine(
+    state: dict,
+    examination: Examination,
+    folder: Path,
+    model: LlavaForConditionalGeneration,
+    optimizers: Optimizers,
+    options: argparse.Namespace,
+    shape: BaseShape,
+) -> None:
+    """Measure, pass the gate if it is open, write checkpoint, model and learning curve."""
+    found = examination.run()
+    gate = GATES[state["stage"]] if state["stage"] < len(GATES) else None
+    if gate and all(found[key] >= value for key, value in gate.items()):
+        state["stage"] += 1
+        (folder / "stage").write_text(str(state["stage"]))
+    line = {"minutes": round(state["seconds"] / 60, 1), "pictures": state["step"] * options.batch,
+            "stage": state["stage"], **found}  # fmt: skip
+    print("EXAM", json.dumps(line), flush=True)
+    with (folder / "curve.jsonl").open("a") as curve:
+        curve.write(json.dumps(line) + "\n")
+    save_base(folder / "model", model, examination.processor, known_words(WORLDS[options.world]),
+              options.world, shape)  # fmt: skip
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "last.safetensors")
+    torch.save({"state": state, "optimizers": optimizers.state_dict()}, folder / "resume.pt")
+
+
+def resume(folder: Path, model: LlavaForConditionalGeneration, optimizers: Optimizers) -> dict:
+    """Take up weights, optimiser and clock of the last checkpoint."""
+    model.load_state_dict(load_file(folder / "last.safetensors"))
+    stored = torch.load(folder / "resume.pt", weights_only=True)
+    optimizers.load_state_dict(stored["optimizers"])
+    return stored["state"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""Any referring data set as conversations in the published strings: what the LoRA learns from.
+
+PQPP conversations hold both rounds; PPG conversations hold the box and prompt points, chosen by
+what a segmenter makes of them. Several references to one picture are packed into one
+conversation. A seed and an image's id decide every random choice about it, so conversations do
+not depend on what came before them and can be streamed, resumed and divided among workers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import numpy as np
+
+from sam4mllm_tool.dialogue import Turn
+from sam4mllm_tool.evaluation.datasets.record import ReferringExample
+from sam4mllm_tool.formats import get_format
+from sam4mllm_tool.formats.base import DialogueFormat
+from sam4mllm_tool.points import poisson_disk_points
+from sam4mllm_tool.protocols import Segmenter, SegmentPrompt
+from sam4mllm_tool.types import Box, Mask, Point, PointLabel, PromptPoint, RgbImage, TargetCount
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How conversations are made; kept beside an adapter that was trained on them.
+
+    Attributes:
+        format: dialogue format (a key of ``FORMATS``).
+        seed: of all random choices.
+        references: most references (or VQA pairs) a conversation holds.
+        ppg_share: share of references asked the PPG way; the rest is PQPP.
+        spread, radius: round 2 asks some of up to ``spread`` Poisson-disk points of the box, no
+            two closer than ``radius`` box sides.
+        asked: fewest and most points of a round-2 question.
+        jitter: each edge of the box round 2 speaks of moves by up to this share of its side.
+        positive, negative: points of a PPG reply on and off the object (our numbers, as are the
+            next two: the paper says "few").
+        tries: groups of points drawn for a PPG target.
+        best: the reply is one of this many groups whose mask is closest to the truth.
+        vqa_share: share of conversations that are VQA pairs without masks, where pairs are given.
+    """
+
+    format: str = "sam4mllm"
+    seed: int = 0
+    references: int = 5
+    ppg_share: float = 0.25
+    spread: int = 100
+    radius: float = 0.1
+    asked: tuple[int, int] = (1, 30)
+    jitter: float = 0.1
+    positive: int = 3
+    negative: int = 1
+    tries: int = 8
+    best: int = 2
+    vqa_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class VqaExample:
+    """Questions with plain answers about one picture, to keep the model's other abilities."""
+
+    image_id: str
+    image: RgbImage
+    pairs: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One picture, and turns that alternate user and assistant.
+
+    Attributes:
+        image_id: of the picture.
+        image: upright picture.
+        turns: without a system turn; replies begin as the format's replies do.
+        topics: one a user turn: "box", "points", "ppg" or "vqa".
+        points: the points a round-2 or PPG turn speaks of, by turn number, for drawings.
+    """
+
+    image_id: str
+    image: RgbImage
+    turns: tuple[Turn, ...]
+    topics: tuple[str, ...]
+    points: dict[int, tuple[PromptPoint, ...]]
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """A question with its reply."""
+
+    topic: str
+    question: str
+    reply: str
+    points: tuple[PromptPoint, ...] = ()
+
+
+def conversations(
+    examples: Iterable[ReferringExample],
+    recipe: Recipe,
+    segmenter: Segmenter | None = None,
+    vqa: Sequence[VqaExample] = (),
+    excluded: Collection[str] = (),
+) -> Iterator[Conversation]:
+    """Stream conversations about examples that come grouped by image.
+
+    Args:
+        examples: records of a data set; neighbours on the same image share conversations.
+        recipe: how.
+        segmenter: judge of PPG groups; without one no PPG conversation is made.
+        vqa: pictures to mix in.
+        excluded: image ids to leave out (those of val and test splits).
+    """
+    barred = frozenset(excluded)
+    for image_id, group in groupby(examples, key=lambda example: example.image_id):
+        found = list(group)
+        if image_id in barred:
+            continue
+        rng = random.Random(f"{recipe.seed}/{image_id}")
+        while vqa and rng.random() < recipe.vqa_share:
+            yield _vqa_conversation(rng.choice(vqa), recipe, rng)
+        image = found[0].open_image()
+        references = [(example, text) for example in found for text in example.expressions]
+        rng.shuffle(references)
+        for start in range(0, len(references), recipe.references):
+            maker = _Maker(image, recipe, segmenter, rng)
+            exchanges = [
+                exchange
+                for example, text in references[start : start + recipe.references]
+                for exchange in maker.exchanges(example, text)
+            ]
+            yield _conversation(image_id, image, exchanges)
+
+
+class _Maker:
+    """Makes exchanges about one picture."""
+
+    def __init__(
+        self, image: RgbImage, recipe: Recipe, segmenter: Segmenter | None, rng: random.Random
+    ) -> None:
+        self.image, self.recipe, self.segmenter, self.rng = image, recipe, segmenter, rng
+        self.form: DialogueFormat = get_format(recipe.format)
+
+    def exchanges(self, example: ReferringExample, text: str) -> list[_Exchange]:
+        """PPG for some single targets, else round 1 and, if something is there, round 2."""
+        masks = example.truth()
+        count = self._count(example)
+        single = len(masks) == 1
+        if self.segmenter and single and self.rng.random() < self.recipe.ppg_share:
+            ppg = self._ppg(text, count, masks[0], example.boxes[0])
+            if ppg:
+                return [ppg]
+        order = sorted(range(len(masks)), key=lambda n: example.boxes[n][:2])
+        boxes = [example.boxes[n] for n in order]
+        size = self.image.size
+        first = _Exchange(
+            "box", self.form.ask_boxes(text, count, size), self.form.write_boxes(boxes, size)
+        )
+        if not masks:
+            return [first]
+        chosen = self.rng.randrange(len(boxes))
+        return [first, self._round_two(text, masks[order[chosen]], boxes[chosen])]
+
+    def _count(self, example: ReferringExample) -> TargetCount:
+        """What the question promises: often as little as the data set does, sometimes more."""
+        number = len(example.masks)
+        if number == 0 or example.count is TargetCount.ZERO_OR_MORE:
+            return TargetCount.ZERO_OR_MORE
+        if number > 1 or example.count is TargetCount.ONE_OR_MORE:
+            return TargetCount.ONE_OR_MORE
+        return TargetCount.ONE
+
+    def _round_two(self, text: str, mask: Mask, box: Box) -> _Exchange:
+        recipe, size = self.recipe, self.image.size
+        asked = self._jittered(box)
+        spread = poisson_disk_points(asked, recipe.spread, self.rng, recipe.radius)
+        number = self.rng.randint(*recipe.asked)
+        points = self.rng.sample(spread, min(number, len(spread)))
+        labels = [_label(mask, point) for point in points]
+        words = self.form.yes_no
+        reply = words.prefix + "".join(
+            (words.yes if label is PointLabel.FOREGROUND else words.no)[0] for label in labels
+        )
+        question = self.form.ask_points(text, asked, points, size)
+        shown = tuple(PromptPoint(*p, label) for p, label in zip(points, labels, strict=True))
+        return _Exchange("points", question, reply, shown)
+
+    def _jittered(self, box: Box) -> Box:
+        """Edges moved a little, inside the picture, never empty."""
+        def move(value: float, side: float, limit: int) -> float:
+            moved = value + self.rng.uniform(-1, 1) * self.recipe.jitter * side
+            return min(max(moved, 0.0), float(limit))
+
+        width, height = self.image.size
+        x = sorted((move(box.x_min, box.width, width), move(box.x_max, box.width, width)))
+        y = sorted((move(box.y_min, box.height, height), move(box.y_max, box.height, height)))
+        moved = Box(x[0], y[0], x[1], y[1])
+        return moved if moved.area > 0 else box
+
+    def _ppg(self, text: str, count: TargetCount, mask: Mask, box: Box) -> _Exchange | None:
+        """The prompt points among ``tries`` groups that the segmenter does best with."""
+        assert self.segmenter is not None
+        recipe, size = self.recipe, self.image.size
+        groups = [group for _ in range(recipe.tries) if (group := self._group(mask, box))]
+        if not groups:
+            return None
+        prompts = [SegmentPrompt(box, group) for group in groups]
+        judged = []
+        for group, candidates in zip(
+            groups, self.segmenter.predict(self.image, prompts), strict=True
+        ):
+            best = max(candidates, key=lambda candidate: candidate.predicted_iou)
+            judged.append((_mask_iou(best.mask, mask), group))
+        judged.sort(key=lambda pair: -pair[0])
+        chosen = self.rng.choice(judged[: recipe.best])[1]
+        question = self.form.ask_box_and_points(
+            text, count, recipe.positive, recipe.negative, size
+        )
+        written = self.form.ask_points(text, box, [Point(p.x, p.y) for p in chosen], size)
+        reply = f"{self.form.write_boxes([box], size)} {written.partition(chr(10))[2]}"
+        return _Exchange("ppg", question, reply, chosen)
+
+    def _group(self, mask: Mask, box: Box) -> tuple[PromptPoint, ...] | None:
+        """Points on the mask and off it inside the box; ``None`` where either is too small."""
+        pixels = mask.pixels
+        x0, y0, x1, y1 = (int(edge) for edge in box)
+        window = np.zeros_like(pixels)
+        window[max(y0, 0) : y1 + 1, max(x0, 0) : x1 + 1] = True
+        chosen: list[PromptPoint] = []
+        for label, where, number in (
+            (PointLabel.FOREGROUND, pixels, self.recipe.positive),
+            (PointLabel.BACKGROUND, window & ~pixels, self.recipe.negative),
+        ):
+            places = np.argwhere(where)
+            if len(places) < number:
+                return None
+            for row, column in places[self.rng.sample(range(len(places)), number)]:
+                chosen.append(PromptPoint(float(column) + 0.5, float(row) + 0.5, label))
+        return tuple(chosen)
+
+
+def _label(mask: Mask, point: Point) -> PointLabel:
+    return PointLabel.FOREGROUND if mask.contains(*point) else PointLabel.BACKGROUND
+
+
+def _mask_iou(a: Mask, b: Mask) -> float:
+    union = int((a.pixels | b.pixels).sum())
+    return int((a.pixels & b.pixels).sum()) / union if union else 0.0
+
+
+def _conversation(
+    image_id: str, image: RgbImage, exchanges: Sequence[_Exchange]
+) -> Conversation:
+    turns, points = [], {}
+    for number, exchange in enumerate(exchanges):
+        turns += [Turn("user", exchange.question), Turn("assistant", exchange.reply)]
+        if exchange.points:
+            points[number] = exchange.points
+    topics = tuple(exchange.topic for exchange in exchanges)
+    return Conversation(image_id, image, tuple(turns), topics, points)
+
+
+def _vqa_conversation(example: VqaExample, recipe: Recipe, rng: random.Random) -> Conversation:
+    pairs = rng.sample(example.pairs, min(recipe.references, len(example.pairs)))
+    exchanges = [_Exchange("vqa", question, "\n" + answer) for question, answer in pairs]
+    return _conversation(example.image_id, example.image, exchanges)
+
+
+def with_seed(recipe: Recipe, seed: int) -> Recipe:
+    """The same recipe with other random choices, for another epoch."""
+    return replace(recipe, seed=seed)

@@ -1,0 +1,343 @@
+"""LoRA on referring dialogues: transformers' ``Trainer`` and peft, loss on the assistant's words.
+
+Everything is frozen but LoRA factors on attention and MLP projections of the language model and
+the projector between picture and text. The adapter folder says by itself what it speaks, what it
+stands on and how it was made (``sam4mllm.json``), so that it can be loaded without being told.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments, set_seed
+
+from sam4mllm_tool.formats import get_format
+from sam4mllm_tool.mllm.loading import choose_placement, load_model, load_processor
+from sam4mllm_tool.training.dialogues import Conversation, Recipe
+
+IGNORED = -100
+PROJECTORS = ("multi_modal_projector", "resampler", "connector", "merger", "mlp1")
+"""Names under which model families keep what lies between picture and text."""
+LANGUAGE_LAYERS = r".*(language_model|text_model|model\.layers).*\.({names})"
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LoraRecipe:
+    """How an adapter is trained.
+
+    Attributes:
+        rank, alpha, dropout: of the LoRA layers.
+        rate: peak learning rate of the one-cycle schedule.
+        epochs: passes over the conversations.
+        batch: conversations a step (a device).
+        accumulate: steps whose gradients are summed.
+        projector: also train the projector between picture and text, whole.
+        bf16: compute in bfloat16.
+        checkpointing: recompute activations to save memory.
+        seed: of initialisation, order and dropout.
+    """
+
+    rank: int = 128
+    alpha: int = 128
+    dropout: float = 0.05
+    rate: float = 1e-4
+    epochs: float = 3
+    batch: int = 4
+    accumulate: int = 1
+    projector: bool = True
+    bf16: bool = True
+    checkpointing: bool = True
+    seed: int = 0
+
+
+PRESETS = {
+    "published": LoraRecipe(),
+    "small": LoraRecipe(
+        rank=16, alpha=32, dropout=0.0, rate=1e-3, epochs=1, batch=8, bf16=False,
+        checkpointing=False,
+    ),
+}  # fmt: skip
+"""``published``: the paper's figures. ``small``: for the embedded model, on a CPU."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One conversation as the model reads it.
+
+    Attributes:
+        inputs: what the processor gives, without padding; ``input_ids`` is 1 x L.
+        labels: 1 x L; the token itself where the assistant speaks, else -100.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+
+
+class ConversationEncoder:
+    """Conversations to tokens, with labels on the assistant's words and its end-of-turn token."""
+
+    def __init__(self, processor: Any, recipe: Recipe) -> None:
+        self.processor = processor
+        self.system = get_format(recipe.format).system_prompt
+
+    def encode(self, conversation: Conversation) -> Encoded:
+        """Tokens of the whole conversation.
+
+        Labels are found in the text before the image is expanded into its tokens: whatever the
+        expansion is, the tokens behind the image are the same, counted from the end.
+        """
+        messages = self._messages(conversation)
+        text = self._render(messages)
+        spans = self._spans(messages, text)
+        inputs = dict(
+            self.processor(
+                text=[text],
+                images=[conversation.image.pil],
+                return_tensors="pt",
+                add_special_tokens=False,
+            )
+        )
+        inputs.pop("token_type_ids", None)
+        tokens = inputs["input_ids"]
+        plain = self.processor.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True
+        )
+        labels = torch.full_like(tokens, IGNORED)
+        behind = len(plain["input_ids"])
+        for index, (start, end) in enumerate(plain["offset_mapping"]):
+            if any(first <= start and end <= last and start < end for first, last in spans):
+                place = tokens.shape[1] - behind + index
+                assert int(tokens[0, place]) == plain["input_ids"][index]
+                labels[0, place] = tokens[0, place]
+        return Encoded(inputs, labels)
+
+    def _messages(self, conversation: Conversation) -> list[dict[str, Any]]:
+        messages: list[dict[str, Any]] = []
+        if self.system is not None:
+            messages.append({"role": "system", "content": _text(self.system)})
+        for number, turn in enumerate(conversation.turns):
+            picture = [{"type": "image"}] if number == 0 else []
+            messages.append({"role": turn.role, "content": picture + _text(turn.text)})
+        return messages
+
+    def _render(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
+        return str(
+            self.processor.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=prompt
+            )
+        )
+
+    def _spans(self, messages: list[dict[str, Any]], text: str) -> list[tuple[int, int]]:
+        """(start, end) characters of each reply with its end-of-turn token."""
+        spans = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(messages[:number], prompt=True)
+            upto = self._render(messages[: number + 1])
+            assert text.startswith(before), "the template writes a turn by what comes after it"
+            closing = upto[len(before) :]
+            end_token = self.processor.tokenizer.eos_token
+            cut = closing.find(end_token)
+            length = cut + len(end_token) if cut >= 0 else len(closing)
+            spans.append((len(before), len(before) + length))
+        return spans
+
+
+class ConversationSet(Dataset[Encoded]):
+    """Conversations for the trainer, encoded when asked for."""
+
+    def __init__(self, conversations: Sequence[Conversation], encoder: ConversationEncoder) -> None:
+        self._conversations, self._encoder = conversations, encoder
+
+    def __len__(self) -> int:
+        return len(self._conversations)
+
+    def __getitem__(self, index: int) -> Encoded:
+        return self._encoder.encode(self._conversations[index])
+
+
+class Collator:
+    """Pads a batch on the right; picture inputs are stacked along their first dimension."""
+
+    def __init__(self, pad: int) -> None:
+        self._pad = pad
+
+    def __call__(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
+        longest = max(one.labels.shape[1] for one in batch)
+
+        def grow(value: Tensor, filler: int) -> Tensor:
+            return torch.nn.functional.pad(value, (0, longest - value.shape[1]), value=filler)
+
+        out = {"labels": torch.cat([grow(one.labels, IGNORED) for one in batch])}
+        fillers = {"input_ids": self._pad, "attention_mask": 0, "mm_token_type_ids": 0}
+        for key in batch[0].inputs:
+            values = [one.inputs[key] for one in batch]
+            if key in fillers:
+                values = [grow(value, fillers[key]) for value in values]
+            out[key] = torch.cat(values)
+        return out
+
+
+class OneCycleTrainer(Trainer):
+    """transformers' ``Trainer`` with PyTorch's one-cycle schedule."""
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """One cycle to the peak rate and down, over all steps."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = OneCycleLR(
+                optimizer or self.optimizer,
+                max_lr=self.args.learning_rate,
+                total_steps=num_training_steps,
+            )
+        return self.lr_scheduler
+
+
+def adapt(model: Any, recipe: LoraRecipe) -> PeftModel:
+    """The model with fresh LoRA layers; all else but the projector is frozen."""
+    set_seed(recipe.seed)
+    names = "|".join(PROJECTIONS)
+    found = [
+        name
+        for name, module in model.named_modules()
+        if name.endswith(PROJECTIONS)
+        and isinstance(module, torch.nn.Linear)
+        and not any(part in name for part in ("vision", "visual"))
+    ]
+    assert found, f"no language projection named {names} in this model"
+    kept = {part for name, _ in model.named_modules() for part in PROJECTORS
+            if name.endswith("." + part) or name == part}  # fmt: skip
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=recipe.rank,
+            lora_alpha=recipe.alpha,
+            lora_dropout=recipe.dropout,
+            target_modules=found,
+            modules_to_save=sorted(kept) if recipe.projector else None,
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def train(
+    base: str | Path,
+    conversations: Sequence[Conversation],
+    out: Path,
+    recipe: LoraRecipe,
+    data: Recipe,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    save_steps: int = 200,
+    stop_after: int | None = None,
+    held_out: Sequence[Conversation] = (),
+) -> Path:
+    """Train an adapter and write it to ``out``.
+
+    Args:
+        base: directory of the base model.
+        conversations: what to learn.
+        out: folder for the adapter; checkpoints go to ``out/checkpoints``.
+        recipe: how to train.
+        data: how the conversations were made; written beside the adapter.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``.
+        resume: go on from the last checkpoint, with the result of a run that never stopped.
+        save_steps: steps between checkpoints.
+        stop_after: stop after this many steps without finishing the schedule (for tests, and to
+            train in several sittings).
+        held_out: conversations whose loss is reported at every checkpoint.
+
+    Returns:
+        the adapter's folder.
+
+    Raises:
+        CheckpointError: the base cannot be loaded.
+    """
+    processor = load_processor(Path(base))
+    placement = choose_placement(device, "float32")
+    model = adapt(load_model(Path(base), placement), recipe)
+    encoder = ConversationEncoder(processor, data)
+    arguments = TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        num_train_epochs=recipe.epochs,
+        per_device_train_batch_size=recipe.batch,
+        gradient_accumulation_steps=recipe.accumulate,
+        learning_rate=recipe.rate,
+        bf16=recipe.bf16,
+        gradient_checkpointing=recipe.checkpointing,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        save_steps=save_steps,
+        save_total_limit=2,
+        eval_strategy="steps" if held_out else "no",
+        eval_steps=save_steps,
+        logging_steps=10,
+        report_to=[],
+        remove_unused_columns=False,
+        label_names=["labels"],
+        use_cpu=placement.device.type == "cpu",
+        disable_tqdm=True,
+    )
+    callbacks = [] if stop_after is None else [_StopAfter(stop_after)]
+    trainer = OneCycleTrainer(
+        model=model,
+        args=arguments,
+        data_collator=Collator(processor.tokenizer.pad_token_id or 0),
+        train_dataset=ConversationSet(conversations, encoder),
+        eval_dataset=ConversationSet(held_out, encoder) if held_out else None,
+        callbacks=callbacks,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return save_adapter(model, out, base, recipe, data)
+
+
+def save_adapter(
+    model: PeftModel, out: Path, base: str | Path, recipe: LoraRecipe, data: Recipe
+) -> Path:
+    """Write the adapter and ``sam4mllm.json``: format, base model and recipes."""
+    model.save_pretrained(str(out))
+    about = {
+        "format": data.format,
+        "base_model": str(base),
+        "lora": asdict(recipe),
+        "data": asdict(data),
+    }
+    (out / "sam4mllm.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    return out
+
+
+def _text(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
+
+
+def _stop_after() -> type:
+    from transformers import TrainerCallback
+
+    class StopAfter(TrainerCallback):
+        """Saves and stops after some steps, as an interruption would."""
+
+        def __init__(self, steps: int) -> None:
+            self.steps = steps
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+            if state.global_step >= self.steps:
+                control.should_save = control.should_training_stop = True
+            return control
+
+    return StopAfter
+
+
+_StopAfter = _stop_after()

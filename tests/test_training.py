@@ -1,0 +1,264 @@
+"""Dialogue data and LoRA: exact strings, exact loss tokens, resumption, reload."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sam4mllm_tool.evaluation.datasets.record import ReferringExample
+from sam4mllm_tool.formats import get_format
+from sam4mllm_tool.mllm.loading import choose_placement, load_adapter, load_model, load_processor
+from sam4mllm_tool.testing import ColourSegmenter
+from sam4mllm_tool.training.base_model import (
+    BaseShape,
+    build_model,
+    build_processor,
+    build_tokenizer,
+    save_base,
+)
+from sam4mllm_tool.training.dialogues import Conversation, Recipe, VqaExample, conversations
+from sam4mllm_tool.training.lora import (
+    PRESETS,
+    Collator,
+    ConversationEncoder,
+    LoraRecipe,
+    adapt,
+    train,
+)
+from sam4mllm_tool.types import Box, Mask, PointLabel, RgbImage, TargetCount
+
+SHAPE = BaseShape(
+    image_size=24, patch_size=12, vision_width=32, vision_layers=1, vision_inner=32,
+    text_width=32, text_layers=2, text_inner=32,
+)  # fmt: skip
+SIDE = 40
+
+
+def _picture() -> bytes:
+    pixels = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
+    pixels[5:25, 10:30] = (200, 0, 0)
+    pixels[30:38, 2:12] = (0, 0, 200)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _example(
+    number: int, image_id: str, *boxes: tuple[int, int, int, int], count: TargetCount
+) -> ReferringExample:
+    masks = []
+    for x0, y0, x1, y1 in boxes:
+        pixels = np.zeros((SIDE, SIDE), dtype=bool)
+        pixels[y0:y1, x0:x1] = True
+        masks.append(Mask(pixels).to_rle())
+    return ReferringExample(
+        "toy", "train", f"{number}", image_id, _picture(), (f"thing {number}",), tuple(masks),
+        tuple(Box(*map(float, box)) for box in boxes), count=count,
+    )  # fmt: skip
+
+
+def _examples() -> list[ReferringExample]:
+    red, blue = (10, 5, 30, 25), (2, 30, 12, 38)
+    return [
+        _example(0, "a", red, count=TargetCount.ONE),
+        _example(1, "a", red, blue, count=TargetCount.ZERO_OR_MORE),
+        _example(2, "b", count=TargetCount.ZERO_OR_MORE),
+        _example(3, "b", blue, count=TargetCount.ONE),
+    ]
+
+
+PQPP = Recipe(ppg_share=0.0, asked=(3, 6), spread=12, radius=0.2)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny untrained base with the embedded model's tokenizer."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = build_tokenizer(["thing", "object"])
+    model = build_model(tokenizer, SHAPE)
+    save_base(folder, model, build_processor(tokenizer, SHAPE), ["thing"], "small", SHAPE)
+    return folder
+
+
+def _asked(conversation: Conversation) -> list[tuple[str, str]]:
+    turns = conversation.turns
+    return [(turns[n].text, turns[n + 1].text) for n in range(0, len(turns), 2)]
+
+
+def test_conversations_are_the_published_strings() -> None:
+    found = {c.image_id: _asked(c) for c in conversations(_examples(), PQPP)}
+    flat = [pair for pairs in found.values() for pair in pairs]
+    where = "Please provide the bounding box coordinate of the region this sentence describes"
+    assert (f'{where} (1):\n"thing 0".', "\n[250,125,750,625]") in flat
+    # Two targets, from left to right.
+    both = "\n[050,750,300,950] [250,125,750,625]"
+    assert (f'{where} (0+):\n"thing 1".', both) in flat
+    assert (f'{where} (0+):\n"thing 2".', "\nNo object found.") in flat
+    second = [pair for pair in flat if pair[0].startswith("Check if the points listed below are")]
+    assert len(second) == 3  # one for each reference that has a target
+    for question, reply in second:
+        assert 3 <= question.count("(") <= 6
+        assert reply.startswith("\n")
+        assert reply.count("Yes") + reply.count("No") == question.count("(")
+        assert set(reply[1:].replace("Yes", "").replace("No", "")) == set()
+
+
+def test_point_labels_are_those_of_the_mask() -> None:
+    form = get_format("sam4mllm")
+    labelled = 0
+    for seed in range(6):
+        for conversation in conversations(_examples(), replace(PQPP, seed=seed)):
+            for number, points in conversation.points.items():
+                question, reply = _asked(conversation)[number]
+                expression = _asked(conversation)[number - 1][0].split('"')[1]
+                example = next(e for e in _examples() if e.expressions[0] == expression)
+                asked = form.read_boxes(question, (SIDE, SIDE)).boxes[0]
+                centre = ((asked.x_min + asked.x_max) / 2, (asked.y_min + asked.y_max) / 2)
+                mask = next(m for m in example.truth() if m.contains(*centre))
+                said = reply[1:].replace("Yes", "Y").replace("No", "N")
+                assert said == "".join("Y" if mask.contains(p.x, p.y) else "N" for p in points)
+                labelled += len(points)
+    assert labelled > 40
+
+
+def test_same_seed_same_conversations_whatever_came_before() -> None:
+    whole = [_asked(c) for c in conversations(_examples(), PQPP)]
+    tail = [_asked(c) for c in conversations(_examples()[2:], PQPP)]
+    assert whole[-len(tail) :] == tail
+    assert whole == [_asked(c) for c in conversations(_examples(), PQPP)]
+    assert whole != [_asked(c) for c in conversations(_examples(), replace(PQPP, seed=1))]
+
+
+def test_excluded_pictures_do_not_appear() -> None:
+    found = list(conversations(_examples(), PQPP, excluded={"a"}))
+    assert [c.image_id for c in found] == ["b"]
+
+
+def test_references_are_packed_up_to_the_limit() -> None:
+    many = [_example(n, "a", (10, 5, 30, 25), count=TargetCount.ONE) for n in range(7)]
+    found = list(conversations(many, replace(PQPP, references=3)))
+    assert [c.topics.count("box") for c in found] == [3, 3, 1]
+
+
+def test_ppg_keeps_the_groups_the_segmenter_does_best_with() -> None:
+    """With ``best=1`` the reply must be the best of the tries, recomputed here one by one."""
+    segmenter = ColourSegmenter()
+    example = _example(0, "a", (10, 5, 30, 25), count=TargetCount.ONE)
+    recipe = Recipe(ppg_share=1.0, positive=2, negative=1, tries=6, best=1)
+    (conversation,) = conversations([example], recipe, segmenter)
+    (pair,) = _asked(conversation)
+    assert pair[0].startswith("Please provide the bounding box and prompt points, 2 on the object")
+    assert pair[1].startswith("\n[250,125,750,625] (")
+    points = conversation.points[0]
+    assert [p.label for p in points] == [PointLabel.FOREGROUND] * 2 + [PointLabel.BACKGROUND]
+    (mask,) = example.truth()
+    assert [mask.contains(p.x, p.y) for p in points] == [True, True, False]
+    read = get_format("sam4mllm").read_box_and_points(pair[1], 2, 1, (SIDE, SIDE))[0]
+    for kept, shown in zip(read.points, points, strict=True):
+        assert abs(kept.x - shown.x) < 0.05
+        assert abs(kept.y - shown.y) < 0.05
+
+
+def test_vqa_is_mixed_in_at_the_stated_rate() -> None:
+    picture = RgbImage.from_pil(Image.new("RGB", (SIDE, SIDE)))
+    vqa = [VqaExample("v", picture, (("What colour is it?", "black"),))]
+    many = [_example(n, f"{n}", (10, 5, 30, 25), count=TargetCount.ONE) for n in range(300)]
+    found = list(conversations(many, replace(PQPP, vqa_share=0.25), vqa=vqa))
+    share = sum(c.topics == ("vqa",) for c in found) / len(found)
+    assert 0.19 < share < 0.31
+
+
+def test_loss_is_on_the_assistants_words_only(base: Path) -> None:
+    processor = load_processor(base)
+    encoder = ConversationEncoder(processor, PQPP)
+    (conversation, *_) = conversations(_examples()[:1], PQPP)
+    encoded = encoder.encode(conversation)
+    tokens, labels = encoded.inputs["input_ids"][0], encoded.labels[0]
+    under_loss = [processor.tokenizer.decode([t]) for t in labels[labels != -100]]
+    answers = conversation.turns[3].text[1:].replace("Yes", "Yes ").replace("No", "No ").split()
+    box = ["\n", "[", "250", ",", "125", ",", "750", ",", "625", "]", "</s>"]
+    assert under_loss == [*box, "\n", *answers, "</s>"]
+    assert (tokens[labels != -100] == labels[labels != -100]).all()
+    # Everything else, one by one: prefix, picture, questions, role marks.
+    silent = processor.tokenizer.decode(tokens[labels == -100])
+    assert "Yes" not in silent
+    assert silent.count("<|assistant|>") == 2
+    assert silent.count("<image>") == SHAPE.grid**2
+
+
+def test_padding_is_not_under_loss(base: Path) -> None:
+    encoder = ConversationEncoder(load_processor(base), PQPP)
+    encoded = [encoder.encode(c) for c in conversations(_examples(), PQPP)]
+    batch = Collator(0)(encoded)
+    for row, one in enumerate(encoded):
+        length = one.labels.shape[1]
+        assert (batch["labels"][row, length:] == -100).all()
+        assert (batch["attention_mask"][row, length:] == 0).all()
+        assert torch.equal(batch["labels"][row, :length], one.labels[0])
+
+
+def test_only_lora_and_projector_learn(base: Path) -> None:
+    model = adapt(load_model(base, choose_placement("cpu", "float32")), PRESETS["published"])
+    learning = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert any("multi_modal_projector" in name for name in learning)
+    assert all("lora_" in name or "multi_modal_projector" in name for name in learning)
+    assert not any("vision_tower" in name for name in learning)
+    projections = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in learning if "lora_" in name}
+    assert projections == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+                           "down_proj"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """One adapter trained in one go, one that was interrupted after three of six steps."""
+    torch.set_num_threads(1)
+    found = list(conversations(_examples() * 3, PQPP))
+    recipe = LoraRecipe(
+        rank=4, alpha=4, dropout=0.1, rate=1e-2, epochs=3, batch=3, bf16=False, checkpointing=False
+    )
+    folder = tmp_path_factory.mktemp("adapters")
+    whole, broken = folder / "whole", folder / "broken"
+    train(base, found, whole, recipe, PQPP, device="cpu")
+    train(base, found, broken, recipe, PQPP, device="cpu", stop_after=3)
+    train(base, found, broken, recipe, PQPP, device="cpu", resume=True)
+    return whole, broken
+
+
+def test_resuming_gives_the_uninterrupted_run(adapters: tuple[Path, Path]) -> None:
+    from safetensors.torch import load_file
+
+    whole, broken = (load_file(folder / "adapter_model.safetensors") for folder in adapters)
+    assert whole.keys() == broken.keys()
+    assert any(value.abs().sum() > 0 for name, value in whole.items() if "lora_B" in name)
+    for name, value in whole.items():
+        assert torch.equal(value, broken[name]), name
+
+
+def test_a_saved_adapter_gives_the_same_logits(base: Path, adapters: tuple[Path, Path]) -> None:
+    import json
+
+    from peft import PeftModel
+
+    encoder = ConversationEncoder(load_processor(base), PQPP)
+    (conversation, *_) = conversations(_examples()[:1], PQPP)
+    inputs = encoder.encode(conversation).inputs
+    plain = load_model(base, choose_placement("cpu", "float32"))
+    with torch.no_grad():
+        before = plain(**inputs).logits
+        live = PeftModel.from_pretrained(plain, str(adapters[0])).eval()(**inputs).logits
+        again = load_model(base, choose_placement("cpu", "float32"))
+        ours = load_adapter(again, str(adapters[0]), merge=False).eval()(**inputs).logits
+    assert torch.equal(live, ours)
+    assert (live - before).abs().max() > 1e-3
+    about = json.loads((adapters[0] / "sam4mllm.json").read_text())
+    assert about["format"] == "sam4mllm"
+    assert about["base_model"] == str(base)
+    assert about["data"]["seed"] == PQPP.seed
+    assert about["lora"]["rank"] == 4
