@@ -1,6 +1,7 @@
 """The small SAM: files, training arithmetic, and the measurements it is judged by."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,11 @@ def test_loss_by_hand():
     assert loss.item() == pytest.approx(2.5 * np.log(2) + dice, rel=1e-5)
     assert iou.item() == 0
     perfect, one = mask_loss(40 * (target[:, None].repeat(1, 3, 1, 1) - 0.5), target)
+    everywhere, one_in_box = mask_loss(torch.full((1, 10, 10), 40.0), target, boxed=True)
+    assert one_in_box.item() == pytest.approx(4 / 16)
+    assert everywhere.item() == pytest.approx(
+        2 * 40 * 12 / 16 + 0.1 * 40 + 1 - (2 * 4 + 1) / (16 + 4 + 1), rel=1e-4
+    )
     assert perfect.shape == (1, 3) and perfect.max() < 1e-3 and torch.equal(one, torch.ones(1, 3))
 
 
@@ -234,6 +240,9 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     first.save()
     first.report("interactive")
     assert load_small_sam_config(tmp_path / "out") == TINY
+    later = training.Trainer(replace(settings, start=tmp_path / "out"), TINY)
+    started, kept = later.sam.state_dict(), load_small_sam(tmp_path / "out").state_dict()
+    assert all(torch.equal(started[name], kept[name]) for name in kept)
     second = training.Trainer(settings, TINY)
     second.resume()
     assert (second.step, second.spent) == (first.step, first.spent)

@@ -22,7 +22,13 @@ import torch
 from segment_anything.modeling import Sam
 from torch import nn
 
-from sam4mllm_tool.segmenter.small import SmallSamConfig, build_small_sam, save_small_sam
+from sam4mllm_tool.segmenter.small import (
+    SmallSamConfig,
+    build_small_sam,
+    load_small_sam,
+    load_small_sam_config,
+    save_small_sam,
+)
 from sam4mllm_tool.training.sam_data import BatchSettings, scene_batches
 from sam4mllm_tool.training.sam_dense import DenseHeads, dense_loss
 from sam4mllm_tool.training.sam_init import initialise
@@ -30,8 +36,8 @@ from sam4mllm_tool.training.sam_interaction import interaction_step
 from sam4mllm_tool.training.sam_validate import validate
 from sam4mllm_tool.training.scene_cache import build_scene_cache
 
-
-MUON_FACTOR = 2.0  # Muon's learning rate over AdamW's
+MUON_FACTOR = 2.0  # Muon's learning rate over AdamW's in pre-training
+DECODER_ALONE = 0.05  # share of the interactive stage in which the encoder rests
 
 
 @dataclass(frozen=True)
@@ -49,18 +55,21 @@ class SamTraining:
         seed: of scenes, weights and batches.
         checkpoint: minutes between checkpoints and validations.
         threads: CPU threads of the model.
+        start: weights of an earlier sitting to begin with (then mostly with `dense` 0); the
+            model takes their configuration.
     """
 
     run: Path
     out: Path
     minutes: float = 80.0
-    dense: float = 0.3
+    dense: float = 0.33
     scenes: int = 20000
     pictures: int = 4
     rate: float = 1e-3
     seed: int = 0
     checkpoint: float = 3.0
     threads: int = 1
+    start: Path | None = None
 
 
 class Trainer:
@@ -71,6 +80,8 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.sam = build_small_sam(config)
         initialise(self.sam)
+        if settings.start is not None:
+            self.sam.load_state_dict(load_small_sam(settings.start).state_dict())
         self.heads = DenseHeads(config.prompt_dim)
         self.average = build_small_sam(config).eval()
         self.average.load_state_dict(self.sam.state_dict())
@@ -113,10 +124,13 @@ class Trainer:
             loss.backward()
             self.recent.append((float(loss.detach()), iou, iou))
         else:
-            self.recent.append(interaction_step(self.sam, batch, self.generator))  # type: ignore[arg-type]
+            teach = self.settings.dense == 0 or self._done(stage) > DECODER_ALONE
+            played = interaction_step(self.sam, batch, self.generator, teach_encoder=teach)  # type: ignore[arg-type]
+            self.recent.append(played)
         nn.utils.clip_grad_norm_(self.sam.parameters(), 1.0)
         rate = self.settings.rate * self._schedule(stage)
-        for optimiser, factor in zip(self.optimisers, (MUON_FACTOR, 1.0), strict=True):
+        factors = (MUON_FACTOR if stage == "dense" else 1.0, 1.0)
+        for optimiser, factor in zip(self.optimisers, factors, strict=True):
             for group in optimiser.param_groups:
                 group["lr"] = rate * factor
             optimiser.step()
@@ -177,13 +191,14 @@ class Trainer:
         settings = BatchSettings(4 * self.config.grid, pictures, dense=dense)
         return scene_batches(self.settings.run / "scenes", settings, self.settings.seed + self.step)
 
+    def _done(self, stage: str) -> float:
+        """Share of the stage's time that is spent."""
+        share, dense = self.spent / (60 * self.settings.minutes), self.settings.dense
+        return share / dense if stage == "dense" else (share - dense) / (1 - dense)
+
     def _schedule(self, stage: str) -> float:
         """Warm-up, then half a cosine over the stage's time."""
-        share, dense = self.spent / (60 * self.settings.minutes), self.settings.dense
-        if stage == "dense":
-            done, floor = share / dense, 0.3
-        else:
-            done, floor = (share - dense) / (1 - dense), 0.01
+        done, floor = self._done(stage), 0.3 if stage == "dense" else 0.01
         falling = floor + (1 - floor) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
         return falling * min(1.0, 0.05 + done * self.settings.minutes)
 
@@ -234,9 +249,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    for field in fields(SamTraining)[2:]:
+    parser.add_argument("--start", type=Path)
+    for field in fields(SamTraining)[2:-1]:
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
-    train_small_sam(SamTraining(**vars(parser.parse_args())), SMALL)
+    settings = SamTraining(**vars(parser.parse_args()))
+    train_small_sam(settings, load_small_sam_config(settings.start) if settings.start else SMALL)
 
 
 SMALL = SmallSamConfig(depth=4, global_blocks=(1, 3))

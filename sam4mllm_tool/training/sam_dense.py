@@ -44,7 +44,7 @@ def dense_loss(sam: Sam, heads: DenseHeads, batch: DenseBatch) -> tuple[torch.Te
         targets.append(masks)
         read.append(_dense_loss(dense[number], masks))
     target = torch.cat(targets)
-    loss, iou = mask_loss(torch.cat(logits), target)
+    loss, iou = mask_loss(torch.cat(logits), target, boxed=True)
     return loss.mean() + torch.stack(read).mean(), float(iou.mean())
 
 

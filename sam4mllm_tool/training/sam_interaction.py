@@ -65,15 +65,19 @@ def _predict(
 
 
 def interaction_step(
-    sam: Sam, batch: PromptBatch, generator: torch.Generator
+    sam: Sam, batch: PromptBatch, generator: torch.Generator, *, teach_encoder: bool = True
 ) -> tuple[float, float, float]:
     """Encode the pictures, go through the rounds, and leave gradients on all parameters.
+
+    Without `teach_encoder` the image encoder gets none: a decoder that knows nothing yet would
+    only spoil it.
 
     Returns:
         mean loss, IoU of the chosen candidate in the first round, and in the last round.
     """
     pixels = (batch.images.float() - sam.pixel_mean) / sam.pixel_std
-    with torch.autocast(pixels.device.type, torch.bfloat16):
+    cast = torch.autocast(pixels.device.type, torch.bfloat16)
+    with cast, torch.set_grad_enabled(teach_encoder):
         encoded = sam.image_encoder(pixels)
     embedding = encoded.detach().float().requires_grad_()
     total, first, last = 0.0, [], []
@@ -84,8 +88,9 @@ def interaction_step(
         total += sum(loss for loss, _ in chosen) * share
         first.append(chosen[0][1])
         last.append(chosen[-1][1])
-    assert embedding.grad is not None
-    encoded.backward(embedding.grad.to(encoded.dtype))
+    if teach_encoder:
+        assert embedding.grad is not None
+        encoded.backward(embedding.grad.to(encoded.dtype))
     return total, float(sum(first) / len(first)), float(sum(last) / len(last))
 
 

@@ -7,7 +7,9 @@ MARGIN = 0.15  # the true box is enlarged by this share of its sides
 OUTSIDE = 0.5  # weight of the background outside that box
 
 
-def mask_loss(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def mask_loss(
+    logits: torch.Tensor, targets: torch.Tensor, *, boxed: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and IoU of N masks.
 
     Cross-entropy inside the slightly enlarged true box, where object and not-object must be told
@@ -17,6 +19,8 @@ def mask_loss(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor
     Args:
         logits: N x G x G, or N x M x G x G for M candidates.
         targets: N x G x G, share of each cell that the mask covers.
+        boxed: judge dice and IoU inside the enlarged box alone, and the background outside it
+            hardly at all, for masks that are drawn without knowing the box.
 
     Returns:
         loss and IoU (of logits > 0 with targets > 0.5, no gradient), N or N x M.
@@ -30,11 +34,14 @@ def mask_loss(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor
     )
     near = (entropy * inside).sum((-1, -2)) / inside.sum((-1, -2))
     far = (entropy * outside).sum((-1, -2)) / outside.sum((-1, -2)).clamp(min=1)
-    probability = logits.sigmoid()
+    probability, found = logits.sigmoid(), logits.detach() > 0
+    if boxed:
+        probability, found = probability * inside, found & (inside > 0)
     overlap = (probability * targets).sum((-1, -2))
     total = probability.sum((-1, -2)) + targets.sum((-1, -2))
     dice = 1 - (2 * overlap + 1) / (total + 1)
-    return 2 * near + OUTSIDE * far + dice, mask_iou(logits.detach() > 0, targets > 0.5)
+    weight = OUTSIDE / 5 if boxed else OUTSIDE
+    return 2 * near + weight * far + dice, mask_iou(found, targets > 0.5)
 
 
 def mask_iou(masks: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
