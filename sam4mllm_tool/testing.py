@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sam4mllm_tool.errors import PromptError
 from sam4mllm_tool.formats.sam4mllm import Sam4MllmFormat
-from sam4mllm_tool.geometry import from_grid
+from sam4mllm_tool.geometry import box_iou, from_grid
 from sam4mllm_tool.grammar import Grammar
 from sam4mllm_tool.protocols import Dialogue, MaskCandidate, Reply, SegmentPrompt, YesNoWords
 from sam4mllm_tool.types import Box, Mask, PointLabel, RgbImage, YesNo
@@ -62,22 +62,31 @@ class TruthfulMllm:
         others = [mask.box for masks in self.truth.values() for mask in masks if mask.box]
         replies = [self.generate(image, dialogue)]
         replies += [Reply(form.write_boxes([box], image.size), -3.0, 4, 1) for box in others]
-        return list({reply.text: reply for reply in reversed(replies)}.values())[::-1][:count]
+        different: dict[str, Reply] = {}
+        for reply in replies:
+            different.setdefault(reply.text, reply)
+        return list(different.values())[:count]
 
     def answer_yes_no(
         self, image: RgbImage, dialogue: Dialogue, *, words: YesNoWords, count: int
     ) -> list[YesNo]:
-        """The true answer for each point, with the stated certainty."""
-        self.said.append(dialogue[-1].text)
+        """The true answer for each point, or for a box that is to be verified."""
+        text = dialogue[-1].text
+        self.said.append(text)
         masks = self._targets(dialogue)
-        listed = dialogue[-1].text.rpartition("\n")[2]
+        if text.startswith("Does the region"):
+            (box,) = Sam4MllmFormat().read_boxes(text, image.size).boxes
+            return [self._answer(any(m.box and box_iou(m.box, box) >= 0.5 for m in masks))]
+        listed = text.rpartition("\n")[2]
         answers = []
         for x, y in _POINT.findall(listed):
             point = from_grid(int(x), image.width), from_grid(int(y), image.height)
-            on = any(mask.contains(*point) for mask in masks)
-            rest = 1 - self.certainty
-            answers.append(YesNo(self.certainty, rest) if on else YesNo(rest, self.certainty))
+            answers.append(self._answer(any(mask.contains(*point) for mask in masks)))
         return answers[:count]
+
+    def _answer(self, yes: bool) -> YesNo:
+        rest = 1 - self.certainty
+        return YesNo(self.certainty, rest) if yes else YesNo(rest, self.certainty)
 
     def _targets(self, dialogue: Dialogue) -> Sequence[Mask]:
         for turn in dialogue:
