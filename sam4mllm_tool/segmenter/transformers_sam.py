@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import interpolate
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForMaskGeneration
+from transformers import AutoImageProcessor, AutoModelForMaskGeneration
 from transformers.utils import logging as transformers_logging
 
 from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory
@@ -60,15 +60,13 @@ FAMILIES = {
     "sam": _PADDED,
     "sam_hq": _HQ,
     "sam2": _STRETCHED,
-    "sam2_video": _STRETCHED,
     "sam3_tracker": _STRETCHED,
-    "sam3_video": _STRETCHED,
     "edgetam": _STRETCHED,
-    "edgetam_video": _STRETCHED,
 }
-"""By ``model_type``; video checkpoints are read as their family's image model."""
+"""By the image model's ``base_model_prefix``. Checkpoints of the video models (``sam2_video``,
+``sam3_video``, ``edgetam_video``) are read as their family's image model."""
 
-_HINT = f"Give a transformers checkpoint of one of: {', '.join(FAMILIES)}."
+_HINT = f"Give a transformers checkpoint of {', '.join(FAMILIES)} or a video model of theirs."
 
 
 class TransformersSegmenter(EmbeddingSegmenter[Any]):
@@ -92,7 +90,7 @@ class TransformersSegmenter(EmbeddingSegmenter[Any]):
         super().__init__(name, model.device, cache_bytes)
         self._model = model.eval().requires_grad_(False)
         self._process = image_processor
-        self._family = FAMILIES[model.config.model_type]
+        self._family = FAMILIES[model.base_model_prefix]
         self._side: int = model.prompt_encoder.input_image_size
 
     @classmethod
@@ -186,17 +184,15 @@ def _expanded(tree: Any, count: int) -> Any:
 
 
 def _load_model(name: str, dtype: torch.dtype) -> Any:
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    if config.model_type not in FAMILIES:
-        raise CheckpointError(f"{name!r} is a {config.model_type!r}, not a SAM", hint=_HINT)
     model, report = AutoModelForMaskGeneration.from_pretrained(
         name,
-        config=config,
         dtype=dtype,
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
     )
+    if model.base_model_prefix not in FAMILIES:
+        raise CheckpointError(f"{name!r} is of an unknown SAM family", hint=_HINT)
     lacking = sorted([*report["missing_keys"], *map(str, report["mismatched_keys"])])
     if lacking:
         raise CheckpointError(
@@ -208,9 +204,11 @@ def _load_model(name: str, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
-    """Errors of loading as ours, and no progress bar on the terminal of whoever called a tool."""
+    """Errors of loading as ours, and nothing printed on the terminal of whoever called a tool."""
     shown = transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -223,5 +221,6 @@ def _loading(name: str) -> Iterator[None]:
             f"the segmenter {name!r} cannot be loaded: {str(error)[:300]}", hint=_HINT
         ) from error
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if shown:
             transformers_logging.enable_progress_bar()
