@@ -273,3 +273,24 @@ def test_a_reply_that_cannot_be_read_costs_one_attempt(truth, blocks_file):
     state = ask(question_graph(toolbox), blocks_file, "What is red?")
     assert (state["status"], state["attempts"]) == ("found", 2)
     assert "no box" in state["steps"][1]
+
+
+def test_the_evaluation_compares_both_ways(truth, blocks):
+    from benchmarks.question_workflow import report, run
+    from sam4mllm_tool.evaluation.cases import Case
+
+    cases = [
+        Case(name, "blocks", name, lambda: blocks, lambda t=masks: t, (), kind="function")
+        for name, masks in truth.items()
+    ]
+    model = Sam4MLLM(TalkingMllm(truth), ColourSegmenter())
+    rows = report(run(model, cases))
+    for row in rows.values():
+        assert row["questions"] == 3
+        assert row["gIoU"][0] == row["cIoU"][0] == 1.0
+    assert rows["one-shot"]["tool_calls"] == 1
+    assert rows["workflow"]["tool_calls"] == (5 + 5 + 7) / 3
+    # A round of boxes is 4 tokens, nine points an object are 9; the workflow also asks for other
+    # boxes, names what to look for, and has each object verified.
+    assert rows["one-shot"]["tokens"] == (13 + 13 + 22) / 3
+    assert rows["workflow"]["tokens"] > rows["one-shot"]["tokens"]

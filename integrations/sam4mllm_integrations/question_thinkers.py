@@ -6,7 +6,6 @@ A thinker names what to look for, and judges what was found.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -175,9 +174,9 @@ def _tokens(reply: Any) -> int:
 class LocalThinker:
     """The MLLM behind the tools, without any other model.
 
-    It is asked in words what could answer the question, and whether the region of each object
-    shows what was looked for. The question itself is always a candidate: an MLLM that was taught
-    such questions finds the object by it directly.
+    It is asked in words what could answer the question, unless it was taught a small vocabulary
+    only; and whether the region of each object shows what was looked for. The question itself is
+    always a candidate: an MLLM that was taught such questions finds the object by it directly.
 
     Attributes:
         accept_above: share of yes against no from which an object is accepted.
@@ -187,15 +186,17 @@ class LocalThinker:
     accept_above: float = 0.5
 
     def understand(self, question: str, image_id: str, picture: Picture) -> Thought:
-        """What the MLLM says, if it reads like names of things, and the question itself."""
+        """The question itself, and what the MLLM says if it reads like names of things."""
         model = self.toolbox.model
+        if model.mllm.known_words is not None:
+            return Thought(candidates=(question,))
         image = self.toolbox.workspace.image(image_id).image
         asked = (
             f"{question}\nName the objects in the picture that answer this, "
             "each as a short noun phrase on a line of its own."
         )
         reply = model.mllm.generate(image, (Turn("user", asked),), max_new_tokens=48)
-        named = _phrases(reply.text, model.mllm.known_words)
+        named = _phrases(reply.text)
         candidates = list(dict.fromkeys((question, *named)))[:MAX_CANDIDATES]
         return Thought(candidates=tuple(candidates), tokens=reply.tokens)
 
@@ -218,18 +219,16 @@ class LocalThinker:
         return Thought(judgement=judgement, confidence=confidence, tokens=len(boxes))
 
 
-def _phrases(reply: str, known_words: frozenset[str] | None) -> Sequence[str]:
-    """Lines and list items that read like names of things the model knows."""
+def _phrases(reply: str) -> list[str]:
+    """Lines and list items that read like names of things."""
     parts = [
         re.sub(r"^[\s\d.)*-]+", "", part).strip(" .\"'") for part in re.split(r"[\n,;]", reply)
     ]
-    kept = []
-    for part in parts:
-        words = part.lower().split()
-        plain = bool(words) and len(words) <= _MAX_WORDS and all(w.isalpha() for w in words)
-        if plain and (known_words is None or known_words.issuperset(words)):
-            kept.append(part)
-    return kept
+    return [part for part in parts if _reads_like_a_name(part.split())]
+
+
+def _reads_like_a_name(words: list[str]) -> bool:
+    return 0 < len(words) <= _MAX_WORDS and all(word.isalpha() for word in words)
 
 
 __all__ = ["Candidates", "ChatThinker", "Found", "Judgement", "LocalThinker", "Thinker", "Thought"]
