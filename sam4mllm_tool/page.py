@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from sam4mllm_tool.render import POINT_COLOURS, colour_of, mask_layer
+from sam4mllm_tool.render import POINT_COLOURS, Colour, colour_of, is_bright, mask_layer
 from sam4mllm_tool.types import Mask, RgbImage
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -31,15 +31,21 @@ def trace_page(data: dict[str, Any], image: RgbImage) -> str:
         {
             **one,
             "number": number,
-            "colour": "#{:02x}{:02x}{:02x}".format(*colour_of(number)),
+            "colour": _hex(colour_of(number)),
+            "ink": "#000" if is_bright(colour_of(number)) else "#fff",
             "layer": _data_uri(mask_layer(Mask.from_rle(one["mask"]), colour_of(number)), "PNG"),
         }
         for number, one in enumerate(data["objects"], 1)
     ]
     total = sum(data["timings"].values())
     stages = [
-        {"name": name, "seconds": seconds, "share": 100 * seconds / total if total else 0}
-        for name, seconds in data["timings"].items()
+        {
+            "name": name,
+            "seconds": seconds,
+            "share": 100 * seconds / total if total else 0,
+            "colour": _hex(colour_of(number)),
+        }
+        for number, (name, seconds) in enumerate(data["timings"].items(), 1)
     ]
     return environment.get_template("trace.html.j2").render(
         trace=data,
@@ -48,8 +54,12 @@ def trace_page(data: dict[str, Any], image: RgbImage) -> str:
         total=total,
         picture=_data_uri(image.pil, "JPEG"),
         unit=max(image.size) / 100,
-        point_colours={k: "#{:02x}{:02x}{:02x}".format(*v) for k, v in POINT_COLOURS.items()},
+        point_colours={label: _hex(colour) for label, colour in POINT_COLOURS.items()},
     )
+
+
+def _hex(colour: Colour) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
 def _data_uri(picture: Image.Image, form: str) -> str:

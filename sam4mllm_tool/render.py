@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_dilation, binary_erosion, distance_transform_edt
 
@@ -29,6 +30,8 @@ POINT_COLOURS: dict[str, Colour] = {
     "undecided": (128, 128, 128),
 }
 OPACITY = 0.5
+CROP_SIDE = 448
+"""A crop's longer side in pixels, if the object is smaller and the bound allows."""
 
 
 def colour_of(number: int) -> Colour:
@@ -36,15 +39,23 @@ def colour_of(number: int) -> Colour:
     return PALETTE[(number - 1) % len(PALETTE)]
 
 
+def is_bright(colour: Colour) -> bool:
+    """Whether text on this colour should be black."""
+    red, green, blue = colour
+    return 0.299 * red + 0.587 * green + 0.114 * blue > 140
+
+
 def overlay_masks(image: RgbImage, masks: Mapping[int, Mask]) -> Image.Image:
     """The picture with each mask tinted, outlined and numbered; same size as the image."""
-    pixels = image.array.astype(np.float32)
+    pixels = image.array.copy()
     for number, mask in masks.items():
-        tint = np.array(colour_of(number), np.float32)
-        pixels[mask.pixels] = (1 - OPACITY) * pixels[mask.pixels] + OPACITY * tint
+        window, inside = _tight(mask)
+        tint = OPACITY * np.array(colour_of(number), np.float32)
+        pixels[window][inside] = np.round((1 - OPACITY) * pixels[window][inside] + tint)
     for number, mask in masks.items():
-        pixels[_rim(mask)] = colour_of(number)
-    picture = Image.fromarray(np.round(pixels).astype(np.uint8))
+        window, inside = _tight(mask)
+        pixels[window][_rim(inside, mask.pixels.shape)] = colour_of(number)
+    picture = Image.fromarray(pixels)
     draw = ImageDraw.Draw(picture)
     for number, mask in masks.items():
         if mask.area:
@@ -74,10 +85,15 @@ def overlay(image: RgbImage, objects: Sequence[Mapping[str, Any]]) -> Image.Imag
 def numbered_view(
     image: RgbImage, masks: Mapping[int, Mask], *, crop: bool = False, max_side: int = 768
 ) -> Image.Image:
-    """The picture with numbered masks, whole or cropped to them, its sides at most ``max_side``."""
-    window = _around(image, list(masks.values())) if crop else (0, 0, image.width, image.height)
+    """The picture with numbered masks, whole or cropped to them, its sides at most ``max_side``.
+
+    A small crop is enlarged, so that details and numbers can be read.
+    """
+    whole = (0, 0, image.width, image.height)
+    window = _around(image, list(masks.values())) if crop else whole
     picture = image.pil.crop(window)
-    scale = min(1.0, max_side / max(picture.size))
+    wanted = max(picture.size) if window == whole else max(CROP_SIDE, *picture.size)
+    scale = min(wanted, max_side) / max(picture.size)
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     small = RgbImage.from_pil(picture.resize(size, Image.Resampling.LANCZOS))
     shrunk = {
@@ -91,21 +107,29 @@ def mask_layer(mask: Mask, colour: Colour) -> Image.Image:
     """The mask as a transparent RGBA picture in one colour, its rim opaque."""
     layer = np.zeros((mask.height, mask.width, 4), np.uint8)
     layer[mask.pixels] = (*colour, round(255 * OPACITY))
-    layer[_rim(mask)] = (*colour, 255)
+    layer[_rim(mask.pixels, mask.pixels.shape)] = (*colour, 255)
     return Image.fromarray(layer)
 
 
-def _rim(mask: Mask) -> np.ndarray:
+def _tight(mask: Mask) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
+    """The mask's own window of the picture, and the mask in it."""
+    x0, y0, x1, y1 = map(int, mask.box or (0, 0, 0, 0))
+    window = slice(y0, y1), slice(x0, x1)
+    return window, mask.pixels[window]
+
+
+def _rim(inside: NDArray[np.bool_], picture: tuple[int, ...]) -> NDArray[np.bool_]:
     """The mask's outermost pixels; two rows of them on large pictures."""
-    rim = mask.pixels & ~binary_erosion(mask.pixels)
-    return binary_dilation(rim) & mask.pixels if max(mask.pixels.shape) > 600 else rim
+    rim = inside & ~binary_erosion(inside)
+    return binary_dilation(rim) & inside if max(picture) > 600 else rim
 
 
 def _inmost(mask: Mask) -> tuple[float, float]:
     """The (x, y) of the mask farthest from its edge: a label there lies on the object."""
-    depth = distance_transform_edt(np.pad(mask.pixels, 1))[1:-1, 1:-1]
+    (rows, columns), inside = _tight(mask)
+    depth = distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1]
     row, column = np.unravel_index(int(depth.argmax()), depth.shape)
-    return float(column) + 0.5, float(row) + 0.5
+    return columns.start + float(column) + 0.5, rows.start + float(row) + 0.5
 
 
 def _around(image: RgbImage, masks: Sequence[Mask]) -> tuple[int, int, int, int]:
@@ -140,15 +164,15 @@ def _label(
     y = min(max(centre[1], half_y), max(half_y, size[1] - half_y - 1))
     plate = (x - half_x, y - half_y, x + half_x, y + half_y)
     draw.rounded_rectangle(plate, radius=3, fill=colour, outline=(255, 255, 255))
-    bright = sum(colour) > 420
-    draw.text((x, y), text, font=font, anchor="mm", fill=(0, 0, 0) if bright else (255, 255, 255))
+    ink = (0, 0, 0) if is_bright(colour) else (255, 255, 255)
+    draw.text((x, y), text, font=font, anchor="mm", fill=ink)
 
 
 def _point(draw: ImageDraw.ImageDraw, point: Mapping[str, Any], unit: float) -> None:
     """One answered point; the shape says the answer, the size how sure it is."""
     x, y, label = point["x"], point["y"], point["label"]
     sure = max(point.get("p_yes") or 0.0, point.get("p_no") or 0.0) or 1.0
-    r = max(2.0, unit * (0.8 + 1.4 * sure))
+    r = max(2.0, unit * (0.8 + 1.4 * sure) * (0.7 if label == "undecided" else 1.0))
     fill, white = POINT_COLOURS[label], (255, 255, 255)
     if label == "foreground":
         draw.ellipse((x - r, y - r, x + r, y + r), fill=fill, outline=white)

@@ -9,6 +9,7 @@ import pytest
 from sam4mllm_tool.page import trace_page
 from sam4mllm_tool.pipeline import Sam4MLLM
 from sam4mllm_tool.render import (
+    CROP_SIDE,
     POINT_COLOURS,
     colour_of,
     mask_layer,
@@ -55,6 +56,17 @@ def test_a_view_is_bounded_and_a_crop_shows_the_object(blocks, truth, max_side):
     tinted = np.round((np.array((45, 95, 215)) + colour_of(2)) / 2)
     near = np.abs(np.asarray(crop).astype(int) - tinted).max(axis=2) < 20
     assert near.mean() > 0.3
+
+
+def test_a_small_crop_is_enlarged_within_the_bound(blocks, truth):
+    masks = {1: truth["the red block"][0]}
+    crop = numbered_view(blocks, masks, crop=True, max_side=768)
+    assert max(crop.size) == CROP_SIDE
+    pixels = np.asarray(crop).astype(int)  # (12,22)–(89,99) of the picture, 5.8 times
+    assert pixels[100, 20].min() >= 250
+    tinted = (np.array((214, 40, 40)) + colour_of(1)) / 2
+    assert np.abs(pixels[100:150, 70:350] - tinted).max() <= 12  # resampling rings at edges
+    assert numbered_view(blocks, masks, max_side=768).size == blocks.size
 
 
 def test_views_of_nothing_and_of_empty_masks_are_plain(blocks):

@@ -2,6 +2,8 @@
 
 import itertools
 import pickle
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -367,3 +369,11 @@ def test_bad_checkpoints(tmp_path, capsys):
 def test_unknown_device(tmp_path):
     with pytest.raises(CheckpointError, match="device"):
         load_segmenter(tmp_path / "x.pth", device="quantum")
+
+
+def test_choosing_and_drawing_need_no_torch():
+    code = (
+        "import sys, sam4mllm_tool.segmenter, sam4mllm_tool.images, sam4mllm_tool.page\n"
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
