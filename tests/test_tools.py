@@ -159,7 +159,7 @@ def test_view_is_bounded_and_numbered(box, blocks_file):
     assert max(output.picture.size) <= 100
     assert output.result.shown == {1: "obj_1", 2: "obj_2"}
     cropped = box.call("view_objects", {"object_ids": ["obj_2"], "crop": True})
-    assert cropped.picture.width < 200
+    assert cropped.picture.size == (448, 332)  # 77×57 pixels around the blue block, enlarged
 
 
 def test_saved_files_read_back_exactly(box, blocks_file, tmp_path, truth):
