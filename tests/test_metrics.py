@@ -11,8 +11,8 @@ from sam4mllm_tool.evaluation.metrics import (
     Bootstrap,
     Outcome,
     PointOutcome,
-    best_box_iou,
     compare_masks,
+    match_boxes,
     summarise,
 )
 from sam4mllm_tool.types import Box, Mask
@@ -64,9 +64,13 @@ def test_what_is_not_defined_is_nan_and_none_in_a_summary():
 
 
 def test_boxes():
-    assert best_box_iou(Box(0, 0, 10, 10), Box(5, 0, 15, 10)) == pytest.approx(50 / 150)
-    assert best_box_iou(None, Box(0, 0, 1, 1)) == 0
-    assert best_box_iou(Box(0, 0, 1, 1), None) is None
+    one, half, far = Box(0, 0, 10, 10), Box(5, 0, 15, 10), Box(50, 50, 60, 60)
+    assert match_boxes([one], [half]) == pytest.approx(50 / 150)
+    assert match_boxes([], [one]) == 0
+    assert match_boxes([one], []) is None
+    assert match_boxes([far, one], [one, far]) == 1, "whatever the order"
+    assert match_boxes([half, far], [far, one]) == pytest.approx(50 / 150), "the worst pair"
+    assert match_boxes([one, one], [one]) == 0, "one too many"
     cases = [
         outcome(1, 1, 1, 1, box_iou=0.5),
         outcome(2, 1, 1, 1, box_iou=0.49),
@@ -161,6 +165,11 @@ def test_a_paired_comparison_sees_a_small_but_constant_difference():
     assert (same.value, same.p_value) == (0, 1)
     with pytest.raises(ValueError, match="same expressions"):
         Bootstrap().compare(first, second[1:], METRICS["gIoU"])
+
+
+def test_presence_is_judged_by_its_own_question_where_there_is_one():
+    assert value("t_acc", [outcome(1, 5, 9, 5, said_target=False)]) == 0
+    assert value("n_acc", [outcome(1, 0, 0, 5, said_target=False)]) == 1
 
 
 def test_outcomes_survive_json():

@@ -6,7 +6,18 @@ import sys
 
 import typer
 
-from sam4mllm_tool.cli import demo, doctor, evaluate, mcp, probe, scenes, schemas, segment
+from sam4mllm_tool.cli import (
+    annotate,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    mcp,
+    probe,
+    scenes,
+    schemas,
+    segment,
+)
 from sam4mllm_tool.cli.common import fail
 from sam4mllm_tool.errors import Sam4MllmError
 
@@ -25,6 +36,8 @@ app.command("doctor")(doctor.doctor)
 app.command("mcp")(mcp.mcp)
 app.command("scenes")(scenes.scenes)
 app.add_typer(evaluate.app, name="eval")
+app.command("annotate")(annotate.annotate)
+app.command("convert-adapter")(convert.convert_adapter)
 
 
 def main() -> None:

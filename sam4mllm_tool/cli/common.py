@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from sam4mllm_tool.errors import BackendError, DialogueError, Sam4MllmError
@@ -41,6 +44,16 @@ def fail(error: Sam4MllmError) -> int:
         _errors.print(f"The model said: {error.raw_reply!r}", markup=False, highlight=False)
         return EXIT_DIALOGUE
     return EXIT_BACKEND if isinstance(error, BackendError) else EXIT_INPUT
+
+
+@contextmanager
+def counted(what: str, total: int | None, *, quiet: bool) -> Iterator[Callable[[Any], None]]:
+    """A progress bar on standard error; calling what it gives is one step."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=_errors, disable=quiet) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda _: bar.advance(task)
 
 
 def print_json(document: Any) -> None:

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Annotated
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from rich.markdown import Markdown
 from rich.table import Table
 
-from sam4mllm_tool.cli.common import DeviceOption, JsonOption, SamOption, console, print_json
+from sam4mllm_tool.cli.common import (
+    AdapterOption,
+    DeviceOption,
+    JsonOption,
+    MllmOption,
+    SamOption,
+    console,
+    counted,
+    print_json,
+)
+from sam4mllm_tool.pipeline import Settings
+from sam4mllm_tool.types import Strategy
 
 app = typer.Typer(help="Measure models on held-out scenes and benchmarks.", no_args_is_help=True)
 
@@ -40,3 +55,128 @@ def sam_command(
             table.add_row(condition, *("" if c is None else f"{c['mean']:.3f}" for c in cells))
         console.print(table)
     console.print(f"encode {report['encode_ms']:.0f} ms, decode {report['decode_ms']:.1f} ms")
+
+
+_POINTS = Settings().points
+StrategyOption = Annotated[
+    list[Strategy],
+    typer.Option(help="Repeatable: several are compared on the same expressions."),
+]
+PointsOption = Annotated[int, typer.Option(min=1, max=100, help="Points a box.")]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(help="I/N: this process's share; all shards use one --out. Under accelerate "
+                 "launch it is found by itself."),
+]  # fmt: skip
+
+
+@app.command("scenes")
+def scenes_command(
+    seed: Annotated[int, typer.Option(help="Seed of the unseen scenes.")] = 0,
+    limit: Annotated[int, typer.Option(min=1, help="Expressions.")] = 500,
+    strategy: StrategyOption = [Strategy.PQPP],  # noqa: B006
+    points: PointsOption = _POINTS,
+    world: Annotated[str, typer.Option(help="small, full or held_out.")] = "small",
+    mllm: MllmOption = "embedded",
+    adapter: AdapterOption = None,
+    sam: SamOption = "embedded",
+    device: DeviceOption = "auto",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run: kept, resumed. Else nothing is kept.")
+    ] = None,
+    shard: ShardOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The models on unseen synthetic scenes, by kind of expression."""
+    from sam4mllm_tool.evaluation.scenes import evaluate_scenes
+    from sam4mllm_tool.scenes.world import WORLDS
+
+    if world not in WORLDS:
+        raise typer.BadParameter(f"one of {', '.join(WORLDS)}", param_hint="--world")
+    model = _load(mllm, adapter, sam, device, points)
+    with _folder(out) as folder, counted("expressions", limit, quiet=as_json) as on_case:
+        report = evaluate_scenes(
+            model, folder, seed=seed, limit=limit, strategies=strategy, world=WORLDS[world],
+            shard=_shard(shard), on_case=on_case,
+        )  # fmt: skip
+    _show_report(report, out, as_json)
+
+
+def _benchmark_command(name: str, splits: tuple[str, ...]) -> Callable[..., None]:
+    def benchmark(
+        data: Annotated[Path, typer.Option(help="Folder of the data set.")],
+        split: Annotated[str, typer.Option(help="A split of the data set, as named above.")],
+        limit: Annotated[int | None, typer.Option(min=1, help="Expressions.")] = None,
+        strategy: StrategyOption = [Strategy.PQPP],  # noqa: B006
+        points: PointsOption = _POINTS,
+        mllm: MllmOption = "embedded",
+        adapter: AdapterOption = None,
+        sam: SamOption = "embedded",
+        device: DeviceOption = "auto",
+        out: Annotated[
+            Path | None, typer.Option(help="Folder of the run; default runs/NAME-SPLIT.")
+        ] = None,
+        shard: ShardOption = None,
+        as_json: JsonOption = False,
+    ) -> None:
+        from sam4mllm_tool.evaluation.benchmark import evaluate_benchmark
+        from sam4mllm_tool.evaluation.datasets import check_present
+
+        check_present(name, data, split)
+        model = _load(mllm, adapter, sam, device, points)
+        folder = out or Path("runs") / f"{name}-{split}"
+        with counted("expressions", limit, quiet=as_json) as on_case:
+            report = evaluate_benchmark(
+                model, name, data, split, strategy, folder, limit=limit, shard=_shard(shard),
+                on_case=on_case,
+            )  # fmt: skip
+        _show_report(report, folder, as_json)
+
+    benchmark.__doc__ = f"{name} ({', '.join(splits)}), from the makers' or the hub's files."
+    return benchmark
+
+
+_BENCHMARKS = {
+    "refcoco": ("train", "val", "testA", "testB"),
+    "refcoco+": ("train", "val", "testA", "testB"),
+    "refcocog": ("train", "val", "test"),
+    "refcocog-google": ("train", "val"),
+    "grefcoco": ("train", "val", "testA", "testB"),
+    "reasonseg": ("train", "val", "test"),
+}
+for _name, _splits in _BENCHMARKS.items():
+    app.command(_name)(_benchmark_command(_name, _splits))
+
+
+def _load(mllm: str, adapter: str | None, sam: str, device: str, points: int) -> Any:
+    from sam4mllm_tool.load import load
+
+    settings = Settings(points=points, budget=points)
+    return load(mllm, adapter=adapter, segmenter=sam, device=device, settings=settings)
+
+
+def _shard(text: str | None) -> Any:
+    from sam4mllm_tool.evaluation.run import Shard
+
+    return Shard.parse(text) if text else Shard.from_environment()
+
+
+@contextmanager
+def _folder(out: Path | None) -> Iterator[Path]:
+    """The folder asked for, or one that is gone afterwards."""
+    if out is not None:
+        yield out
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def _show_report(report: dict[str, Any], folder: Path | None, as_json: bool) -> None:
+    from sam4mllm_tool.evaluation.report import to_markdown
+
+    if as_json:
+        print_json(report)
+        return
+    console.print(Markdown(to_markdown(report)))
+    if folder is not None:
+        console.print(f"wrote {folder.resolve()}/report.html", highlight=False, soft_wrap=True)

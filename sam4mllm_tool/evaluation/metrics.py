@@ -13,7 +13,9 @@ Definitions and their traps:
   counts it so; older code used ``>``).
 * **N-acc / T-acc** (GRES): share of no-target expressions answered with nothing, and of target
   expressions answered with something. A model can raise one by giving up the other.
-* **box Acc@0.5**: share of target expressions whose box has IoU >= 0.5 with the true box.
+* **box Acc@0.5**: share of target expressions whose box has IoU >= 0.5 with the true box. With
+  several targets an expression counts if boxes and targets pair up one to one, each pair with IoU
+  >= 0.5: GREC's "F1 = 1" (He et al., 2308.16182).
 
 Traps: a false alarm on a no-target expression adds its area to cIoU's union (intersection 0), a
 right refusal adds nothing to either. An empty prediction for a target has IoU 0, not 0/0. Masks of
@@ -39,6 +41,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 
 from sam4mllm_tool.geometry import box_iou
 from sam4mllm_tool.types import Box, Mask
@@ -49,11 +52,16 @@ ECE_BINS = 10
 
 
 class PointOutcome(NamedTuple):
-    """One answered point, and whether it lies on the true mask."""
+    """One answered point, and whether it lies on the true mask.
+
+    ``u`` and ``v`` say where it lies in the box that was asked about, 0…1 from left and top.
+    """
 
     p_yes: float
     p_no: float
     inside: bool
+    u: float = 0.5
+    v: float = 0.5
 
     @property
     def says_inside(self) -> bool:
@@ -69,8 +77,9 @@ class Outcome:
         case: id of the expression in its data set.
         image: id of its image, the unit of resampling.
         truth_area, predicted_area: 0 means no target, or nothing predicted.
-        box_iou: IoU of the predicted with the true box, 0 if there is no predicted one; ``None``
-            without target.
+        box_iou: as :func:`match_boxes` gives it; ``None`` without target.
+        said_target: whether the model said that there is a target, if it was asked so in a
+            question of its own; ``None`` = whether anything was predicted.
         points: answered points.
         questions, seconds: spent on this expression.
         kind: of expression, for tables by kind.
@@ -83,6 +92,7 @@ class Outcome:
     predicted_area: int
     box_iou: float | None = None
     points: tuple[PointOutcome, ...] = ()
+    said_target: bool | None = None
     questions: int = 0
     seconds: float = 0.0
     kind: str = ""
@@ -91,6 +101,11 @@ class Outcome:
     def has_target(self) -> bool:
         """Whether the expression means something in the image."""
         return self.truth_area > 0
+
+    @property
+    def answered_target(self) -> bool:
+        """Whether the answer is that there is a target."""
+        return self.predicted_area > 0 if self.said_target is None else self.said_target
 
     @property
     def union(self) -> int:
@@ -109,7 +124,7 @@ class Outcome:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Outcome:
         """The inverse of :meth:`to_json`."""
-        points = tuple(PointOutcome(float(p), float(q), bool(i)) for p, q, i in data["points"])
+        points = tuple(PointOutcome(*point) for point in data["points"])
         return cls(**{**data, "points": points})
 
 
@@ -135,11 +150,16 @@ def compare_masks(
     return int((union_a & union_b).sum()), int(union_b.sum()), int(union_a.sum())
 
 
-def best_box_iou(predicted: Box | None, truth: Box | None) -> float | None:
-    """IoU of the two boxes; 0 without a predicted one, ``None`` without a true one."""
-    if truth is None:
+def match_boxes(predicted: Sequence[Box], truth: Sequence[Box]) -> float | None:
+    """The worst IoU of the best one-to-one pairing; 0 if the numbers differ, ``None`` without
+    truth. For one box each it is their IoU.
+    """
+    if not truth:
         return None
-    return box_iou(predicted, truth) if predicted else 0.0
+    if len(predicted) != len(truth):
+        return 0.0
+    table = np.array([[box_iou(one, other) for other in truth] for one in predicted])
+    return float(table[linear_sum_assignment(table, maximize=True)].min())
 
 
 @dataclass(frozen=True)
@@ -222,8 +242,8 @@ METRICS: dict[str, Metric] = {
         _mean_of("gIoU", lambda o: o.iou),
         _mean_of("mIoU", lambda o: o.iou, _has_target),
         *map(_precision, PRECISION_LEVELS),
-        _mean_of("n_acc", lambda o: o.predicted_area == 0, lambda o: not o.has_target),
-        _mean_of("t_acc", lambda o: o.predicted_area > 0, _has_target),
+        _mean_of("n_acc", lambda o: not o.answered_target, lambda o: not o.has_target),
+        _mean_of("t_acc", lambda o: o.answered_target, _has_target),
         _mean_of("box_acc50", lambda o: (o.box_iou or 0) >= 0.5, lambda o: o.box_iou is not None),
         Metric("point_accuracy", _point_columns, _balanced),
         Metric("point_accuracy_plain", _point_columns, _plain),

@@ -13,7 +13,7 @@ from sam4mllm_tool.evaluation.datasets.record import ReferringExample
 from sam4mllm_tool.evaluation.datasets.refer import ReferFiles
 from sam4mllm_tool.types import TargetCount
 
-__all__ = ["DATASETS", "Dataset", "ReferringExample", "load_examples"]
+__all__ = ["DATASETS", "Dataset", "ReferringExample", "check_present", "load_examples"]
 
 Reader = Callable[[Path, str], Iterator[ReferringExample]]
 
@@ -83,3 +83,12 @@ def load_examples(
     packed = hub.parquet_files(folder, split)
     records = hub.examples(packed, name, split) if packed else dataset.read(folder, split)
     return islice(records, limit)
+
+
+def check_present(name: str, data: str | Path, split: str) -> None:
+    """Read one record, so that a missing file is told before any model is loaded.
+
+    Raises:
+        DatasetError: as :func:`load_examples`.
+    """
+    next(load_examples(name, data, split, limit=1), None)

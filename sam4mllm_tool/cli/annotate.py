@@ -1,0 +1,63 @@
+"""``sam4mllm-tool annotate FOLDER --expressions FILE``: pictures → COCO JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sam4mllm_tool.cli.common import (
+    AdapterOption,
+    DeviceOption,
+    JsonOption,
+    MllmOption,
+    SamOption,
+    console,
+    counted,
+    print_json,
+)
+from sam4mllm_tool.types import TargetCount
+
+
+def annotate(
+    folder: Annotated[Path, typer.Argument(help="Folder with pictures, searched through.")],
+    expressions: Annotated[
+        Path,
+        typer.Option(help=".txt: one expression a line, for every picture; .json: a list, or "
+                     "{picture: [expressions]}."),
+    ],
+    out: Annotated[Path, typer.Option(help="COCO JSON to write; its journal lies beside it.")] = (
+        Path("annotations.json")
+    ),
+    count: Annotated[TargetCount, typer.Option(help="How many objects an expression may mean.")] = (
+        TargetCount.ZERO_OR_MORE
+    ),
+    mllm: MllmOption = "embedded",
+    adapter: AdapterOption = None,
+    sam: SamOption = "embedded",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Annotate a folder of pictures; run it again to go on after a stop."""
+    from sam4mllm_tool.evaluation.annotate import annotate as run
+    from sam4mllm_tool.evaluation.annotate import plan, read_expressions
+    from sam4mllm_tool.load import load
+
+    texts = read_expressions(expressions)
+    total = len(plan(folder, texts))
+    model = load(mllm, adapter=adapter, segmenter=sam, device=device)
+    with counted("pictures", total, quiet=as_json) as advance:
+        done = run(model, folder, texts, out, count=count, on_picture=advance)
+    number = len(done.document["annotations"])
+    if as_json:
+        print_json({"pictures": total, "done_before": done.done_before, "annotations": number,
+                    "failures": done.failures, "file": str(out)})  # fmt: skip
+        return
+    for name, message in done.failures.items():
+        console.print(f"failed: {name}: {message}", style="yellow", markup=False, highlight=False)
+    console.print(
+        f"{number} objects in {total} pictures ({done.done_before} done before), "
+        f"{len(done.failures)} failures; wrote {out}",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip

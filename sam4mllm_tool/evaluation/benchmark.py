@@ -1,0 +1,110 @@
+"""A benchmark end to end: cases → lines → report files."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sam4mllm_tool.evaluation.cases import Case, cases_of
+from sam4mllm_tool.evaluation.datasets import load_examples
+from sam4mllm_tool.evaluation.pictures import report_page
+from sam4mllm_tool.evaluation.published import Published, published_for
+from sam4mllm_tool.evaluation.report import Document, build_report, to_markdown
+from sam4mllm_tool.evaluation.run import Shard, measure, read_lines
+from sam4mllm_tool.pipeline import Sam4MLLM
+from sam4mllm_tool.types import Strategy
+
+Cases = Callable[[], Iterator[Case]]
+
+
+def evaluate(
+    model: Sam4MLLM,
+    cases: Cases,
+    strategies: Sequence[Strategy],
+    folder: Path,
+    about: dict[str, Any],
+    *,
+    published: Sequence[Published] = (),
+    shard: Shard | None = None,
+    on_case: Callable[[Case], None] = lambda _: None,
+) -> Document:
+    """Measure what is missing in ``folder``, and write ``report.json``, ``.md`` and ``.html``.
+
+    With shards, the report covers the lines that are there by then: the last shard to end writes
+    the whole one, and running any shard again without cases left writes it anew.
+
+    Args:
+        cases: gives the run's cases from the start each time it is called.
+        about: what is measured (``title`` and more).
+
+    Returns:
+        The JSON document, see :func:`~sam4mllm_tool.evaluation.report.build_report`.
+    """
+    noted = {**about, "mllm": model.mllm.name, "segmenter": model.segmenter.name,
+             "settings": _settings(model), "strategies": [s.value for s in strategies]}  # fmt: skip
+    measure(model, cases(), strategies, folder, noted, shard=shard, on_case=on_case)
+    return write_report(folder, cases, noted, published)
+
+
+def write_report(
+    folder: Path, cases: Cases, about: dict[str, Any], published: Sequence[Published] = ()
+) -> Document:
+    """The three report files from the lines in ``folder``."""
+    names = set(about["strategies"])
+    lines = [line for line in read_lines(folder) if line.strategy in names]
+    # A shard that is still running may have judged its last case by some strategies only.
+    judged = Counter(line.number for line in lines)
+    lines = [line for line in lines if judged[line.number] == len(names)]
+    report = build_report(lines, about, published=published)
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (folder / "report.md").write_text(to_markdown(report), encoding="utf-8")
+    (folder / "report.html").write_text(report_page(report, lines, cases()), encoding="utf-8")
+    return report
+
+
+def benchmark_cases(name: str, data: Path, split: str, limit: int | None) -> Cases:
+    """The expressions of a data set's split, at most ``limit`` of them."""
+
+    def cases() -> Iterator[Case]:
+        for number, case in enumerate(cases_of(load_examples(name, data, split))):
+            if limit is not None and number >= limit:
+                return
+            yield case
+
+    return cases
+
+
+def evaluate_benchmark(
+    model: Sam4MLLM,
+    name: str,
+    data: Path,
+    split: str,
+    strategies: Sequence[Strategy],
+    folder: Path,
+    *,
+    limit: int | None = None,
+    shard: Shard | None = None,
+    on_case: Callable[[Case], None] = lambda _: None,
+) -> Document:
+    """A published benchmark through the pipeline, the published numbers beside it."""
+    about = {"title": f"{name} {split}", "benchmark": name, "split": split, "limit": limit}
+    return evaluate(
+        model,
+        benchmark_cases(name, data, split, limit),
+        strategies,
+        folder,
+        about,
+        published=published_for(name, split),
+        shard=shard,
+        on_case=on_case,
+    )
+
+
+def _settings(model: Sam4MLLM) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads(json.dumps(asdict(model.settings), default=str))
+    settings.pop("strategy", None)
+    return settings

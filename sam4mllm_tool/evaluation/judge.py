@@ -1,0 +1,80 @@
+"""One expression through the real pipeline, compared with its truth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sam4mllm_tool.errors import DialogueError
+from sam4mllm_tool.evaluation.cases import Case
+from sam4mllm_tool.evaluation.metrics import Outcome, PointOutcome, compare_masks, match_boxes
+from sam4mllm_tool.pipeline import Sam4MLLM, Segmentation
+from sam4mllm_tool.types import Mask, RgbImage, TargetCount
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An outcome with what was predicted, for pictures, and what went wrong, if anything."""
+
+    outcome: Outcome
+    expression: str
+    masks: tuple[dict[str, Any], ...]
+    error: str = ""
+
+
+def judge(model: Sam4MLLM, case: Case, image: RgbImage) -> Judged:
+    """Ask, draw, compare. A reply that cannot be read counts as nothing predicted."""
+    truth, error = case.truth(), ""
+    start = time.perf_counter()
+    found: Segmentation | None = None
+    try:
+        found = model.segment(image, case.expression, count=case.count)
+    except DialogueError as failure:
+        error = str(failure)
+    seconds = time.perf_counter() - start
+    objects = found.objects if found else ()
+    masks = [one.mask for one in objects]
+    intersection, truth_area, predicted_area = compare_masks(masks, truth, case.ignore())
+    outcome = Outcome(
+        case=case.case,
+        image=case.image,
+        intersection=intersection,
+        truth_area=truth_area,
+        predicted_area=predicted_area,
+        box_iou=match_boxes([one.located.box for one in objects], case.boxes),
+        points=_points(found, truth) if found and truth else (),
+        said_target=_says_target(model, case, image) if case.ask_presence else None,
+        questions=_questions(found) if found else 1,
+        seconds=seconds,
+        kind=case.kind,
+    )
+    return Judged(outcome, case.expression, tuple(mask.to_rle() for mask in masks), error)
+
+
+def _points(found: Segmentation, truth: Sequence[Mask]) -> tuple[PointOutcome, ...]:
+    """Answered points (PPG's are stated, not answered) against the targets' union."""
+    judged = []
+    for one in found.objects:
+        box = one.located.box
+        for point in one.points:
+            if point.p_yes is not None and point.p_no is not None:
+                inside = any(mask.contains(point.x, point.y) for mask in truth)
+                u = (point.x - box.x_min) / max(box.width, 1e-9)
+                v = (point.y - box.y_min) / max(box.height, 1e-9)
+                judged.append(PointOutcome(point.p_yes, point.p_no, inside, u, v))
+    return tuple(judged)
+
+
+def _questions(found: Segmentation) -> int:
+    """Each point asked about is a question, however many stand in one message."""
+    return sum(one.count if one.kind == "yes_no" else 1 for one in found.trace.exchanges)
+
+
+def _says_target(model: Sam4MLLM, case: Case, image: RgbImage) -> bool:
+    """Whether the model, allowed to say that nothing is there, says that something is."""
+    try:
+        return bool(model.locate(image, case.expression, TargetCount.ZERO_OR_MORE).objects)
+    except DialogueError:
+        return False
