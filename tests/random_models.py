@@ -86,8 +86,7 @@ def byte_tokenizer(special: list[str], named: dict[str, str], numbers: int) -> A
     """Byte-level, with ``numbers``-digit numbers as tokens, as Llama-3 (3) and Qwen (1) have."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     whole = [f"{n:0{digits}d}" for digits in range(2, numbers + 1) for n in range(10**digits)]
-    whole += [start + word for word in _WORDS for start in ("", "Ġ")]
-    merges = list(dict.fromkeys((text[:i], text[i]) for text in whole for i in range(1, len(text))))
+    merges = _merges([*whole, *_WORDS]) + [("Ġ", word) for word in _WORDS]
     pieces = [*special, *alphabet, *(left + right for left, right in merges)]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
@@ -110,16 +109,11 @@ def sentencepiece_like_tokenizer(special: list[str], named: dict[str, str]) -> A
     vocabulary: dict[str, int] = {}
     for piece in pieces:
         vocabulary.setdefault(piece, len(vocabulary))
-    merges = []
-    for word in _WORDS:
-        for start in ("", "▁"):
-            text = start + word
-            merges += [(text[:i], text[i]) for i in range(1, len(text))]
+    merges = _merges(_WORDS) + [("▁", word) for word in _WORDS]
     for left, right in merges:
         vocabulary.setdefault(left + right, len(vocabulary))
     backend = Tokenizer(
-        models.BPE(vocab=vocabulary, merges=list(dict.fromkeys(merges)), byte_fallback=True,
-                   unk_token=special[0])
+        models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token=special[0])
     )  # fmt: skip
     backend.normalizer = normalizers.NFKC()
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
@@ -128,6 +122,12 @@ def sentencepiece_like_tokenizer(special: list[str], named: dict[str, str]) -> A
          decoders.Strip(" ", 1, 0)]
     )  # fmt: skip
     return _fast(backend, special, named)
+
+
+def _merges(texts: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges that build each text from the left."""
+    pairs = ((text[:i], text[i]) for text in texts for i in range(1, len(text)))
+    return list(dict.fromkeys(pairs))
 
 
 def _fast(backend: Tokenizer, special: list[str], named: dict[str, str]) -> Any:

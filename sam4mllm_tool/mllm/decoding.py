@@ -139,10 +139,10 @@ def answer_slots(
 
     All answers are guessed and read at once; up to and including the first slot whose answer
     comes out other than guessed, the answers are what one-by-one decoding gives. From there it
-    goes on with the new answers as guesses, so that each pass settles at least one slot.
+    goes on with better guesses, so that each pass settles at least one slot.
     """
-    options = torch.tensor([*tokens.yes, *tokens.no], device=engine.device)
-    answers = [tokens.yes[0]] * count  # the first `settled` of them are final, the rest guessed
+    guesser = _Guesser(tokens, count)
+    answers = guesser.first_guess()  # the first `settled` of them are final
     rows: list[Tensor] = []
     lead, start, settled, passes = tokens.prefix, 0, 0, 0  # `spot` has read `start` answers
     while settled < count:
@@ -151,22 +151,69 @@ def answer_slots(
         end = settled if one_by_one else count - 1
         keep = end + 1 - settled
         after, logits = engine.read(spot, (*lead, *answers[start:end]), keep)
-        picks = _pick(logits, options)
+        picks = guesser.see(settled, answers, logits)
         guessed = answers[settled:end]
         right = next((i for i, said in enumerate(guessed) if said != picks[i]), len(guessed))
         rows.append(logits[: right + 1])
-        answers[settled : end + 1] = picks
+        answers[settled : settled + right + 1] = picks[: right + 1]
         settled += right + 1
         if settled - 1 == end:
             spot, start, lead = after, end, ()
         elif engine.can_cut:
             spot = after.cut(len(after.ids) - (end - (settled - 1)))
             start, lead = settled - 1, ()
+        guesser.guess(settled, answers)
         passes += 1
     probabilities = torch.cat(rows).softmax(-1)
     p_yes = probabilities[:, list(tokens.yes)].sum(-1).tolist()
     p_no = probabilities[:, list(tokens.no)].sum(-1).tolist()
     return [YesNo(y, n) for y, n in zip(p_yes, p_no, strict=True)], spot
+
+
+class _Guesser:
+    """Guesses answers from what the slots said in earlier passes.
+
+    A slot's margin (yes over no, in logits) is remembered for each answer that stood before it.
+    Where only the other answer stood there, the mean effect of the answer before, over all slots
+    of the pass, is added. A guess never changes a result, only how many passes it takes.
+    """
+
+    def __init__(self, tokens: YesNoTokens, count: int) -> None:
+        self._yes, self._no = list(tokens.yes), list(tokens.no)
+        self._margins: list[dict[bool, float]] = [{} for _ in range(count)]
+        self._effect = 0.0
+
+    def first_guess(self) -> list[int]:
+        """Yes and no in an irregular mixture, which tells most about the effect of each."""
+        mixture = (int(slot * 0.618034) % 2 for slot in range(len(self._margins)))
+        return [self._no[0] if odd else self._yes[0] for odd in mixture]
+
+    def see(self, first: int, answers: Sequence[int], logits: Tensor) -> list[int]:
+        """Take in a pass: row ``i`` is slot ``first + i`` after ``answers``; gives its picks."""
+        yes, no = logits[:, self._yes].max(-1), logits[:, self._no].max(-1)
+        margins = (yes.values - no.values).tolist()
+        after: dict[bool, list[float]] = {True: [], False: []}
+        for slot, margin in enumerate(margins, first):
+            before = slot > 0 and answers[slot - 1] in self._yes
+            self._margins[slot][before] = margin
+            if slot > 0:
+                after[before].append(margin)
+        if after[True] and after[False]:
+            means = {said: sum(some) / len(some) for said, some in after.items()}
+            self._effect = means[True] - means[False]
+        rows = zip(margins, yes.indices.tolist(), no.indices.tolist(), strict=True)
+        return [self._yes[y] if margin >= 0 else self._no[n] for margin, y, n in rows]
+
+    def guess(self, first: int, answers: list[int]) -> None:
+        """Guess the answers from slot ``first`` on, each from the one before it."""
+        for slot in range(first, len(answers)):
+            before = answers[slot - 1] in self._yes
+            seen = self._margins[slot]
+            if before in seen:
+                margin = seen[before]
+            else:
+                margin = seen.get(not before, 0.0) + (self._effect if before else -self._effect)
+            answers[slot] = self._yes[0] if margin >= 0 else self._no[0]
 
 
 def _choose(
@@ -190,8 +237,3 @@ def other_ways(
             if torch.isfinite(value):
                 ways.append((fork.score + float(value), fork, int(choice)))
     return sorted(ways, key=lambda way: -way[0])
-
-
-def _pick(logits: Tensor, options: Tensor) -> list[int]:
-    """The likeliest of the options in each row, as token ids."""
-    return options[logits[:, options].argmax(-1)].tolist()
