@@ -210,7 +210,9 @@ def test_only_lora_and_projector_learn(base: Path) -> None:
     assert any("multi_modal_projector" in name for name in learning)
     assert all("lora_" in name or "multi_modal_projector" in name for name in learning)
     assert not any("vision_tower" in name for name in learning)
-    projections = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in learning if "lora_" in name}
+    projections = {
+        name.split(".lora_")[0].rsplit(".", 1)[1] for name in learning if "lora_" in name
+    }
     assert projections == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
                            "down_proj"}  # fmt: skip
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from sam4mllm_tool.scenes.sprites import plurals
 from sam4mllm_tool.training.base_model import BACKGROUND, IMAGE, START, BaseShape
@@ -97,7 +98,7 @@ class Meanings:
 
 
 @torch.no_grad()
-def init_vision(model: LlavaForConditionalGeneration, shape: BaseShape) -> None:
+def init_vision(model: Any, shape: BaseShape) -> None:
     """Give each patch the code of its place, in the code the numbers use."""
     tower = model.model.vision_tower
     places = tower.embeddings.position_embedding.weight
@@ -126,7 +127,7 @@ def make_meanings(questions: Questions, seed: int = 0) -> Meanings:
 
 @torch.no_grad()
 def init_language(
-    model: LlavaForConditionalGeneration,
+    model: Any,
     tokenizer: PreTrainedTokenizerFast,
     questions: Questions,
     meanings: Meanings,
@@ -138,8 +139,10 @@ def init_language(
             weight.normal_(0, quiet / math.sqrt(weight.shape[1]))
     _init_embeddings(model, tokenizer, questions, meanings)
     layers = model.model.language_model.layers
-    for layer, loudness in zip(layers, (0.1, 0.1, 0.3), strict=False):
+    for layer, loudness in zip(layers, (0.1, 0.1, 0.1, 0.3), strict=False):
         layer.mlp.down_proj.weight *= loudness
+    for layer in layers[3:]:
+        layer.self_attn.o_proj.weight *= 0.3
     theta = model.config.text_config.rope_parameters["rope_theta"]
     _init_reading(Heads(layers[0].self_attn, theta, TYPICAL[0]))
     _init_looking(Heads(layers[1].self_attn, theta, TYPICAL[1]), model.config.vision_config)
@@ -147,7 +150,7 @@ def init_language(
 
 
 def _init_embeddings(
-    model: LlavaForConditionalGeneration,
+    model: Any,
     tokenizer: PreTrainedTokenizerFast,
     questions: Questions,
     meanings: Meanings,
@@ -187,7 +190,7 @@ def _init_embeddings(
     out.normal_(0, 0.02)
     out[:, Layout.seen_word] += 0.08 * rows[:, Layout.word]
     out[numbers] = 0.02 * torch.randn(len(numbers), out.shape[1])
-    out[numbers, Layout.number] = 0.3 * codes
+    out[numbers, Layout.number] = 0.4 * codes
     yes, no = tokenizer.convert_tokens_to_ids(["Yes", "No"])
     out[yes, Layout.quarter], out[no, Layout.quarter] = 0.3, -0.3
 
@@ -220,7 +223,7 @@ def _concepts_of_words(questions: Questions) -> dict[str, str]:
 class Heads:
     """Writes circuits into one attention layer. Head ``h`` starts empty once touched."""
 
-    def __init__(self, attention: torch.nn.Module, theta: float, typical: float) -> None:
+    def __init__(self, attention: Any, theta: float, typical: float) -> None:
         self.q, self.k = attention.q_proj.weight, attention.k_proj.weight
         self.v, self.o = attention.v_proj.weight, attention.o_proj.weight
         self.width = attention.head_dim
@@ -254,6 +257,10 @@ class Heads:
     def link(self, head: int, query: int, key: int, pair: int, score: float) -> None:
         """Add ``score`` where both flags are up, whatever the distance (``pair`` must be slow)."""
         self.turn(head, query, key, pair, 0.0, score)
+
+    def prefer(self, head: int, channels: slice, pair: int, weight: float) -> None:
+        """Let what :meth:`link` looks for on this pair also grow with these channels."""
+        self.k[head * self.width + pair, channels] += weight
 
     def match(self, head: int, rows: list[int], query: Tensor, key: Tensor) -> None:
         """Let these rows of the head compare two linear read-outs: (rows, width) each."""
@@ -304,10 +311,14 @@ def _init_reading(heads: Heads) -> None:
     heads.move(1, flag("paren"), flag("point"), 0.6)
     heads.move(6, flag("open"), flag("open4"), 0.75)
     heads.move(7, flag("open"), flag("open6"), 0.75)
-    for head, (pair, quarter_turn) in zip(range(2, 6), ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True):
+    for head, (pair, quarter_turn) in zip(
+        range(2, 6), ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True
+    ):
         back = quarter_turn * math.pi / 2
         # Answers: i tokens after the newline. Points: 4 + 5 i tokens after the colon.
-        heads.turn(head, flag("answer"), flag("newline"), pair, back / heads.rates[pair].item(), 2.5)
+        heads.turn(
+            head, flag("answer"), flag("newline"), pair, back / heads.rates[pair].item(), 2.5
+        )
         shift = 4 + back / heads.rates[pair + 1].item()
         heads.turn(head, flag("number"), flag("anchor"), pair + 1, shift, 2.5)
         for query, key, slow in (("answer", "newline", 8), ("number", "anchor", 9)):
@@ -323,10 +334,10 @@ def _init_reading(heads: Heads) -> None:
         heads.move(head, flag("start"), count, -0.5)
 
 
-def _init_looking(heads: Heads, vision: object) -> None:
+def _init_looking(heads: Heads, vision: Any) -> None:
     """Layer 2: four heads look at the quarters of the patch under a point; two gather words."""
     flag = Layout.flag
-    grid = vision.image_size // vision.patch_size  # type: ignore[attr-defined]
+    grid = vision.image_size // vision.patch_size
     width = heads.q.shape[1]
     chosen = torch.arange(2, 7)  # of the frequencies: the slowest say little, the fastest alias
     half = CODE // 2
@@ -374,7 +385,10 @@ def _cells_of_quarter(quarter: int) -> dict[int, float]:
 def _shift(offset: float) -> Tensor:
     """Matrix that turns the code of v into the code of v + offset: (CODE, CODE)."""
     rates = 0.25 * 32 ** (torch.arange(CODE // 2) / (CODE // 2 - 1))
-    cosine, sine = torch.diag((2 * math.pi * offset * rates).cos()), torch.diag((2 * math.pi * offset * rates).sin())
+    cosine, sine = (
+        torch.diag((2 * math.pi * offset * rates).cos()),
+        torch.diag((2 * math.pi * offset * rates).sin()),
+    )
     return torch.cat([torch.cat([cosine, sine], 1), torch.cat([-sine, cosine], 1)], 0)
 
 
@@ -394,15 +408,19 @@ def _init_finding(heads: Heads, meanings: Meanings) -> None:
         begin = (Layout.word if head < 2 else Layout.box).start + 31 * (head % 2)
         end = (Layout.seen_word if head < 2 else Layout.seen_box).start + 31 * (head % 2)
         heads.move(head, slice(begin, begin + 31), slice(end, end + 31), 1.0)
-    for edge, (head, slot) in enumerate(zip(range(4, 8), ("open", "open2", "open4", "open6"), strict=True)):
+    for edge, (head, slot) in enumerate(
+        zip(range(4, 8), ("open", "open2", "open4", "open6"), strict=True)
+    ):
         heads.clear(head)
         mix = torch.linalg.qr(torch.randn(len(meanings.concepts), 22))[0].T
         read = torch.zeros(22, width)
         read[:, Layout.word] = mix @ (meanings.directions / math.sqrt(WORD_WIDTH))
         heads.match(head, heads.slow_rows(5, 11), read * 1.4, read * 1.4)
-        heads.link(head, flag(slot), flag("image"), 4, 15.0)
-        heads.link(head, flag("text"), flag("start"), 3, 20.0)
-        heads.move(head, Layout.edge(edge), Layout.number, 1.0)
+        heads.link(head, flag(slot), flag("image"), 4, 12.0)
+        heads.prefer(head, Layout.cells, 4, 0.2)  # patches well covered know their box best
+        heads.prefer(head, slice(flag("text"), flag("text") + 1), 4, -5.5)  # not the words
+        heads.link(head, flag("text"), flag("start"), 3, 10.0)
+        heads.move(head, Layout.edge(edge), Layout.number, 2.0)
         if edge == 0:
             heads.link(head, flag("newline"), flag("image"), 4, 15.0)
             heads.move(head, flag("image"), flag("found"), 1.0)
@@ -410,7 +428,7 @@ def _init_finding(heads: Heads, meanings: Meanings) -> None:
 
 @torch.no_grad()
 def fold_projector(
-    model: LlavaForConditionalGeneration,
+    model: Any,
     heads: DenseHeads,
     questions: Questions,
     meanings: Meanings,
@@ -436,7 +454,7 @@ def fold_projector(
     projector = model.model.multi_modal_projector
     first, second = projector.linear_1, projector.linear_2
     for weight in (first.weight, second.weight):
-        weight.normal_(0, 0.3 / math.sqrt(weight.shape[1]))
+        weight.normal_(0, 0.1 / math.sqrt(weight.shape[1]))
     first.bias.zero_()
     second.bias.zero_()
     second.weight[:, : 6 * CODE + questions.count + 1] = 0
@@ -450,25 +468,32 @@ def fold_projector(
     pass_on(slice(0, 2 * CODE), Layout.place, place, constant)
     codes = heads.boxes(features)
     loud = codes.pow(2).mean().sqrt()
-    pass_on(slice(2 * CODE, 6 * CODE), Layout.box, heads.boxes.weight / loud, heads.boxes.bias / loud)
+    pass_on(
+        slice(2 * CODE, 6 * CODE), Layout.box, heads.boxes.weight / loud, heads.boxes.bias / loud
+    )
     start, groups = 6 * CODE, questions.groups
     rows = slice(start, start + questions.count)
     first.weight[rows], first.bias[rows] = 0.4 * heads.answers.weight, 0.4 * heads.answers.bias
-    words = [*questions.names, *questions.colours, *(SENSES[f][0] if f in SENSES else f for f in FLAGS)]
+    words = [
+        *questions.names,
+        *questions.colours,
+        *(SENSES[f][0] if f in SENSES else f for f in FLAGS),
+    ]
     for index, word in enumerate(words):
-        second.weight[Layout.word, start + index] = 0.4 * meanings.of(word)
+        loudness = 0.18 if word in questions.colours else 0.3  # colours are surest of themselves
+        second.weight[Layout.word, start + index] = loudness * meanings.of(word)
     relations = groups["relations"]
     count = min(relations.stop - relations.start, Layout.relation.stop - Layout.relation.start)
     for index in range(count):
         second.weight[Layout.relation.start + index, start + relations.start + index] = 1.0
     cells = slice(start + groups["cells"].start, start + groups["cells"].stop)
     first.bias[cells] += 3
-    second.weight[Layout.cells, cells] = torch.eye(CELLS**2)
-    second.bias[Layout.cells] = -3
+    second.weight[Layout.cells, cells] = 0.6 * torch.eye(CELLS**2)
+    second.bias[Layout.cells] = -3 * 0.6
     empty = start + questions.count  # background: all cells deny
     first.weight[empty] = -0.5 * heads.answers.weight[groups["cells"]].mean(0)
     first.bias[empty] = -0.5 * heads.answers.bias[groups["cells"]].mean()
-    second.weight[Layout.word, empty] = 0.4 * meanings.of(BACKGROUND)
+    second.weight[Layout.word, empty] = 0.25 * meanings.of(BACKGROUND)
     second.bias[Layout.flag("image")] = STRENGTH
     return {"place": explained}
 

@@ -14,7 +14,7 @@ from sam4mllm_tool.training.base_model import BACKGROUND
 from sam4mllm_tool.training.base_scenes import BaseScene, Reference
 from sam4mllm_tool.types import Box, Point, TargetCount
 
-UNIT = (1.0, 1.0)
+UNIT = (1, 1)
 """Scenes keep places as shares of the sides, so every picture is one by one."""
 FORMAT = Sam4MllmFormat()
 EDGE = 1 - 1e-6
@@ -86,7 +86,9 @@ class Teacher:
         reference = self._reference(scene, plan)
         if reference is None:
             return None
-        return Lesson(reference.kind, (Turn(self._where(reference), boxes_reply(scene, reference)),))
+        return Lesson(
+            reference.kind, (Turn(self._where(reference), boxes_reply(scene, reference)),)
+        )
 
     def absent(self, scene: BaseScene, plan: Plan) -> Lesson | None:
         """Round 1 about something that is not there."""
@@ -176,6 +178,7 @@ class Teacher:
 
     def _jitter(self, box: Box) -> Box:
         """The box with its edges moved by up to a tenth of its size."""
+
         def move(size: float) -> float:
             return self.rng.triangular(-0.1, 0.1) * size
 
@@ -195,7 +198,7 @@ class Teacher:
         return Box(x, y, min(x + right.width, EDGE), min(y + right.height, EDGE))
 
     def _candidates(self, scene: BaseScene, target: int, box: Box, plan: Plan) -> list[Point]:
-        """Points as the pipeline spreads them, or random ones; rarely half of them on the object."""
+        """Points as the pipeline spreads them, or random ones."""
         count = self.rng.choice(plan.list_sizes)
         draw = self.rng.random()
         if draw < 0.55:
@@ -219,9 +222,8 @@ class Teacher:
         """Share of a small cross around the point that lies on the target."""
         reach = 0.012
         around = [(0, 0), (reach, 0), (-reach, 0), (0, reach), (0, -reach)]
-        hits = [scene.object_at(min(max(point.x + dx, 0), EDGE), min(max(point.y + dy, 0), EDGE)) == target
-                for dx, dy in around]  # fmt: skip
-        return sum(hits) / len(hits)
+        near = [_clamped(Point(point.x + dx, point.y + dy)) for dx, dy in around]
+        return sum(scene.object_at(*place) == target for place in near) / len(near)
 
 
 def box_of(scene: BaseScene, number: int) -> Box:

@@ -14,13 +14,14 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrain
 from sam4mllm_tool.errors import DialogueError
 from sam4mllm_tool.geometry import box_iou
 from sam4mllm_tool.points import grid_points
+from sam4mllm_tool.training.base_forward import forward, to_pixels
 from sam4mllm_tool.training.base_lessons import (
     FORMAT,
     UNIT,
     Lesson,
+    Plan,
     Teacher,
     Turn,
-    Plan,
     box_of,
     boxes_reply,
     left_to_right,
@@ -96,13 +97,13 @@ class Examination:
             [[0] * len(left) + [1] * len(p) for left, p in zip(pad, prompts, strict=True)]
         )
         pictures = torch.from_numpy(np.stack([scene.image for scene in scenes]))
-        pixels = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = to_pixels(pictures)
         end = self.tokenizer.convert_tokens_to_ids(END)
         made = self.model.generate(
             input_ids=tokens, attention_mask=mask, pixel_values=pixels, max_new_tokens=34,
             do_sample=False, eos_token_id=end, pad_token_id=0,
         )  # fmt: skip
-        return self.tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True)
+        return list(self.tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True))
 
     def _prompt(self, question: str) -> list[int]:
         tokens, _ = self.packer.lesson(Lesson("category", (Turn(question, "\n"),)))
@@ -117,7 +118,9 @@ class Examination:
         """
         found = {}
         for size in GRIDS:
-            said, truth, cells = [], [], []
+            said: list[tuple[BaseScene, list[Lesson]]] = []
+            truth: list[bool] = []
+            cells: list[int] = []
             for scene, reference in self.asked:
                 if reference.kind in ("plural", "absent"):
                     continue
@@ -146,10 +149,14 @@ class Examination:
         """What-at: single questions, and lists of five; verification."""
         teacher, plan, found = Teacher(random.Random(6)), Plan(list_sizes=(5,)), {}
         for name, make in (("what", teacher.what), ("lists", teacher.what_list)):
-            lessons = [(scene, [make(scene, plan) for _ in range(2)]) for scene in self.scenes[:120]]
+            lessons = [
+                (scene, [make(scene, plan) for _ in range(2)]) for scene in self.scenes[:120]
+            ]
             right = self._forced(lessons, None)
             found[name] = float(np.mean(right))
-        lessons = [(s, [x for _ in range(2) if (x := teacher.verify(s, plan))]) for s in self.scenes[:150]]
+        lessons = [
+            (s, [x for _ in range(2) if (x := teacher.verify(s, plan))]) for s in self.scenes[:150]
+        ]
         found["verify"] = float(np.mean(self._forced([x for x in lessons if x[1]], {"Yes", "No"})))
         return found
 
@@ -160,8 +167,6 @@ class Examination:
 
         ``words`` are the decisive ones; None means every word.
         """
-        from sam4mllm_tool.training.base_train import forward
-
         right: list[bool] = []
         for start in range(0, len(asked), BATCH):
             part = asked[start : start + BATCH]

@@ -36,9 +36,12 @@ class Optimizers:
         return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, states: Sequence[dict]) -> None:
-        """Restore what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` gave, but for the full learning rates."""
         for part, state in zip(self.parts, states, strict=True):
+            rates = [group["full_rate"] for group in part.param_groups]
             part.load_state_dict(state)
+            for group, rate in zip(part.param_groups, rates, strict=True):
+                group["full_rate"] = rate
 
 
 def make_optimizers(
@@ -57,7 +60,8 @@ def make_optimizers(
             in at initialisation, get AdamW (Muon's updates have full rank and would wash it out)
             and no weight decay.
     """
-    matrices, groups = [], {}
+    matrices: list[nn.Parameter] = []
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
@@ -80,8 +84,6 @@ def make_optimizers(
     ]
     if matrices:
         parts.append(
-            torch.optim.Muon(
-                matrices, lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"
-            )
+            torch.optim.Muon(matrices, lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
         )
     return Optimizers(parts)

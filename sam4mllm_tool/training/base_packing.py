@@ -55,7 +55,7 @@ class Packer:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text in which special tokens do not occur."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def lesson(self, lesson: Lesson) -> tuple[list[int], list[int]]:
         """Tokens after the prefix, and the same where they are under loss (else -100)."""

@@ -1,4 +1,4 @@
-"""Train the vision tower on dense answers: ``python -m sam4mllm_tool.training.base_vision_train``."""
+"""Stage 1: ``python -m sam4mllm_tool.training.base_vision_train FOLDER``."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from sam4mllm_tool.scenes.world import WORLDS
+from sam4mllm_tool.training.base_forward import to_pixels, tower_features
 from sam4mllm_tool.training.base_init import init_vision
 from sam4mllm_tool.training.base_model import BaseShape, build_model, build_tokenizer
-from sam4mllm_tool.training.base_optimizer import Optimizers, make_optimizers
+from sam4mllm_tool.training.base_optimizer import make_optimizers
+from sam4mllm_tool.training.base_scenes import SceneShards
 from sam4mllm_tool.training.base_vision import DenseHeads, Questions, dense_loss, patch_answers
 from sam4mllm_tool.training.base_world import questions_of, words_of
-from sam4mllm_tool.training.base_scenes import SceneShards
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -40,12 +41,12 @@ class DenseBatches(IterableDataset[Batch]):
         while True:
             order = rng.permutation(len(cache))
             for start in range(0, len(order) - self.size + 1, self.size):
-                yield dense_batch(cache, order[start : start + self.size], self.questions, self.grid)
+                yield dense_batch(
+                    cache, order[start : start + self.size], self.questions, self.grid
+                )
 
 
-def dense_batch(
-    cache: SceneShards, indices: np.ndarray, questions: Questions, grid: int
-) -> Batch:
+def dense_batch(cache: SceneShards, indices: np.ndarray, questions: Questions, grid: int) -> Batch:
     """Pictures, patch answers and boxes of these scenes."""
     scenes = [cache[int(index)] for index in indices]
     answers, boxes = zip(*(patch_answers(s, questions, grid) for s in scenes), strict=True)
@@ -53,23 +54,16 @@ def dense_batch(
     return tuple(map(torch.from_numpy, (pictures, np.stack(answers), np.stack(boxes))))  # type: ignore[return-value]
 
 
-def to_pixels(pictures: Tensor) -> Tensor:
-    """uint8 B x H x W x 3 → what the image processor gives: float B x 3 x H x W in -1…1."""
-    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def tower_features(tower: torch.nn.Module, pixels: Tensor) -> Tensor:
-    """The features LLaVA takes from the tower: (B, patches, width)."""
-    return tower(pixels, output_hidden_states=True).hidden_states[-1]
-
-
 @torch.no_grad()
-def measure(tower: torch.nn.Module, heads: DenseHeads, batch: Batch, names: int) -> dict[str, float]:
+def measure(
+    tower: torch.nn.Module, heads: DenseHeads, batch: Batch, questions: Questions
+) -> dict[str, float]:
     """Held-out accuracy of names on covered patches, mean box IoU, flags' balanced accuracy."""
     pictures, answers, boxes = batch
+    names = len(questions.names)
     features = tower_features(tower, to_pixels(pictures)).float()
     logits, numbers = heads(features)
-    groups, busy = heads.groups, ~boxes[..., 0].isnan()
+    groups, busy = questions.groups, ~boxes[..., 0].isnan()
     full = busy & (answers[..., groups["cells"]].mean(-1) > 0.5)
     right = logits[..., :names].argmax(-1) == answers[..., :names].argmax(-1)
     found = {"name": right[full].float().mean().item()}
@@ -112,7 +106,6 @@ def main() -> None:
     init_vision(model, shape)
     tower = model.model.vision_tower
     heads = DenseHeads(shape.vision_width, questions)
-    heads.groups = questions.groups
     weights = torch.ones(questions.count)
     weights[questions.groups["relations"]] = 0.5
     scenes = options.folder / "scenes"
@@ -133,16 +126,21 @@ def main() -> None:
         sums += [parts["answers"], parts["boxes"]]
         if step % 25 == 0:
             said = " ".join(f"{k} {v:.3f}" for k, v in zip(parts, sums / 25, strict=True))
-            print(f"{share * options.minutes:.1f} min, {step * options.batch} pictures: {said}", flush=True)
+            print(
+                f"{share * options.minutes:.1f} min, {step * options.batch} pictures: {said}",
+                flush=True,
+            )
             sums[:] = 0
         if step % 200 == 0:
-            found = measure(tower, heads, held_out, len(questions.names))
+            found = measure(tower, heads, held_out, questions)
             print("  ", {k: round(v, 3) for k, v in found.items()}, flush=True)
-    found = measure(tower, heads, held_out, len(questions.names))
+    found = measure(tower, heads, held_out, questions)
     print("end", {k: round(v, 3) for k, v in found.items()}, flush=True)
     kept = {f"tower.{k}": v for k, v in tower.state_dict().items()}
     kept |= {f"heads.{k}": v for k, v in heads.state_dict().items()}
-    save_file({k: v.contiguous() for k, v in kept.items()}, options.folder / f"{options.name}.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in kept.items()}, options.folder / f"{options.name}.safetensors"
+    )
 
 
 if __name__ == "__main__":

@@ -43,9 +43,7 @@ def known_words(world: World) -> list[str]:
 def _strings(value: object) -> list[str]:
     """The templates in a constant of the wording module; anything else gives nothing."""
     if isinstance(value, dict):
-        return [text for part in value.values() for text in _strings(part)] + _strings(
-            tuple(value)
-        )
+        return [text for part in value.values() for text in _strings(part)] + _strings(tuple(value))
     if isinstance(value, tuple) and all(isinstance(text, str) for text in value):
         return list(value)
     return []

@@ -189,6 +189,7 @@ class _Maker:
 
     def _jittered(self, box: Box) -> Box:
         """Edges moved a little, inside the picture, never empty."""
+
         def move(value: float, side: float, limit: int) -> float:
             moved = value + self.rng.uniform(-1, 1) * self.recipe.jitter * side
             return min(max(moved, 0.0), float(limit))
@@ -215,9 +216,7 @@ class _Maker:
             judged.append((_mask_iou(best.mask, mask), group))
         judged.sort(key=lambda pair: -pair[0])
         chosen = self.rng.choice(judged[: recipe.best])[1]
-        question = self.form.ask_box_and_points(
-            text, count, recipe.positive, recipe.negative, size
-        )
+        question = self.form.ask_box_and_points(text, count, recipe.positive, recipe.negative, size)
         written = self.form.ask_points(text, box, [Point(p.x, p.y) for p in chosen], size)
         reply = f"{self.form.write_boxes([box], size)} {written.partition(chr(10))[2]}"
         return _Exchange("ppg", question, reply, chosen)
@@ -250,9 +249,7 @@ def _mask_iou(a: Mask, b: Mask) -> float:
     return int((a.pixels & b.pixels).sum()) / union if union else 0.0
 
 
-def _conversation(
-    image_id: str, image: RgbImage, exchanges: Sequence[_Exchange]
-) -> Conversation:
+def _conversation(image_id: str, image: RgbImage, exchanges: Sequence[_Exchange]) -> Conversation:
     turns, points = [], {}
     for number, exchange in enumerate(exchanges):
         turns += [Turn("user", exchange.question), Turn("assistant", exchange.reply)]

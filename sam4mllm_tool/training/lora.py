@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from sam4mllm_tool.formats import get_format
 from sam4mllm_tool.mllm.loading import choose_placement, load_model, load_processor
@@ -27,7 +27,6 @@ from sam4mllm_tool.training.dialogues import Conversation, Recipe
 IGNORED = -100
 PROJECTORS = ("multi_modal_projector", "resampler", "connector", "merger", "mlp1")
 """Names under which model families keep what lies between picture and text."""
-LANGUAGE_LAYERS = r".*(language_model|text_model|model\.layers).*\.({names})"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -174,6 +173,7 @@ class Collator:
         self._pad = pad
 
     def __call__(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
+        """One dictionary for the model's forward."""
         longest = max(one.labels.shape[1] for one in batch)
 
         def grow(value: Tensor, filler: int) -> Tensor:
@@ -196,8 +196,8 @@ class OneCycleTrainer(Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
         """One cycle to the peak rate and down, over all steps."""
-        if self.lr_scheduler is None:
-            self.lr_scheduler = OneCycleLR(
+        if getattr(self, "lr_scheduler", None) is None:
+            self.lr_scheduler: Any = OneCycleLR(
                 optimizer or self.optimizer,
                 max_lr=self.args.learning_rate,
                 total_steps=num_training_steps,
@@ -323,21 +323,13 @@ def _text(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}]
 
 
-def _stop_after() -> type:
-    from transformers import TrainerCallback
+class _StopAfter(TrainerCallback):
+    """Saves and stops after some steps, as an interruption would."""
 
-    class StopAfter(TrainerCallback):
-        """Saves and stops after some steps, as an interruption would."""
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
 
-        def __init__(self, steps: int) -> None:
-            self.steps = steps
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-            if state.global_step >= self.steps:
-                control.should_save = control.should_training_stop = True
-            return control
-
-    return StopAfter
-
-
-_StopAfter = _stop_after()
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        if state.global_step >= self.steps:
+            control.should_save = control.should_training_stop = True
+        return control
