@@ -10,6 +10,7 @@ from sam4mllm_tool.pipeline import Sam4MLLM, Settings
 from sam4mllm_tool.protocols import Segmenter
 
 if TYPE_CHECKING:
+    from sam4mllm_tool.mllm.endpoint import OpenAIEndpointMllm
     from sam4mllm_tool.mllm.local import LocalMllm
 
 EMBEDDED = "embedded"
@@ -29,7 +30,8 @@ def load(
     """Load an MLLM (with an optional PEFT adapter) and a segmenter.
 
     Args:
-        mllm: ``"embedded"``, or a directory or hub id of a transformers image-text-to-text model.
+        mllm: ``"embedded"``, a directory or hub id of a transformers image-text-to-text model, or
+            the address of an OpenAI-compatible server (``http://host:8000/v1``).
         adapter: directory or hub id of a PEFT adapter over it.
         segmenter: ``"embedded"``, a segment-anything checkpoint file, or a directory or hub id of
             a transformers SAM family.
@@ -37,23 +39,43 @@ def load(
         dtype: ``"auto"`` (bfloat16 on CUDA, else float32), or a torch dtype name.
         format: name of a dialogue format, if the checkpoint's own should not be used.
         settings: how the dialogue is held.
-        mllm_options: passed on to ``LocalMllm.from_pretrained``.
+        mllm_options: passed on to ``LocalMllm.from_pretrained`` or ``OpenAIEndpointMllm``.
 
     Raises:
         CheckpointError: a checkpoint is missing, corrupt or of the wrong kind.
         DeviceOutOfMemory: the device is too small for it.
+        EndpointError: the server cannot be reached.
     """
-    local = load_mllm(mllm, adapter=adapter, device=device, dtype=dtype, **mllm_options)
+    served = is_address(mllm)
+    options = mllm_options if served else {"device": device, "dtype": dtype, **mllm_options}
+    talker = load_mllm(mllm, adapter=adapter, **options)
     return Sam4MLLM(
-        mllm=local,
+        mllm=talker,
         segmenter=load_sam(segmenter, device=device),
         settings=settings or Settings(),
-        format=get_format(format) if format else local.own_format,
+        format=get_format(format) if format else talker.own_format,
     )
 
 
-def load_mllm(name: str = EMBEDDED, *, adapter: str | None = None, **options: Any) -> LocalMllm:
-    """The MLLM of that name; the embedded one comes with its own adapter."""
+def is_address(name: str) -> bool:
+    """Whether an MLLM's name is the address of a server."""
+    return name.startswith(("http://", "https://"))
+
+
+def load_mllm(
+    name: str = EMBEDDED, *, adapter: str | None = None, **options: Any
+) -> LocalMllm | OpenAIEndpointMllm:
+    """The MLLM of that name; the embedded one comes with its own adapter.
+
+    A server's adapter is a model of its own there: its name is the option ``model``.
+    """
+    if is_address(name):
+        # Kept here: only who has a server needs the client.
+        from sam4mllm_tool.mllm.endpoint import OpenAIEndpointMllm
+
+        if adapter is not None:
+            options.setdefault("model", adapter)
+        return OpenAIEndpointMllm(name, **options)
     from sam4mllm_tool.mllm.local import LocalMllm
 
     if name == EMBEDDED:

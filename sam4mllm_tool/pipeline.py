@@ -163,7 +163,9 @@ class Sam4MLLM:
             best, others = self.mllm.generate(image, dialogue, grammar=grammar), []
         read = self.speech.read_boxes(best.text, image.size)
         boxes = read.boxes[:1] if count is TargetCount.ONE else read.boxes
-        other_boxes = self._other_boxes(others, image, boxes)
+        # A free reply may hold several boxes where one was asked for: the rest are alternates.
+        spare = tuple(ScoredBox(box) for box in read.boxes[len(boxes) :])
+        other_boxes = spare + self._other_boxes(others, image, boxes)
         found = tuple(LocatedObject(box, _score(best), other_boxes) for box in boxes)
         notes = (*read.notes, *self._word_notes(text))
         spoken = (*dialogue, Turn("assistant", best.text))

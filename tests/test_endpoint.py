@@ -1,5 +1,6 @@
 """The endpoint MLLM through the official client, against a real HTTP server."""
 
+import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -269,3 +270,22 @@ def test_the_formats_replies_match_their_own_regex():
 
         reply = FORMAT.write_boxes([Box(*box) for box in boxes], (20, 20))
         assert re.fullmatch(pattern, reply)
+
+
+def test_a_server_is_loaded_by_its_address(embedded_model, server, serving, blocks_file):
+    from typer.testing import CliRunner
+
+    from sam4mllm_tool.cli import app
+    from sam4mllm_tool.load import load
+
+    model = load(serving[1], format="sam4mllm", top_logprobs=10_000)
+    assert model.mllm.name == f"tiny at {serving[1]}" and model.speech.name == "sam4mllm"
+    with pytest.raises(EndpointError, match="does not serve 'my-lora'"):
+        load(serving[1], adapter="my-lora")
+    arguments = ["segment", str(blocks_file), "the red square", "--strategy", "box_only"]
+    told = [
+        CliRunner().invoke(app, [*arguments, "--json", *more], catch_exceptions=False).output
+        for more in ([], ["--mllm", serving[1], "--format", "sam4mllm"])
+    ]
+    here, there = (json.loads(text)["objects"] for text in told)
+    assert [one["mask"] for one in here] == [one["mask"] for one in there]

@@ -10,6 +10,7 @@ import typer
 from sam4mllm_tool.cli.common import (
     AdapterOption,
     DeviceOption,
+    FormatOption,
     JsonOption,
     MllmOption,
     SamOption,
@@ -35,6 +36,7 @@ def annotate(
     ),
     mllm: MllmOption = "embedded",
     adapter: AdapterOption = None,
+    format: FormatOption = None,
     sam: SamOption = "embedded",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -46,7 +48,7 @@ def annotate(
 
     texts = read_expressions(expressions)
     total = len(plan(folder, texts))
-    model = load(mllm, adapter=adapter, segmenter=sam, device=device)
+    model = load(mllm, adapter=adapter, format=format, segmenter=sam, device=device)
     with counted("pictures", total, quiet=as_json) as advance:
         done = run(model, folder, texts, out, count=count, on_picture=advance)
     number = len(done.document["annotations"])

@@ -21,8 +21,17 @@ console = Console()
 _errors = Console(stderr=True)
 
 MllmOption = Annotated[
-    str, typer.Option(help="'embedded', or a directory or hub id of an image-text-to-text model.")
+    str,
+    typer.Option(
+        help="'embedded', a directory or hub id of an image-text-to-text model, or the address of "
+        "an OpenAI-compatible server (http://host:8000/v1)."
+    ),
 ]
+FormatOption = Annotated[
+    str | None,
+    typer.Option("--format", help="Dialogue format; default: the checkpoint's own, a server's: "
+                 "generic."),
+]  # fmt: skip
 AdapterOption = Annotated[str | None, typer.Option(help="PEFT adapter over the MLLM.")]
 SamOption = Annotated[
     str, typer.Option("--sam", help="'embedded', a segment-anything checkpoint, or a SAM family.")

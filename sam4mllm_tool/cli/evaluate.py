@@ -15,6 +15,7 @@ from rich.table import Table
 from sam4mllm_tool.cli.common import (
     AdapterOption,
     DeviceOption,
+    FormatOption,
     JsonOption,
     MllmOption,
     SamOption,
@@ -79,6 +80,7 @@ def scenes_command(
     world: Annotated[str, typer.Option(help="small, full or held_out.")] = "small",
     mllm: MllmOption = "embedded",
     adapter: AdapterOption = None,
+    format: FormatOption = None,
     sam: SamOption = "embedded",
     device: DeviceOption = "auto",
     out: Annotated[
@@ -93,7 +95,7 @@ def scenes_command(
 
     if world not in WORLDS:
         raise typer.BadParameter(f"one of {', '.join(WORLDS)}", param_hint="--world")
-    model = _load(mllm, adapter, sam, device, points)
+    model = _load(mllm, adapter, format, sam, device, points)
     with _folder(out) as folder, counted("expressions", limit, quiet=as_json) as on_case:
         report = evaluate_scenes(
             model, folder, seed=seed, limit=limit, strategies=strategy, world=WORLDS[world],
@@ -111,6 +113,7 @@ def _benchmark_command(name: str, splits: tuple[str, ...]) -> Callable[..., None
         points: PointsOption = _POINTS,
         mllm: MllmOption = "embedded",
         adapter: AdapterOption = None,
+        format: FormatOption = None,
         sam: SamOption = "embedded",
         device: DeviceOption = "auto",
         out: Annotated[
@@ -123,7 +126,7 @@ def _benchmark_command(name: str, splits: tuple[str, ...]) -> Callable[..., None
         from sam4mllm_tool.evaluation.datasets import check_present
 
         check_present(name, data, split)
-        model = _load(mllm, adapter, sam, device, points)
+        model = _load(mllm, adapter, format, sam, device, points)
         folder = out or Path("runs") / f"{name}-{split}"
         with counted("expressions", limit, quiet=as_json) as on_case:
             report = evaluate_benchmark(
@@ -148,11 +151,15 @@ for _name, _splits in _BENCHMARKS.items():
     app.command(_name)(_benchmark_command(_name, _splits))
 
 
-def _load(mllm: str, adapter: str | None, sam: str, device: str, points: int) -> Any:
+def _load(
+    mllm: str, adapter: str | None, format: str | None, sam: str, device: str, points: int
+) -> Any:
     from sam4mllm_tool.load import load
 
     settings = Settings(points=points, budget=points)
-    return load(mllm, adapter=adapter, segmenter=sam, device=device, settings=settings)
+    return load(
+        mllm, adapter=adapter, format=format, segmenter=sam, device=device, settings=settings
+    )
 
 
 def _shard(text: str | None) -> Any:

@@ -8,7 +8,13 @@ from typing import Annotated
 
 import typer
 
-from sam4mllm_tool.cli.common import AdapterOption, DeviceOption, MllmOption, SamOption
+from sam4mllm_tool.cli.common import (
+    AdapterOption,
+    DeviceOption,
+    FormatOption,
+    MllmOption,
+    SamOption,
+)
 
 
 class Transport(StrEnum):
@@ -43,6 +49,7 @@ def mcp(
     ),
     mllm: MllmOption = "embedded",
     adapter: AdapterOption = None,
+    format: FormatOption = None,
     sam: SamOption = "embedded",
     device: DeviceOption = "auto",
 ) -> None:
@@ -55,7 +62,7 @@ def mcp(
     def load_models() -> Sam4MLLM:
         from sam4mllm_tool.load import load
 
-        return load(mllm, adapter=adapter, segmenter=sam, device=device)
+        return load(mllm, adapter=adapter, format=format, segmenter=sam, device=device)
 
     serve(
         load_models,

@@ -9,6 +9,7 @@ import typer
 from sam4mllm_tool.cli.common import (
     AdapterOption,
     DeviceOption,
+    FormatOption,
     JsonOption,
     MllmOption,
     SamOption,
@@ -29,6 +30,7 @@ def probe(
     ] = None,
     mllm: MllmOption = "embedded",
     adapter: AdapterOption = None,
+    format: FormatOption = None,
     sam: SamOption = "embedded",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -39,7 +41,7 @@ def probe(
 
     picture = load_image(image).image
     points = [_point(text) for text in point] if point else None
-    model = load(mllm, adapter=adapter, segmenter=sam, device=device)
+    model = load(mllm, adapter=adapter, format=format, segmenter=sam, device=device)
     location = model.locate(picture, expression, TargetCount.ONE)
     box = location.objects[0].box
     answers = model.check_points(picture, location, box, points)

@@ -10,6 +10,7 @@ import typer
 from sam4mllm_tool.cli.common import (
     AdapterOption,
     DeviceOption,
+    FormatOption,
     JsonOption,
     MllmOption,
     SamOption,
@@ -35,6 +36,7 @@ def segment(
     ),
     mllm: MllmOption = "embedded",
     adapter: AdapterOption = None,
+    format: FormatOption = None,
     sam: SamOption = "embedded",
     device: DeviceOption = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder for masks and overlay.")] = None,
@@ -55,7 +57,9 @@ def segment(
         )
     loaded = load_image(image, ImagePolicy(allow_network=network))
     settings = Settings(strategy=strategy, points=points, budget=points)
-    model = load(mllm, adapter=adapter, segmenter=sam, device=device, settings=settings)
+    model = load(
+        mllm, adapter=adapter, format=format, segmenter=sam, device=device, settings=settings
+    )
     found = model.segment(loaded.image, expression, count=count, source=Path(image).name[:200])
     files = write_files(found, loaded.image, out) if out else []
     files += [write_trace(found, loaded.image, trace)] if trace else []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenL
 from sam4mllm_tool.calls import check_cancelled
 from sam4mllm_tool.dialogue import Dialogue, YesNoWords
 from sam4mllm_tool.errors import DialogueError, EndpointError, ProbabilitiesMissing
+from sam4mllm_tool.formats import DialogueFormat
 from sam4mllm_tool.grammar import Grammar, grammar_regex
 from sam4mllm_tool.protocols import Reply
 from sam4mllm_tool.types import RgbImage, YesNo
@@ -61,7 +63,8 @@ class OpenAIEndpointMllm:
         base_url: up to and including ``/v1``.
         model: name at the server; ``None`` takes the first one it lists.
         format_name: dialogue format of the served checkpoint.
-        api_key: sent as bearer token; local servers take any.
+        api_key: sent as bearer token; ``None`` takes ``OPENAI_API_KEY`` of the environment, if any
+            (local servers take anything).
         server: which extra fields the server knows; ``None`` asks it (``owned_by`` of its model).
         timeout: seconds for one request, connecting included.
         retries: on timeouts, lost connections and statuses 408, 409, 429 and 5xx, with
@@ -74,6 +77,7 @@ class OpenAIEndpointMllm:
     """
 
     known_words: frozenset[str] | None = None
+    own_format: DialogueFormat | None = None  # a server does not tell what it serves
 
     def __init__(
         self,
@@ -81,14 +85,15 @@ class OpenAIEndpointMllm:
         model: str | None = None,
         *,
         format_name: str = "generic",
-        api_key: str = "none",
+        api_key: str | None = None,
         server: ServerKind | None = None,
         timeout: float = 120.0,
         retries: int = 4,
         top_logprobs: int = 20,
     ) -> None:
+        key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
         self.client = openai.OpenAI(
-            base_url=base_url, api_key=api_key, max_retries=retries, timeout=timeout
+            base_url=base_url, api_key=key, max_retries=retries, timeout=timeout
         )
         served = self._served(model) if model is None or server is None else None
         self.model = model or (served.id if served else "")
