@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import sys
 from collections import OrderedDict
 from io import BytesIO
 
@@ -209,6 +210,14 @@ def test_unknown_names_list_the_known_ones(tmp_path):
     assert "reasonseg" in error.value.hint
     with pytest.raises(DatasetError, match="no split 'testC'"):
         load_examples("refcoco", tmp_path, "testC")
+
+
+def test_a_missing_library_names_the_extra(tmp_path, monkeypatch):
+    refer_folder(tmp_path)
+    monkeypatch.setitem(sys.modules, "ijson", None)
+    with pytest.raises(DatasetError, match="ijson") as error:
+        next(load_examples("refcoco", tmp_path, "val"))
+    assert "sam4mllm-tool[eval]" in error.value.hint
 
 
 # --- pickles -------------------------------------------------------------------------------------

@@ -18,10 +18,6 @@ from functools import lru_cache
 from io import BytesIO
 from typing import Any, Literal
 
-import openai
-from openai.types.chat.chat_completion import Choice
-from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob, TopLogprob
-
 from sam4mllm_tool.calls import check_cancelled
 from sam4mllm_tool.dialogue import Dialogue, YesNoWords
 from sam4mllm_tool.errors import DialogueError, EndpointError, ProbabilitiesMissing
@@ -29,6 +25,20 @@ from sam4mllm_tool.formats import DialogueFormat
 from sam4mllm_tool.grammar import Grammar, grammar_regex
 from sam4mllm_tool.protocols import Reply
 from sam4mllm_tool.types import RgbImage, YesNo
+
+try:
+    import openai
+    from openai.types.chat.chat_completion import Choice
+    from openai.types.chat.chat_completion_token_logprob import (
+        ChatCompletionTokenLogprob,
+        TopLogprob,
+    )
+except ImportError as missing:
+    raise EndpointError(
+        "talking to a server needs the openai client",
+        hint="Install it: pip install 'sam4mllm-tool[openai]'.",
+        retryable=False,
+    ) from missing
 
 LONGEST_REPLY = 1024
 ServerKind = Literal["vllm", "vllm-guided", "sglang", "plain"]

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ijson
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from sam4mllm_tool.errors import DatasetError
-from sam4mllm_tool.evaluation.datasets.record import Rle
+from sam4mllm_tool.evaluation.datasets.record import Rle, need_extra
 from sam4mllm_tool.types import Box
 
 
@@ -92,6 +91,7 @@ def merge(rles: Sequence[Rle]) -> Rle:
 
 
 def _items(path: Path, prefix: str) -> Iterator[dict[str, Any]]:
+    ijson = need_extra("ijson")
     try:
         with path.open("rb") as file:
             yield from ijson.items(file, prefix, use_float=True)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from sam4mllm_tool.errors import DatasetError
 from sam4mllm_tool.evaluation.datasets.coco import to_rle
-from sam4mllm_tool.evaluation.datasets.record import ReferringExample, Rle
+from sam4mllm_tool.evaluation.datasets.record import ReferringExample, Rle, need_extra
 from sam4mllm_tool.types import Box, Mask
 
 BATCH = 16
@@ -38,9 +38,7 @@ def examples(files: list[Path], dataset: str, split: str) -> Iterator[ReferringE
     Raises:
         DatasetError: a column is missing, or a cell is not as described above.
     """
-    # Kept here: only who has such files needs pyarrow.
-    import pyarrow.parquet as parquet
-
+    parquet = need_extra("pyarrow.parquet")
     number = 0
     for file in files:
         for batch in parquet.ParquetFile(file).iter_batches(batch_size=BATCH):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,22 @@ from typing import Any
 from sam4mllm_tool.errors import DatasetError
 from sam4mllm_tool.images import load_image
 from sam4mllm_tool.types import Box, Mask, RgbImage, TargetCount
+
+
+def need_extra(module: str) -> Any:
+    """A module that only readers of published data sets need.
+
+    Raises:
+        DatasetError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise DatasetError(
+            f"reading this data set needs {module.partition('.')[0]}",
+            hint="Install it: pip install 'sam4mllm-tool[eval]'.",
+        ) from error
+
 
 Rle = dict[str, Any]
 """COCO run-length encoding: ``{"size": [height, width], "counts": str}``."""
