@@ -14,7 +14,7 @@ from PIL import Image
 
 from sam4mllm_tool.evaluation.cases import Case
 from sam4mllm_tool.evaluation.metrics import METRICS
-from sam4mllm_tool.evaluation.report import Document, metric_cell, metric_number
+from sam4mllm_tool.evaluation.report import BY_KIND, Document, metric_cell, metric_number
 from sam4mllm_tool.evaluation.run import Line
 from sam4mllm_tool.types import Mask, RgbImage
 
@@ -66,6 +66,7 @@ def report_page(report: Document, lines: Sequence[Line], cases: Iterable[Case]) 
         groups=groups,
         metrics=[m for m in METRICS if any(s[m] is not None for s in
                                            report["strategies"].values())],
+        kind_metrics=BY_KIND,
         cell=metric_cell,
         number=metric_number,
         colours={"right": _hex(HIT), "missed": _hex(MISSED), "too much": _hex(EXTRA)},

@@ -11,6 +11,7 @@ from sam4mllm_tool.evaluation.published import Published
 from sam4mllm_tool.evaluation.run import Line
 
 COMPARED = ("cIoU", "gIoU")
+BY_KIND = ("cIoU", "gIoU", "box_acc50", "point_accuracy", "ece", "n_acc", "t_acc")
 _PLAIN = frozenset({"questions", "seconds"})  # not shares of 1
 
 Document = dict[str, Any]
@@ -118,7 +119,7 @@ def _kind_table(report: Document) -> list[str]:
     """The first strategy by kind."""
     if not report["by_kind"]:
         return []
-    shown = [m for m in METRICS if any(one[m] is not None for one in report["by_kind"].values())]
+    shown = [m for m in BY_KIND if any(one[m] is not None for one in report["by_kind"].values())]
     rows = ["", "## By kind", "", "| kind | cases | " + " | ".join(shown) + " |"]
     rows.append("|---" * (len(shown) + 2) + "|")
     for kind, one in report["by_kind"].items():
