@@ -37,6 +37,7 @@ from sam4mllm_tool.training.sam_validate import validate
 from sam4mllm_tool.training.scene_cache import build_scene_cache
 
 MUON_FACTOR = 2.0  # Muon's learning rate over AdamW's in pre-training
+AVERAGE = 0.99  # decay of the running average of the weights
 DECODER_ALONE = 0.05  # share of the interactive stage in which the encoder rests
 
 
@@ -204,7 +205,7 @@ class Trainer:
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        keep = min(0.998, 1 - 1 / (self.step + 1))
+        keep = min(AVERAGE, 1 - 1 / (self.step + 1))
         pairs = zip(self.average.parameters(), self.sam.parameters(), strict=True)
         for mean, value in pairs:
             mean.lerp_(value, 1 - keep)
