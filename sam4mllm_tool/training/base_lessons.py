@@ -51,8 +51,8 @@ class Plan:
     list_sizes: tuple[int, ...] = (2, 3, 5)
     kinds: dict[str, float] = field(
         default_factory=lambda: {
-            "category": 1.0, "colour": 1.5, "function": 1.0, "size": 1.5, "position": 2.0,
-            "ordinal": 2.0, "relation": 2.5, "plural": 1.5,
+            "category": 1.0, "colour": 1.0, "function": 0.8, "size": 3.0, "position": 2.5,
+            "ordinal": 3.5, "relation": 1.5, "plural": 3.0,
         }
     )  # fmt: skip
 
