@@ -67,12 +67,12 @@ class Contest:
         self.oracle = Sam4MLLM(RecomputeMllm(model, processor, name="oracle"), segmenter)
         self.clock = clock
         self.probability_gap, self.yes, self.answers = 0.0, 0, 0
-        _mix_answers(self.engine)
 
     def round(self, seed: int) -> dict[str, float]:
         """All ratios on one new picture."""
         image = _picture(seed)
         engine, oracle = self.engine, self.oracle
+        _mix_answers(engine, image)
         fast, said = self._timed(lambda: _dialogue(engine, image, "the red apple"))
         mask, _ = self._timed(lambda: _mask(engine, image, said))
         least, _ = self._timed(_Floor(engine, _picture(seed + 10_000), said).run)
@@ -122,19 +122,31 @@ class _Floor:
         opening = (*asked.ids, *encoder.encode_continuation("\n["))
         self.first = self.mllm.engine.image_arguments(inputs, opening, asked.image_end)
         read = len(opening) + 6  # three numbers, three commas
-        answers = encoder.encode_continuation("\n" + "Yes" * (POINTS - 1))
-        self.tail = torch.tensor([[*full.ids[read:], *answers]])
+        self.tails = [
+            torch.tensor([[*full.ids[read:], *encoder.encode_continuation("\n" + word * 29)]])
+            for word in ("Yes", "No")
+        ]
         self.number = torch.tensor([encoder.encode_continuation("500,")])
 
     @torch.inference_mode()
-    def run(self) -> None:
-        """One prefill, three more free numbers, one answer pass, SAM."""
+    def read(self) -> DynamicCache:
+        """One prefill, three more free numbers, one answer pass."""
         model: Any = self.mllm.model
         cache = DynamicCache(config=model.config.get_text_config())
         model(**self.first, past_key_values=cache, use_cache=True, logits_to_keep=1)
         for _ in range(3):
             model(input_ids=self.number, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        model(input_ids=self.tail, past_key_values=cache, use_cache=True, logits_to_keep=POINTS)
+        self.answer(0, cache)
+        return cache
+
+    def answer(self, tail: int, cache: DynamicCache) -> None:
+        """One pass over question and answers."""
+        ids = self.tails[tail]
+        self.mllm.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=POINTS)
+
+    def run(self) -> None:
+        """All of that, and SAM."""
+        self.read()
         _mask_of(self.segmenter, self.image, self.said)
 
 
@@ -175,17 +187,19 @@ def _p(value: float | None) -> float:
 
 
 @torch.inference_mode()
-def _mix_answers(side: Sam4MLLM) -> None:
-    """Look at one dialogue's answer slots, and make their answers differ."""
-    image = _picture(99_999)
+def _mix_answers(side: Sam4MLLM, image: RgbImage) -> None:
+    """Look at the answer slots of a dialogue about a picture, and make the answers differ."""
     floor = _Floor(side, image, _dialogue(side, image, "the red apple"))
     states: list[torch.Tensor] = []
     head = floor.mllm.model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][0].clone()))
-    floor.run()
+    cache = floor.read()
+    cache.crop(-floor.tails[0].shape[1])
+    floor.answer(1, cache)
     hook.remove()
     words = floor.mllm.encoder.tokenizer.convert_tokens_to_ids(["Yes", "No"])
-    mix_answers(floor.mllm.model, words, states[-1])
+    mix_answers(floor.mllm.model, words, states[-2:])
+    floor.mllm.engine.store.clear()  # neither side has seen the picture
 
 
 def _segmenter() -> Segmenter:

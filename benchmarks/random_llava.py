@@ -73,25 +73,28 @@ def _spread(model: Any, seed: int) -> None:
             weight.data.normal_(0.0, 0.1 if wide else std, generator=generator)
 
 
-def mix_answers(model: Any, words: Sequence[int], slots: torch.Tensor) -> None:
+def mix_answers(model: Any, words: Sequence[int], slots: Sequence[torch.Tensor]) -> None:
     """Set the output rows of yes and no so that the slots' answers are mixed.
 
     Random rows would say the same at every slot. Both get a common part, which makes one of them
-    likely, and opposite parts along the direction in which the slots differ most.
+    likely, and opposite parts along the direction in which the slots differ most; the mean over
+    slots, and what the answers before do to it, are left out of that direction.
 
     Args:
         model: the model.
         words: ids of yes and no.
-        slots: final hidden states of an answer's slots, (slots, width).
+        slots: final hidden states of an answer's slots, each (slots, width): after nothing but
+            yes, and after nothing but no.
     """
-    mean = slots.mean(0)
-    common = mean / mean.norm()
-    apart = torch.linalg.svd(slots - mean, full_matrices=False)[2][0]
-    apart = apart - (apart @ common) * common
-    spread = ((slots - mean) @ apart).std()
+    means = torch.stack([some.mean(0) for some in slots])
+    around = torch.cat([some - some.mean(0) for some in slots])
+    basis = torch.linalg.qr(means.T).Q
+    around = around - (around @ basis) @ basis.T
+    apart = torch.linalg.svd(around, full_matrices=False)[2][0]
+    common = means.mean(0) * 20 / means.mean(0).norm() ** 2
     rows = model.get_output_embeddings().weight.data
-    rows[words[0]] = common * 20 / mean.norm() + apart / spread
-    rows[words[1]] = common * 20 / mean.norm() - apart / spread
+    rows[words[0]] = common + apart / (around @ apart).std()
+    rows[words[1]] = common - apart / (around @ apart).std()
 
 
 def _tokenizer() -> Any:
