@@ -263,7 +263,9 @@ class PairComparison(BaseModel):
     iou: float
     a_inside_b: float = Field(description="Share of a's pixels that b covers too.")
     b_inside_a: float = Field(description="Share of b's pixels that a covers too.")
-    distance: float = Field(description="Smallest distance between the masks, 0 if they touch.")
+    distance: float | None = Field(
+        description="Smallest distance between the masks, 0 if they touch; null if one is empty."
+    )
     position: list[Literal["left_of", "right_of", "above", "below", "overlapping"]] = Field(
         description="Where a lies as seen from b, by mask centroids."
     )

@@ -39,6 +39,8 @@ def points_text(name: str, points: list[m.PointResult]) -> str:
 
 def pair_line(pair: m.PairComparison) -> str:
     """How two objects lie to each other, in one line."""
+    if pair.distance is None:
+        return f"{pair.a} and {pair.b} have no relation: one of the masks is empty"
     where = " and ".join(side.replace("_", " ") for side in pair.position) or "at the same place as"
     return (
         f"{pair.a} is {where} {pair.b}: IoU {pair.iou:.2f}, "

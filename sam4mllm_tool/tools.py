@@ -560,6 +560,6 @@ def _compare(frame: Frame, a: ObjectRecord, b: ObjectRecord) -> m.PairComparison
         iou=round(mask_iou(one, other), 4),
         a_inside_b=round(share_inside(one, other), 4),
         b_inside_a=round(share_inside(other, one), 4),
-        distance=frame.length_out(mask_distance(one, other)),
+        distance=frame.length_out(mask_distance(one, other)) if one.area and other.area else None,
         position=relative_position(one, other),
     )
