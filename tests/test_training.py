@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from sam4mllm_tool.evaluation.datasets.record import ReferringExample
 from sam4mllm_tool.formats import get_format
 from sam4mllm_tool.mllm.loading import choose_placement, load_adapter, load_model, load_processor
+from sam4mllm_tool.protocols import MaskCandidate, SegmentPrompt
 from sam4mllm_tool.testing import ColourSegmenter
 from sam4mllm_tool.training.base_model import (
     BaseShape,
@@ -147,23 +149,50 @@ def test_references_are_packed_up_to_the_limit() -> None:
     assert [c.topics.count("box") for c in found] == [3, 3, 1]
 
 
+@dataclass
+class DiscSegmenter(ColourSegmenter):
+    """Draws discs around the foreground points, so that where they lie matters."""
+
+    asked: list[SegmentPrompt] = field(default_factory=list)
+
+    def predict(
+        self, image: RgbImage, prompts: Sequence[SegmentPrompt]
+    ) -> list[tuple[MaskCandidate, ...]]:
+        self.asked += prompts
+        return [(MaskCandidate(Mask(self.draw(p)), np.zeros((1, 1), np.float32), 1.0),)
+                for p in prompts]  # fmt: skip
+
+    @staticmethod
+    def draw(prompt: SegmentPrompt) -> np.ndarray:
+        rows, columns = np.mgrid[:SIDE, :SIDE] + 0.5
+        pixels = np.zeros((SIDE, SIDE), dtype=bool)
+        for point in prompt.points:
+            if point.label is PointLabel.FOREGROUND:
+                pixels |= (columns - point.x) ** 2 + (rows - point.y) ** 2 < 36
+        return pixels
+
+
 def test_ppg_keeps_the_groups_the_segmenter_does_best_with() -> None:
-    """With ``best=1`` the reply must be the best of the tries, recomputed here one by one."""
-    segmenter = ColourSegmenter()
     example = _example(0, "a", (10, 5, 30, 25), count=TargetCount.ONE)
-    recipe = Recipe(ppg_share=1.0, positive=2, negative=1, tries=6, best=1)
-    (conversation,) = conversations([example], recipe, segmenter)
-    (pair,) = _asked(conversation)
-    assert pair[0].startswith("Please provide the bounding box and prompt points, 2 on the object")
-    assert pair[1].startswith("\n[250,125,750,625] (")
-    points = conversation.points[0]
-    assert [p.label for p in points] == [PointLabel.FOREGROUND] * 2 + [PointLabel.BACKGROUND]
     (mask,) = example.truth()
-    assert [mask.contains(p.x, p.y) for p in points] == [True, True, False]
-    read = get_format("sam4mllm").read_box_and_points(pair[1], 2, 1, (SIDE, SIDE))[0]
-    for kept, shown in zip(read.points, points, strict=True):
-        assert abs(kept.x - shown.x) < 0.05
-        assert abs(kept.y - shown.y) < 0.05
+    for seed in range(5):
+        segmenter = DiscSegmenter()
+        recipe = Recipe(ppg_share=1.0, positive=2, negative=1, tries=6, best=1, seed=seed)
+        (conversation,) = conversations([example], recipe, segmenter)
+        (pair,) = _asked(conversation)
+        assert pair[0].startswith("Please provide the bounding box and prompt points, 2 on the")
+        assert pair[1].startswith("\n[250,125,750,625] (")
+        points = conversation.points[0]
+        assert [mask.contains(p.x, p.y) for p in points] == [True, True, False]
+        drawn = [segmenter.draw(prompt) for prompt in segmenter.asked]
+        fit = [(d & mask.pixels).sum() / (d | mask.pixels).sum() for d in drawn]
+        assert len(set(fit)) > 1
+        assert points == segmenter.asked[int(np.argmax(fit))].points
+        read = get_format("sam4mllm").read_box_and_points(pair[1], 2, 1, (SIDE, SIDE))[0]
+        for kept, shown in zip(read.points, points, strict=True):
+            assert kept.label is shown.label
+            assert abs(kept.x - shown.x) < 0.05
+            assert abs(kept.y - shown.y) < 0.05
 
 
 def test_vqa_is_mixed_in_at_the_stated_rate() -> None:

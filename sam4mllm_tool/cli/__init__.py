@@ -17,6 +17,7 @@ from sam4mllm_tool.cli import (
     scenes,
     schemas,
     segment,
+    train,
 )
 from sam4mllm_tool.cli.common import fail
 from sam4mllm_tool.errors import Sam4MllmError
@@ -36,6 +37,8 @@ app.command("doctor")(doctor.doctor)
 app.command("mcp")(mcp.mcp)
 app.command("scenes")(scenes.scenes)
 app.add_typer(evaluate.app, name="eval")
+app.command("dialogues")(train.dialogues)
+app.command("train")(train.train)
 app.command("annotate")(annotate.annotate)
 app.command("convert-adapter")(convert.convert_adapter)
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
+from typing import overload
 
 import numpy as np
 
@@ -97,6 +98,65 @@ class _Exchange:
     points: tuple[PromptPoint, ...] = ()
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """References to one picture that go into one conversation.
+
+    Attributes:
+        image_id: of the picture.
+        number: of the chunk among the picture's.
+        references: records, each with one of its expressions.
+    """
+
+    image_id: str
+    number: int
+    references: tuple[tuple[ReferringExample, str], ...]
+
+
+def chunks(
+    examples: Iterable[ReferringExample],
+    recipe: Recipe,
+    vqa: Sequence[VqaExample] = (),
+    excluded: Collection[str] = (),
+) -> Iterator[Chunk | VqaExample]:
+    """What each conversation will be about; no picture is opened.
+
+    Args:
+        examples: records of a data set; neighbours on the same image share conversations.
+        recipe: how.
+        vqa: pictures to mix in.
+        excluded: image ids to leave out (those of val and test splits).
+    """
+    barred = frozenset(excluded)
+    for image_id, group in groupby(examples, key=lambda example: example.image_id):
+        if image_id in barred:
+            continue
+        rng = random.Random(f"{recipe.seed}/{image_id}")
+        references = [(example, text) for example in group for text in example.expressions]
+        rng.shuffle(references)
+        for number, start in enumerate(range(0, len(references), recipe.references)):
+            while vqa and rng.random() < recipe.vqa_share:
+                yield rng.choice(vqa)
+            part = references[start : start + recipe.references]
+            yield Chunk(image_id, number, tuple(part))
+
+
+def converse(
+    about: Chunk | VqaExample, recipe: Recipe, segmenter: Segmenter | None = None
+) -> Conversation:
+    """The conversation about a chunk; ``segmenter`` judges PPG groups (none: no PPG)."""
+    if isinstance(about, VqaExample):
+        rng = random.Random(f"{recipe.seed}/{about.image_id}")
+        return _vqa_conversation(about, recipe, rng)
+    rng = random.Random(f"{recipe.seed}/{about.image_id}/{about.number}")
+    image = about.references[0][0].open_image()
+    maker = _Maker(image, recipe, segmenter, rng)
+    exchanges = [
+        one for example, text in about.references for one in maker.exchanges(example, text)
+    ]
+    return _conversation(about.image_id, image, exchanges)
+
+
 def conversations(
     examples: Iterable[ReferringExample],
     recipe: Recipe,
@@ -104,34 +164,35 @@ def conversations(
     vqa: Sequence[VqaExample] = (),
     excluded: Collection[str] = (),
 ) -> Iterator[Conversation]:
-    """Stream conversations about examples that come grouped by image.
+    """Stream conversations; arguments as of :func:`chunks` and :func:`converse`."""
+    for about in chunks(examples, recipe, vqa, excluded):
+        yield converse(about, recipe, segmenter)
 
-    Args:
-        examples: records of a data set; neighbours on the same image share conversations.
-        recipe: how.
-        segmenter: judge of PPG groups; without one no PPG conversation is made.
-        vqa: pictures to mix in.
-        excluded: image ids to leave out (those of val and test splits).
-    """
-    barred = frozenset(excluded)
-    for image_id, group in groupby(examples, key=lambda example: example.image_id):
-        found = list(group)
-        if image_id in barred:
-            continue
-        rng = random.Random(f"{recipe.seed}/{image_id}")
-        while vqa and rng.random() < recipe.vqa_share:
-            yield _vqa_conversation(rng.choice(vqa), recipe, rng)
-        image = found[0].open_image()
-        references = [(example, text) for example in found for text in example.expressions]
-        rng.shuffle(references)
-        for start in range(0, len(references), recipe.references):
-            maker = _Maker(image, recipe, segmenter, rng)
-            exchanges = [
-                exchange
-                for example, text in references[start : start + recipe.references]
-                for exchange in maker.exchanges(example, text)
-            ]
-            yield _conversation(image_id, image, exchanges)
+
+class Conversations(Sequence[Conversation]):
+    """Conversations made when asked for, so that no more than one picture is in memory."""
+
+    def __init__(
+        self,
+        about: Iterable[Chunk | VqaExample],
+        recipe: Recipe,
+        segmenter: Segmenter | None = None,
+    ) -> None:
+        self._about, self._recipe, self._segmenter = list(about), recipe, segmenter
+
+    def __len__(self) -> int:
+        return len(self._about)
+
+    @overload
+    def __getitem__(self, index: int) -> Conversation: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Conversations: ...
+
+    def __getitem__(self, index: int | slice) -> Conversation | Conversations:
+        if isinstance(index, slice):
+            return Conversations(self._about[index], self._recipe, self._segmenter)
+        return converse(self._about[index], self._recipe, self._segmenter)
 
 
 class _Maker:
@@ -263,8 +324,3 @@ def _vqa_conversation(example: VqaExample, recipe: Recipe, rng: random.Random) -
     pairs = rng.sample(example.pairs, min(recipe.references, len(example.pairs)))
     exchanges = [_Exchange("vqa", question, "\n" + answer) for question, answer in pairs]
     return _conversation(example.image_id, example.image, exchanges)
-
-
-def with_seed(recipe: Recipe, seed: int) -> Recipe:
-    """The same recipe with other random choices, for another epoch."""
-    return replace(recipe, seed=seed)
