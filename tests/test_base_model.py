@@ -15,8 +15,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from sam4mllm_tool import embedded
 from sam4mllm_tool.geometry import box_iou
 from sam4mllm_tool.scenes.world import SMALL_WORLD
+from sam4mllm_tool.training.base_circuits import shift_code
 from sam4mllm_tool.training.base_forward import forward, to_pixels
-from sam4mllm_tool.training.base_init import _shift
 from sam4mllm_tool.training.base_lessons import FORMAT, UNIT, Plan, Teacher
 from sam4mllm_tool.training.base_model import BaseShape, build_model, build_tokenizer
 from sam4mllm_tool.training.base_packing import Packer
@@ -193,7 +193,7 @@ def _flag_names() -> dict[str, int]:
 def test_codes_shift_by_a_matrix() -> None:
     values = torch.linspace(0, 0.9, 7)
     torch.testing.assert_close(
-        fourier(values) @ _shift(0.037).T, fourier(values + 0.037), atol=1e-4, rtol=1e-4
+        fourier(values) @ shift_code(0.037).T, fourier(values + 0.037), atol=1e-4, rtol=1e-4
     )
     here, near, far = fourier(torch.tensor([0.5, 0.51, 0.9]))
     assert here @ near > here @ far

@@ -25,13 +25,8 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from sam4mllm_tool.scenes.world import WORLDS
 from sam4mllm_tool.training.base_forward import forward, to_pixels, tower_features
-from sam4mllm_tool.training.base_init import (
-    Layout,
-    fold_projector,
-    init_language,
-    make_meanings,
-    place_codes,
-)
+from sam4mllm_tool.training.base_init import init_language, place_codes
+from sam4mllm_tool.training.base_layout import Layout, make_meanings
 from sam4mllm_tool.training.base_lessons import Plan, Teacher
 from sam4mllm_tool.training.base_measure import Examination
 from sam4mllm_tool.training.base_model import (
@@ -43,6 +38,7 @@ from sam4mllm_tool.training.base_model import (
 )
 from sam4mllm_tool.training.base_optimizer import Optimizers, make_optimizers
 from sam4mllm_tool.training.base_packing import Packed, Packer
+from sam4mllm_tool.training.base_projector import fold_projector
 from sam4mllm_tool.training.base_scenes import BaseScene, SceneShards
 from sam4mllm_tool.training.base_vision import DenseHeads, dense_loss, patch_answers
 from sam4mllm_tool.training.base_world import known_words, questions_of, words_of
