@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from scipy.ndimage import binary_dilation, binary_erosion, distance_transform_edt
 
 from sam4mllm_tool.types import Box, Mask, RgbImage
 
@@ -120,6 +119,8 @@ def _tight(mask: Mask) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
 
 def _rim(inside: NDArray[np.bool_], picture: tuple[int, ...]) -> NDArray[np.bool_]:
     """The mask's outermost pixels; two rows of them on large pictures."""
+    from scipy.ndimage import binary_dilation, binary_erosion  # slow to import
+
     rim = inside & ~binary_erosion(inside)
     return binary_dilation(rim) & inside if max(picture) > 600 else rim
 
@@ -127,6 +128,8 @@ def _rim(inside: NDArray[np.bool_], picture: tuple[int, ...]) -> NDArray[np.bool
 def _inmost(mask: Mask) -> tuple[float, float]:
     """The (x, y) of the mask farthest from its edge: a label there lies on the object."""
     (rows, columns), inside = _tight(mask)
+    from scipy.ndimage import distance_transform_edt
+
     depth = distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1]
     row, column = np.unravel_index(int(depth.argmax()), depth.shape)
     return columns.start + float(column) + 0.5, rows.start + float(row) + 0.5
