@@ -23,6 +23,11 @@ class FairTurn:
         self._condition = threading.Condition()
         self._queue: deque[object] = deque()
 
+    @property
+    def waiting(self) -> int:
+        """Callers in the queue, whoever has the turn left out."""
+        return max(0, len(self._queue) - 1)
+
     @contextmanager
     def taken(self) -> Iterator[None]:
         """Hold the turn within the ``with`` block.
