@@ -114,7 +114,7 @@ class RecomputeMllm(LocalMllm):
         return Reply(self.encoder.decode_continuation(said), score, len(forks), len(said))
 
 
-class _OnlyTokens(LogitsProcessor):  # type: ignore[misc]
+class _OnlyTokens(LogitsProcessor):
     """Allows only the given ids at each step."""
 
     def __init__(self, allowed: Sequence[tuple[int, ...]]) -> None:
@@ -126,7 +126,7 @@ class _OnlyTokens(LogitsProcessor):  # type: ignore[misc]
 
 
 @dataclass
-class _OnlyGrammar(LogitsProcessor):  # type: ignore[misc]
+class _OnlyGrammar(LogitsProcessor):
     """Allows only what a grammar allows, after a given start."""
 
     grammar: TokenGrammar

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 
-class BranchLayer(DynamicLayer):  # type: ignore[misc]
+class BranchLayer(DynamicLayer):
     """A layer that shares the keys and values of a trunk and owns only what came after it.
 
     Tensors have shape (1, heads, tokens, head width); ``keys`` and ``values`` hold the tail.

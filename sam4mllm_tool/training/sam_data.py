@@ -222,8 +222,8 @@ def points_in(
 ) -> Floats:
     """`count` points, (count, 2): uniform in the box, every third on the mask."""
     side = mask.shape[0]
-    points = rng.uniform(box[:2], np.maximum(box[2:], box[:2] + 1), (count, 2))
-    points = np.clip(np.floor(points), 0, side - 1).astype(np.float32)
+    places = rng.uniform(box[:2], np.maximum(box[2:], box[:2] + 1), (count, 2))
+    points: Floats = np.clip(np.floor(places), 0, side - 1).astype(np.float32)
     for place in range(count):
         if (place == 0 and first_inside) or rng.random() < 0.2:
             points[place] = pixel_on(mask, rng)
