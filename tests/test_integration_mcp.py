@@ -23,8 +23,8 @@ from mcp.client.streamable_http import streamable_http_client
 from mcp_types import ListRootsResult, Root
 from PIL import Image
 from pycocotools import mask as coco_mask
-
 from sam4mllm_integrations.mcp_server import ToolServer, serve
+
 from sam4mllm_tool.access import ImagePolicy
 from sam4mllm_tool.calls import check_cancelled
 from sam4mllm_tool.errors import CheckpointError, InputError
@@ -41,7 +41,6 @@ RED = {"expression": "the red block"}
 def over_http(load, *, host="127.0.0.1", token=None, **options) -> Iterator[str]:
     """A real server on a free port; yields the address."""
     import uvicorn
-
     from sam4mllm_integrations.mcp_http import http_app
 
     app = http_app(ToolServer(load, **options), host=host, token=token)
@@ -230,6 +229,14 @@ async def test_a_small_picture_is_sent_without_loss(model, blocks, blocks_file):
     assert sent.size == blocks.size
 
 
+async def test_links_can_be_left_out(model, blocks_file):
+    tools = ToolServer(lambda: model, [blocks_file.parent], mask_links=False)
+    async with Client(tools.server) as client:
+        result = await client.call_tool("segment_object", {"image": str(blocks_file), **RED})
+        assert [block.type for block in result.content] == ["text"]
+        assert len((await client.list_resources()).resources) == 2
+
+
 # -- errors --------------------------------------------------------------------------------------
 
 
@@ -370,9 +377,11 @@ async def test_roots_over_stdio(folders):
 
 @asynccontextmanager
 async def client_with(url: str, headers: dict[str, str]):
-    async with httpx2.AsyncClient(headers=headers) as http:
-        async with Client(streamable_http_client(url, http_client=http)) as client:
-            yield client
+    async with (
+        httpx2.AsyncClient(headers=headers) as http,
+        Client(streamable_http_client(url, http_client=http)) as client,
+    ):
+        yield client
 
 
 async def test_a_token_is_asked_of_everyone(model):

@@ -100,6 +100,8 @@ class ToolServer:
         policy: limits and network access; its folders are replaced by ``allow_dirs`` and roots.
         coordinates: what the tools' numbers mean, see :class:`sam4mllm_tool.tools.Toolbox`.
         max_picture_characters: bound on a picture's base64 form.
+        mask_links: whether results link to their masks. Some clients (langchain-mcp-adapters) hand
+            such links to the LLM as pictures, which providers refuse.
     """
 
     load: Callable[[], Sam4MLLM]
@@ -107,6 +109,7 @@ class ToolServer:
     policy: ImagePolicy = field(default_factory=ImagePolicy)
     coordinates: Coordinates = "pixels"
     max_picture_characters: int = MAX_PICTURE_CHARACTERS
+    mask_links: bool = True
 
     def __post_init__(self) -> None:
         self._model = Toolbox(self.load, coordinates=self.coordinates)
@@ -170,7 +173,7 @@ class ToolServer:
         except BackendError as error:
             data = {"error": type(error).__name__, "retryable": error.retryable}
             raise MCPError(types.INTERNAL_ERROR, str(error), data) from error
-        return _tool_result(reply)
+        return _tool_result(reply, self.mask_links)
 
     async def _run(
         self, ctx: _Context, toolbox: Toolbox, name: str, arguments: dict[str, Any] | None
@@ -318,14 +321,14 @@ def _check_name(name: str) -> None:
         raise MCPError(types.INVALID_PARAMS, str(error)) from error
 
 
-def _tool_result(reply: ToolReply) -> types.CallToolResult:
+def _tool_result(reply: ToolReply, links: bool) -> types.CallToolResult:
     content: list[types.ContentBlock] = [types.TextContent(text=reply.text)]
     if reply.output is None:
         return types.CallToolResult(content=content, is_error=True)
     if reply.picture is not None:
         picture = reply.picture
         content.append(types.ImageContent(data=picture.base64, mime_type=picture.mime_type))
-    for object_id in reply.output.masks:
+    for object_id in reply.output.masks if links else ():
         content += _mask_links(object_id)
     structured = reply.output.result.model_dump(mode="json")
     return types.CallToolResult(content=content, structured_content=structured)
@@ -399,6 +402,7 @@ def serve(
     allow_dirs: Sequence[Path] = (),
     policy: ImagePolicy | None = None,
     coordinates: Coordinates = "pixels",
+    mask_links: bool = True,
 ) -> None:
     """Serve until interrupted.
 
@@ -407,12 +411,14 @@ def serve(
         transport: ``"stdio"`` or ``"http"`` (streamable HTTP at ``/mcp``).
         host, port: where HTTP listens; anything but loopback needs a token.
         token: bearer token that HTTP clients must send.
-        allow_dirs, policy, coordinates: see :class:`ToolServer`.
+        allow_dirs, policy, coordinates, mask_links: see :class:`ToolServer`.
 
     Raises:
         InputError: an unknown transport, or an open address without a token.
     """
-    tools = ToolServer(load, tuple(allow_dirs), policy or ImagePolicy(), coordinates)
+    tools = ToolServer(
+        load, tuple(allow_dirs), policy or ImagePolicy(), coordinates, mask_links=mask_links
+    )
     if transport == "stdio":
         asyncio.run(serve_stdio(tools))
     elif transport == "http":

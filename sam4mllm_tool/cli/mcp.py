@@ -47,6 +47,9 @@ def mcp(
     coordinates: Annotated[CoordinatesOption, typer.Option(help="What numbers mean.")] = (
         CoordinatesOption.PIXELS
     ),
+    links: Annotated[
+        bool, typer.Option(help="Link results to their masks; some clients cannot take links.")
+    ] = True,
     mllm: MllmOption = "embedded",
     adapter: AdapterOption = None,
     format: FormatOption = None,
@@ -73,4 +76,5 @@ def mcp(
         allow_dirs=tuple(allow_dir or ()),
         policy=ImagePolicy(allow_network=network),
         coordinates=coordinates.value,
+        mask_links=links,
     )
