@@ -12,7 +12,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sam4mllm_integrations.mcp_server import CLIENT_COOKIE, ToolServer
+from sam4mllm_integrations.mcp_clients import CLIENT_COOKIE
+from sam4mllm_integrations.mcp_server import ToolServer
 from sam4mllm_tool.errors import InputError
 
 if TYPE_CHECKING:

@@ -17,15 +17,11 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
-
-from cachetools import LRUCache
 
 from sam4mllm_integrations._shared import (
     MAX_PICTURE_CHARACTERS,
@@ -40,7 +36,7 @@ from sam4mllm_tool.errors import BackendError, InputError
 from sam4mllm_tool.export import coco_document
 from sam4mllm_tool.frames import Coordinates
 from sam4mllm_tool.tools import Toolbox, get_tool
-from sam4mllm_tool.workspace import ObjectRecord, Workspace
+from sam4mllm_tool.workspace import ObjectRecord
 
 try:
     import mcp_types as types
@@ -48,8 +44,8 @@ try:
     from mcp.server.lowlevel import Server
     from mcp.server.stdio import stdio_server
     from mcp.shared.exceptions import MCPError
-    from mcp.shared.message import ServerMessageMetadata
-    from mcp_types.version import MODERN_PROTOCOL_VERSIONS
+
+    from sam4mllm_integrations.mcp_clients import Clients
 except ImportError as error:
     raise ImportError('the MCP server needs: pip install "sam4mllm-tool[mcp]"') from error
 
@@ -57,11 +53,7 @@ if TYPE_CHECKING:
     from sam4mllm_tool.pipeline import Sam4MLLM
 
 MASK_URI = "sam4mllm://masks/"
-CLIENT_COOKIE = "sam4mllm_client"
-MAX_CLIENTS = 32
-CLIENT_BYTES = 256 * 1024**2
 _LOAD_AFTER_SECONDS = 0.2
-_ROOTS_TIMEOUT_SECONDS = 20.0
 
 INSTRUCTIONS = (
     "Finds and masks objects described in words. Start with segment_object(image, expression). "
@@ -72,21 +64,6 @@ INSTRUCTIONS = (
 
 logger = logging.getLogger(__name__)
 _Context = ServerRequestContext[Any, Any]
-
-
-@dataclass
-class _Client:
-    """What belongs to one client.
-
-    Attributes:
-        toolbox: over the client's own workspace.
-        own: whether it is known to be a single client, so that its roots may bound it.
-        asked: whether its roots have been asked for.
-    """
-
-    toolbox: Toolbox
-    own: bool
-    asked: bool = False
 
 
 @dataclass
@@ -114,7 +91,7 @@ class ToolServer:
     def __post_init__(self) -> None:
         self._model = Toolbox(self.load, coordinates=self.coordinates)
         self._loading: threading.Thread | None = None
-        self._clients: LRUCache[str, _Client] = LRUCache(MAX_CLIENTS)
+        self._clients = Clients(self._model, tuple(self.allow_dirs), self.policy)
         self.server: Server[Any] = Server(
             "sam4mllm-tool",
             version=version("sam4mllm-tool"),
@@ -126,7 +103,7 @@ class ToolServer:
             on_read_resource=self.read_mask,
         )
         self.server.add_notification_handler(
-            "notifications/roots/list_changed", types.NotificationParams, self.forget_roots
+            "notifications/roots/list_changed", types.NotificationParams, self._clients.forget_roots
         )
 
     # -- tools -----------------------------------------------------------------------------------
@@ -164,8 +141,8 @@ class ToolServer:
             MCPError: no such tool, or the system failed.
         """
         _check_name(params.name)
-        client = self._client(ctx)
-        question = await self._learn_roots(ctx, client, params.input_responses)
+        client = self._clients.of(ctx)
+        question = await self._clients.learn_roots(ctx, client, params.input_responses)
         if question is not None:
             return question
         try:
@@ -212,7 +189,7 @@ class ToolServer:
 
     async def list_masks(self, ctx: _Context, params: Any) -> types.ListResourcesResult:
         """The masks of the client's objects."""
-        objects = self._client(ctx).toolbox.workspace.objects()
+        objects = self._clients.of(ctx).toolbox.workspace.objects()
         masks = [link for one in objects if one.mask is not None for link in _mask_links(one)]
         plain = [types.Resource(**link.model_dump(exclude={"type"})) for link in masks]
         return types.ListResourcesResult(resources=plain)
@@ -244,7 +221,7 @@ class ToolServer:
         object_id, _, kind = uri.removeprefix(MASK_URI).rpartition(".")
         if not uri.startswith(MASK_URI) or kind not in _MASK_KINDS:
             raise MCPError(types.INVALID_PARAMS, f"there is no resource {uri[:120]!r}")
-        workspace = self._client(ctx).toolbox.workspace
+        workspace = self._clients.of(ctx).toolbox.workspace
         try:
             one = workspace.object(object_id)
             record = workspace.image(one.image_id)
@@ -264,48 +241,6 @@ class ToolServer:
         return types.ReadResourceResult(
             contents=[types.BlobResourceContents(uri=uri, mime_type=mime, blob=blob)]
         )
-
-    # -- clients ---------------------------------------------------------------------------------
-
-    def _client(self, ctx: _Context) -> _Client:
-        """The client behind a request; what was used longest ago is forgotten first."""
-        key, own = _client_key(ctx)
-        if key not in self._clients:
-            policy = replace(self.policy, allowed_dirs=tuple(self.allow_dirs), output_dirs=None)
-            workspace = Workspace(policy, max_bytes=CLIENT_BYTES)
-            self._clients[key] = _Client(self._model.for_workspace(workspace), own)
-        return self._clients[key]
-
-    async def _learn_roots(
-        self, ctx: _Context, client: _Client, answers: types.InputResponses | None
-    ) -> types.InputRequiredResult | None:
-        """Bound a client by its roots, once; from 2026-07-28 on by asking before answering."""
-        capabilities = ctx.session.client_capabilities
-        if client.asked or not client.own or capabilities is None or capabilities.roots is None:
-            return None
-        answer: Any
-        if ctx.protocol_version in MODERN_PROTOCOL_VERSIONS:
-            if not answers or "roots" not in answers:
-                return types.InputRequiredResult(input_requests={"roots": types.ListRootsRequest()})
-            answer = answers["roots"]
-        else:
-            answer = await ctx.session.send_request(
-                types.ListRootsRequest(),
-                types.ListRootsResult,
-                _ROOTS_TIMEOUT_SECONDS,
-                ServerMessageMetadata(related_request_id=ctx.request_id),
-            )
-        client.asked = True
-        if isinstance(answer, types.ListRootsResult):
-            local = ctx.request is None  # a stdio client started us: its roots are as good as ours
-            folders = _bounded(tuple(self.allow_dirs), _folders(answer.roots), trusted=local)
-            workspace = client.toolbox.workspace
-            workspace.policy = replace(workspace.policy, allowed_dirs=folders)
-        return None
-
-    async def forget_roots(self, ctx: _Context, params: Any) -> None:
-        """The client's roots have changed: ask again at the next call."""
-        self._client(ctx).asked = False
 
 
 _MASK_KINDS = {
@@ -345,45 +280,6 @@ def _mask_links(one: ObjectRecord | str) -> list[types.ResourceLink]:
         )
         for kind, (mime, text) in _MASK_KINDS.items()
     ]
-
-
-def _client_key(ctx: _Context) -> tuple[str, bool]:
-    """What tells clients apart, and whether it does so for certain.
-
-    A process over stdio, a session over HTTP. From 2026-07-28 on HTTP has no sessions: a cookie
-    tells clients apart that keep one, and clients of the same name share a workspace that do not.
-    """
-    if ctx.request is None:
-        return "local", True
-    if ctx.protocol_version not in MODERN_PROTOCOL_VERSIONS:
-        return f"session {ctx.request.headers.get('mcp-session-id')}", True
-    cookie = ctx.request.cookies.get(CLIENT_COOKIE)
-    if cookie:
-        return f"cookie {cookie[:64]}", True
-    known = ctx.session.client_params
-    name = f"{known.client_info.name} {known.client_info.version}" if known else ""
-    host = ctx.request.client.host if ctx.request.client else ""
-    return f"shared {host} {name}", False
-
-
-def _folders(roots: Sequence[types.Root]) -> tuple[Path, ...]:
-    """The roots that are folders of this machine."""
-    parts = [urlsplit(str(root.uri)) for root in roots]
-    return tuple(Path(url2pathname(part.path)) for part in parts if part.scheme == "file")
-
-
-def _bounded(
-    allowed: tuple[Path, ...], roots: tuple[Path, ...], *, trusted: bool
-) -> tuple[Path, ...]:
-    """Where ``--allow-dir`` and roots meet; a trusted client's roots are enough by themselves."""
-    if not roots:
-        return allowed
-    if not allowed:
-        return roots if trusted else ()
-    ours, theirs = [p.resolve() for p in allowed], [p.resolve() for p in roots]
-    inner = [a for a in ours if any(a.is_relative_to(r) for r in theirs)]
-    inner += [r for r in theirs if any(r.is_relative_to(a) for a in ours)]
-    return tuple(dict.fromkeys(inner))
 
 
 async def serve_stdio(tools: ToolServer) -> None:
