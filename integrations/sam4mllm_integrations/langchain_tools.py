@@ -6,8 +6,6 @@ message's artifact and never enters the prompt.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +14,11 @@ from langchain_core.callbacks import AsyncCallbackManagerForToolRun, CallbackMan
 from langchain_core.tools import BaseTool, BaseToolkit, ToolException
 from pydantic import ConfigDict, ValidationError
 
+from sam4mllm_integrations._shared import ToolReply, arun_tool, run_tool
 from sam4mllm_tool.access import ImagePolicy
-from sam4mllm_tool.errors import DialogueError, InputError
 from sam4mllm_tool.frames import Coordinates
 from sam4mllm_tool.load import load
-from sam4mllm_tool.tools import Toolbox, ToolOutput, ToolSpec
+from sam4mllm_tool.tools import Toolbox, ToolSpec
 from sam4mllm_tool.workspace import Workspace
 
 Content = str | list[str | dict[str, Any]]
@@ -55,20 +53,12 @@ class Sam4MLLMTool(BaseTool):
     def _run(
         self, run_manager: CallbackManagerForToolRun | None = None, **arguments: Any
     ) -> tuple[Content, dict[str, Any]]:
-        try:
-            output = self.toolbox.call(self.name, arguments)
-        except (InputError, DialogueError) as error:
-            raise ToolException(str(error)) from error
-        return _content(output), output.artifact()
+        return _told(run_tool(self.toolbox, self.name, arguments))
 
     async def _arun(
         self, run_manager: AsyncCallbackManagerForToolRun | None = None, **arguments: Any
     ) -> tuple[Content, dict[str, Any]]:
-        try:
-            output = await self.toolbox.acall(self.name, arguments)
-        except (InputError, DialogueError) as error:
-            raise ToolException(str(error)) from error
-        return _content(output), output.artifact()
+        return _told(await arun_tool(self.toolbox, self.name, arguments))
 
 
 class Sam4MLLMToolkit(BaseToolkit):
@@ -112,14 +102,19 @@ class Sam4MLLMToolkit(BaseToolkit):
         return [Sam4MLLMTool.from_spec(self.toolbox, spec) for spec in self.toolbox.specs()]
 
 
-def _content(output: ToolOutput) -> Content:
-    if output.picture is None:
-        return output.text
-    buffer = io.BytesIO()
-    output.picture.save(buffer, format="PNG")
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    picture = {"type": "image", "base64": data, "mime_type": "image/png"}
-    return [{"type": "text", "text": output.text}, picture]
+def _told(reply: ToolReply) -> tuple[Content, dict[str, Any]]:
+    """Content for the model, artifact for the program."""
+    if reply.output is None:
+        raise ToolException(reply.text)
+    content: Content = reply.text
+    if reply.picture is not None:
+        picture = {
+            "type": "image",
+            "base64": reply.picture.base64,
+            "mime_type": reply.picture.mime_type,
+        }
+        content = [{"type": "text", "text": reply.text}, picture]
+    return content, reply.output.artifact()
 
 
 def _complaint(error: ValidationError | Any) -> str:
