@@ -25,6 +25,7 @@ from sam4mllm_tool.evaluation.sam import (
     best,
     evaluate_sam,
     mask_iou,
+    time_segmenter,
 )
 from sam4mllm_tool.evaluation.sam_prompts import conditions, true_prompts
 from sam4mllm_tool.protocols import Segmenter, SegmentPrompt
@@ -143,9 +144,11 @@ def _with_interval(score: Score) -> str:
 
 def write_card(directory: Path, seed: int, objects: int) -> SamReport:
     """Measure the checkpoint in `directory` and bring its card up to date."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # on a busy machine a second one mostly waits
     segmenter = SegmentAnythingSegmenter.from_pretrained(directory, device="cpu")
     report = evaluate_sam(segmenter, seed=seed, objects=objects)
+    torch.set_num_threads(2)
+    report.encode_ms, report.decode_ms = time_segmenter(segmenter, seed)
     (directory / "evaluation.json").write_text(json.dumps(report.to_json(), indent=1) + "\n")
     case_sheet(segmenter, seed).save(directory / "cases.png", optimize=True)
     card = directory / "README.md"

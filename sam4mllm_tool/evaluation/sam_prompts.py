@@ -5,7 +5,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFilter
 
 from sam4mllm_tool.protocols import SegmentPrompt
-from sam4mllm_tool.scenes.render import SceneObject
+from sam4mllm_tool.scenes.render import SceneObject, mask_box
 from sam4mllm_tool.types import Box, PointLabel, PromptPoint
 
 JITTER = 0.1  # edges of a jittered box move by up to this share of its sides
@@ -91,7 +91,9 @@ def error_point(found: Bools, truth: Bools) -> PromptPoint | None:
 
 def deepest_pixel(mask: Bools) -> tuple[int, int]:
     """The (x, y) of a pixel farthest from the edge of a mask that is not empty (Chebyshev)."""
-    core = Image.fromarray(np.pad(mask, 1).astype(np.uint8) * 255)
+    left, top, right, bottom = (int(edge) for edge in mask_box(mask))
+    window = np.pad(mask[top:bottom, left:right], 1)
+    core = Image.fromarray(window.astype(np.uint8) * 255)
     while True:
         smaller = core.filter(ImageFilter.MinFilter(3))
         if smaller.getbbox() is None:
@@ -99,4 +101,4 @@ def deepest_pixel(mask: Bools) -> tuple[int, int]:
         core = smaller
     rows, columns = np.nonzero(np.asarray(core)[1:-1, 1:-1])
     middle = np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2)
-    return int(columns[middle]), int(rows[middle])
+    return left + int(columns[middle]), top + int(rows[middle])
