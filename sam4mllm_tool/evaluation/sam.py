@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from sam4mllm_tool.evaluation.sam_prompts import conditions, error_point, true_prompts
 from sam4mllm_tool.protocols import MaskCandidate, Segmenter, SegmentPrompt
@@ -60,6 +61,7 @@ class SamReport:
         rounds: mIoU after each interactive round: box, then one error point more each.
         calibration: of the predicted IoU: mean absolute error, bias, correlation.
         encode_ms, decode_ms: median time to embed a picture, and to answer one prompt.
+        threads: CPU threads they were measured with.
     """
 
     segmenter: str
@@ -70,6 +72,7 @@ class SamReport:
     calibration: dict[str, float] = field(default_factory=dict)
     encode_ms: float = 0.0
     decode_ms: float = 0.0
+    threads: int = field(default_factory=torch.get_num_threads)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data, with the bars it is held against."""
