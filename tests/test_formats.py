@@ -121,7 +121,7 @@ DOCUMENTED = {
     ),
     "paligemma": (
         "<loc0512><loc0256><loc1023><loc0512> dog ; <loc0000><loc0000><loc0512><loc0512> cat",
-        [(160, 240, 320, 480), (0, 0, 320, 240)],
+        [(160, 240, 320, 479.53125), (0, 0, 320, 240)],  # bin 1023 of 1024
     ),
     "molmo": (
         ' <points x1="25.0" y1="50.0" x2="50.0" y2="100.0" alt="corners">corners</points>',

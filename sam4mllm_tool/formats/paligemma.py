@@ -59,7 +59,7 @@ class PaliGemmaFormat(GenericFormat):
         return f"answer en does {self.box_text(box, size)} show {_one_line(expression)}?"
 
     def box_text(self, box: Box, size: Size) -> str:
-        """Four location tokens; the last bin stands for the far edge."""
+        """Four location tokens; the far edge is written as the last bin."""
         return "".join(f"<loc{min(n, 1023):04d}>" for n in self.box_numbers(box, size))
 
     def point_text(self, point: Point, size: Size) -> str:
@@ -70,9 +70,8 @@ class PaliGemmaFormat(GenericFormat):
 
 
 def _find(reply: str) -> list[reading.Numbers]:
-    """Groups of four bins; the last bin is read as the far edge, as it is written."""
-    groups = [tuple(map(float, numbers)) for numbers in _LOCATIONS.findall(reply)]
-    return [tuple(1024.0 if n == 1023 else n for n in group) for group in groups]
+    """Groups of four bins, each a 1,024th of the side; the last one is a bin short of the edge."""
+    return [tuple(map(float, numbers)) for numbers in _LOCATIONS.findall(reply)]
 
 
 def _one_line(expression: str) -> str:
