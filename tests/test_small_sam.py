@@ -9,7 +9,7 @@ import pytest
 import torch
 from segment_anything import SamPredictor
 
-from sam4mllm_tool.errors import CheckpointError
+from sam4mllm_tool.errors import CheckpointError, InputError
 from sam4mllm_tool.evaluation import sam as evaluation
 from sam4mllm_tool.evaluation.sam_prompts import deepest_pixel, error_point, true_prompts
 from sam4mllm_tool.protocols import MaskCandidate
@@ -25,9 +25,17 @@ from sam4mllm_tool.segmenter.small import (
 from sam4mllm_tool.training import sam as training
 from sam4mllm_tool.training.sam_data import BatchSettings, SceneBatches, covered, jitter_box
 from sam4mllm_tool.training.sam_data import mask_box as data_box
+from sam4mllm_tool.training.sam_dense import DenseHeads, dense_loss
 from sam4mllm_tool.training.sam_init import cosine_filters, initialise
-from sam4mllm_tool.training.sam_interaction import candidates_loss, decode, error_points
+from sam4mllm_tool.training.sam_interaction import (
+    DENSE,
+    candidates_loss,
+    decode,
+    error_points,
+    interaction_step,
+)
 from sam4mllm_tool.training.sam_loss import mask_iou, mask_loss, near_box
+from sam4mllm_tool.training.sam_resize import resize_sam
 from sam4mllm_tool.training.scene_cache import build_scene_cache, open_scene_cache
 from sam4mllm_tool.types import Mask, PointLabel, RgbImage
 
@@ -174,13 +182,48 @@ def test_only_the_best_candidate_is_taught_fully():
     target[0, 2:6, 2:6] = 1
     good, bad = 20 * (target - 0.5), -20 * (target - 0.5)
     losses = []
-    for others in (bad, 0 * bad):
-        logits = torch.stack([good, others, good, others], dim=1).requires_grad_()
-        loss, iou = candidates_loss(logits, torch.zeros(1, 4), target)
+    for rest in (bad, 0 * bad):
+        logits = torch.stack([good, rest, good, rest], dim=1).requires_grad_()
+        loss, iou = candidates_loss(logits, torch.zeros(1, 4), target, others=0.15)
         loss.backward()
         losses.append(logits.grad[0].abs().sum((1, 2)))
         assert iou[0, 2] == 1
     assert losses[1][1] > 0 and losses[1][2] < 1e-3
+
+
+def test_a_resized_sam_sees_an_enlarged_picture_as_before(tiny):
+    """Half the patch, with a grid as it was: exactly the picture enlarged twofold."""
+    tiny.image_encoder.pos_embed.data.normal_()
+    finer, config = resize_sam(tiny, TINY, 32, 8)
+    assert (config.grid, config.image_size) == (TINY.grid, 32)
+    small = torch.rand(1, 3, 32, 32)
+    large = small.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    with torch.no_grad():
+        expected, found = tiny.image_encoder(large), finer.eval().image_encoder(small)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    same, _ = resize_sam(tiny, TINY, TINY.image_size, TINY.patch_size)
+    assert all(torch.equal(v, tiny.state_dict()[k]) for k, v in same.state_dict().items())
+    with pytest.raises(InputError):
+        resize_sam(tiny, TINY, 64, 12)
+
+
+def test_what_nobody_points_at_is_taught_too(tiny, tmp_path):
+    """With read-outs, the encoder's gradient also holds pre-training's, and only that is added."""
+    list(build_scene_cache(tmp_path, "sam", "train", 5, 4, 64))
+    batch = next(iter(SceneBatches(tmp_path, BatchSettings(16, 2, 2, 1.0), seed=1)))
+    heads, gradients = DenseHeads(TINY.prompt_dim), []
+    weight = tiny.image_encoder.patch_embed.proj.weight
+    tiny.train()
+    for some in (None, heads):
+        tiny.zero_grad()
+        generator = torch.Generator().manual_seed(0)
+        interaction_step(tiny, batch, generator, heads=some)
+        gradients.append(weight.grad.clone())
+    tiny.zero_grad()
+    loss, _ = dense_loss(tiny, heads, batch)
+    (DENSE * loss).backward()
+    added = gradients[1] - gradients[0]
+    assert torch.nn.functional.cosine_similarity(added.flatten(), weight.grad.flatten(), 0) > 0.98
 
 
 def test_error_points_lie_in_the_error(tiny):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,10 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
+from sam4mllm_tool.errors import DatasetError
+from sam4mllm_tool.evaluation.cases import cases_of
 from sam4mllm_tool.evaluation.datasets.record import ReferringExample
 from sam4mllm_tool.formats import get_format
 from sam4mllm_tool.mllm.loading import choose_placement, load_adapter, load_model, load_processor
 from sam4mllm_tool.protocols import MaskCandidate, SegmentPrompt
+from sam4mllm_tool.scenes.world import SMALL_WORLD
 from sam4mllm_tool.testing import ColourSegmenter
 from sam4mllm_tool.training.base_model import (
     BaseShape,
@@ -24,7 +28,7 @@ from sam4mllm_tool.training.base_model import (
     build_tokenizer,
     save_base,
 )
-from sam4mllm_tool.training.dialogues import Conversation, Recipe, VqaExample, conversations
+from sam4mllm_tool.training.dialogues import Conversation, Recipe, conversations
 from sam4mllm_tool.training.lora import (
     PRESETS,
     Collator,
@@ -33,6 +37,8 @@ from sam4mllm_tool.training.lora import (
     adapt,
     train,
 )
+from sam4mllm_tool.training.progress import HeldOut
+from sam4mllm_tool.training.vqa import VqaExample, llava_vqa, scene_vqa
 from sam4mllm_tool.types import Box, Mask, PointLabel, RgbImage, TargetCount
 
 SHAPE = BaseShape(
@@ -195,9 +201,33 @@ def test_ppg_keeps_the_groups_the_segmenter_does_best_with() -> None:
             assert abs(kept.y - shown.y) < 0.05
 
 
+def test_ppg_about_an_absent_thing_says_so() -> None:
+    example = _example(0, "a", count=TargetCount.ZERO_OR_MORE)
+    recipe = Recipe(ppg_share=1.0, positive=2, negative=1)
+    (conversation,) = conversations([example], recipe, DiscSegmenter())
+    ((question, reply),) = _asked(conversation)
+    assert question.startswith("Please provide the bounding box and prompt points, 2 on the")
+    assert "(0+)" in question
+    assert reply == "\nNo object found."
+    grammar_reads = get_format("sam4mllm").read_box_and_points(reply, 2, 1, (SIDE, SIDE))
+    assert grammar_reads == ()
+
+
+def test_a_looser_count_keeps_its_promise() -> None:
+    """Loosened, ``0+`` no longer gives absence away; what is asked always allows the truth."""
+    many = [
+        _example(n, f"{n}", *[(10, 5, 30, 25), (2, 30, 12, 38)][: n % 3], count=count)
+        for n in range(90)
+        for count in [(TargetCount.ZERO_OR_MORE, TargetCount.ONE, TargetCount.ONE_OR_MORE)[n % 3]]
+    ]
+    said: dict[int, set[str]] = {0: set(), 1: set(), 2: set()}
+    for number, found in enumerate(conversations(many, replace(PQPP, loosened=0.5))):
+        said[number % 3].add(_asked(found)[0][0].split("(")[1].split(")")[0])
+    assert said == {0: {"0+"}, 1: {"1", "1+", "0+"}, 2: {"1+", "0+"}}
+
+
 def test_vqa_is_mixed_in_at_the_stated_rate() -> None:
-    picture = RgbImage.from_pil(Image.new("RGB", (SIDE, SIDE)))
-    vqa = [VqaExample("v", picture, (("What colour is it?", "black"),))]
+    vqa = [VqaExample("v", _picture(), (("What colour is it?", "black"),))]
     many = [_example(n, f"{n}", (10, 5, 30, 25), count=TargetCount.ONE) for n in range(300)]
     found = list(conversations(many, replace(PQPP, vqa_share=0.25), vqa=vqa))
     share = sum(c.topics == ("vqa",) for c in found) / len(found)
@@ -220,6 +250,59 @@ def test_loss_is_on_the_assistants_words_only(base: Path) -> None:
     assert "Yes" not in silent
     assert silent.count("<|assistant|>") == 2
     assert silent.count("<image>") == SHAPE.grid**2
+
+
+def test_what_does_not_fit_is_left_out_by_whole_questions(base: Path) -> None:
+    processor = load_processor(base)
+    many = [_example(n, "a", (10, 5, 30, 25), count=TargetCount.ONE) for n in range(4)]
+    (conversation,) = conversations(many, PQPP)
+    whole = ConversationEncoder(processor, PQPP).fit(conversation)
+    length = whole.labels.shape[1]
+    cut = ConversationEncoder(processor, PQPP, length - 1).fit(conversation)
+    shorter = ConversationEncoder(processor, PQPP).fit(conversation.shortened())
+    assert cut.labels.shape[1] < length
+    assert torch.equal(cut.labels, shorter.labels)
+    assert torch.equal(cut.labels, whole.labels[:, : cut.labels.shape[1]])
+    one = ConversationEncoder(processor, PQPP, 1).fit(conversation)
+    assert (one.labels == processor.tokenizer.eos_token_id).sum() == 1
+
+
+def test_llava_instruction_files_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(_picture())
+    said = [
+        ("human", "<image>\nWhat colour?"),
+        ("gpt", "Red."),
+        ("human", "And?"),
+        ("gpt", "Blue."),
+    ]
+    records = [
+        {"id": 7, "image": "a.png", "conversations": [{"from": f, "value": v} for f, v in said]},
+        {"id": 8, "conversations": []},
+    ]
+    file = tmp_path / "vqa.json"
+    file.write_text(json.dumps(records))
+    (example,) = llava_vqa(file, tmp_path)
+    assert example.pairs == (("Colour?", "Red."), ("And?", "Blue."))
+    assert example.open_image().size == (SIDE, SIDE)
+    file.write_text('{"image": 3}')
+    with pytest.raises(DatasetError, match="no LLaVA instruction file"):
+        llava_vqa(file, tmp_path)
+
+
+def test_scenes_say_what_lies_where() -> None:
+    from sam4mllm_tool.scenes.render import render_scene
+
+    for number, example in enumerate(scene_vqa(SMALL_WORLD, "train", 3, 4)):
+        scene = render_scene(SMALL_WORLD, "train", number, 3)
+        for question, answer in example.pairs:
+            x, y = (int(part) for part in question.split("(")[1].rstrip(")?").split(","))
+            # The named cell is a thousandth of a side wide: less than a pixel here.
+            column, row = (
+                (x + 0.5) * scene.image.width / 1000,
+                (y + 0.5) * scene.image.height / 1000,
+            )
+            on = [t.name.split()[-1] for t in scene.objects if t.mask[int(row), int(column)]]
+            assert answer == (on[0] if on else "background")
 
 
 def test_padding_is_not_under_loss(base: Path) -> None:
@@ -256,7 +339,12 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     )
     folder = tmp_path_factory.mktemp("adapters")
     whole, broken = folder / "whole", folder / "broken"
-    train(base, found, whole, recipe, PQPP, device="cpu")
+    cases = list(cases_of(_examples()))
+    examined = HeldOut(cases, ColourSegmenter())
+    train(
+        base, found, whole, recipe, PQPP, device="cpu", save_steps=2, held_out=found[:2],
+        examined=examined, tensorboard=True,
+    )  # fmt: skip
     train(base, found, broken, recipe, PQPP, device="cpu", stop_after=3)
     train(base, found, broken, recipe, PQPP, device="cpu", resume=True)
     return whole, broken
@@ -272,9 +360,24 @@ def test_resuming_gives_the_uninterrupted_run(adapters: tuple[Path, Path]) -> No
         assert torch.equal(value, broken[name]), name
 
 
-def test_a_saved_adapter_gives_the_same_logits(base: Path, adapters: tuple[Path, Path]) -> None:
-    import json
+def test_figures_of_the_pipeline_are_logged(adapters: tuple[Path, Path], base: Path) -> None:
+    """What was logged last is what the finished adapter gives when asked again."""
+    whole, _ = adapters
+    state = max(whole.rglob("trainer_state.json"), key=lambda p: p.stat().st_mtime)
+    history = json.loads(state.read_text())["log_history"]
+    (logged,) = [h for h in history if h["step"] == 6 and "eval_cIoU" in h]
+    assert {h["step"] for h in history if "eval_box_acc50" in h} == {2, 4, 6}
+    model = load_adapter(load_model(base, choose_placement("cpu", "float32")), str(whole),
+                         merge=False)  # fmt: skip
+    again = HeldOut(list(cases_of(_examples())), ColourSegmenter())
+    found = again.measure(model, load_processor(base), "sam4mllm")
+    assert {"box_acc50", "cIoU", "n_acc"} <= found.keys()
+    for name, value in found.items():
+        assert logged[f"eval_{name}"] == pytest.approx(value), name
+    assert list((whole / "tensorboard").glob("events*"))
 
+
+def test_a_saved_adapter_gives_the_same_logits(base: Path, adapters: tuple[Path, Path]) -> None:
     from peft import PeftModel
 
     encoder = ConversationEncoder(load_processor(base), PQPP)

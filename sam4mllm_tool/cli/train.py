@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from sam4mllm_tool.evaluation.datasets import ReferringExample
-    from sam4mllm_tool.training.dialogues import Conversation
+    from sam4mllm_tool.training.dialogues import Conversation, Recipe
+    from sam4mllm_tool.training.vqa import VqaExample
 
+SCENES = "scenes"
+VQA_SCENES = 400
 DataOption = Annotated[
     str, typer.Option(help="'scenes', or a data set: refcoco, refcoco+, refcocog, grefcoco, …")
 ]
@@ -26,26 +29,52 @@ FolderOption = Annotated[Path | None, typer.Option(help="Folder of the data set.
 SplitOption = Annotated[str, typer.Option(help="Split to learn from.")]
 CountOption = Annotated[int, typer.Option(min=1, help="Scenes, or records of the data set.")]
 PpgOption = Annotated[float, typer.Option(min=0, max=1, help="Share asked the PPG way.")]
+ReferencesOption = Annotated[int, typer.Option(min=1, help="Most references a conversation.")]
+VqaOption = Annotated[
+    Path | None,
+    typer.Option(help="LLaVA instruction file to mix in; scenes ask what lies where without one."),
+]
+VqaImagesOption = Annotated[Path | None, typer.Option(help="Folder of that file's pictures.")]
+VqaShareOption = Annotated[float, typer.Option(min=0, max=0.9, help="Share of VQA conversations.")]
+ExcludeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Data sets in the same folder whose val and test pictures are left out too; those "
+        "of the data set itself always are."
+    ),
+]
+LOOSENED = 0.5  # scenes say "0+" of absent things alone; asked so, the model would learn just that
 
 
 def dialogues(
-    data: DataOption = "scenes",
+    data: DataOption = SCENES,
     folder: FolderOption = None,
     split: SplitOption = "train",
     count: CountOption = 20,
     show: Annotated[int, typer.Option(min=1, help="Conversations to show.")] = 5,
     ppg: PpgOption = 0.25,
+    references: ReferencesOption = 5,
+    vqa: VqaOption = None,
+    vqa_images: VqaImagesOption = None,
+    vqa_share: VqaShareOption = 0.0,
+    exclude: ExcludeOption = None,
     seed: Annotated[int, typer.Option(help="Other seeds ask other things.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for pictures with the points.")] = None,
     sam: SamOption = "embedded",
 ) -> None:
     """Show the conversations a data set becomes, and draw their points."""
     from sam4mllm_tool.load import load_sam
-    from sam4mllm_tool.training.dialogues import Recipe, conversations
+    from sam4mllm_tool.training.dialogues import conversations
 
-    recipe = Recipe(seed=seed, ppg_share=ppg)
+    recipe = _recipe(data, seed, ppg, references, vqa_share)
     judge = load_sam(sam) if ppg else None
-    found = conversations(_examples(data, folder, split, count, seed), recipe, judge)
+    found = conversations(
+        _examples(data, folder, split, count, seed),
+        recipe,
+        judge,
+        _vqa(data, recipe, vqa, vqa_images, split),
+        _excluded(data, folder, split, exclude or []),
+    )
     for number, conversation in enumerate(islice(found, show)):
         console.rule(f"image {conversation.image_id}")
         for turn in conversation.turns:
@@ -62,14 +91,27 @@ def dialogues(
 def train(
     out: Annotated[Path, typer.Option(help="Folder for the adapter.")],
     base: Annotated[str, typer.Option(help="'embedded', or directory of the base.")] = "embedded",
-    data: DataOption = "scenes",
+    data: DataOption = SCENES,
     folder: FolderOption = None,
     split: SplitOption = "train",
     count: CountOption = 2000,
     preset: Annotated[str, typer.Option(help="published or small.")] = "small",
     epochs: Annotated[float | None, typer.Option(help="Instead of the preset's.")] = None,
     rate: Annotated[float | None, typer.Option(help="Instead of the preset's.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Instead of the preset's.")] = None,
     ppg: PpgOption = 0.25,
+    references: ReferencesOption = 5,
+    tokens: Annotated[int, typer.Option(min=64, help="Most tokens a conversation.")] = 2048,
+    vqa: VqaOption = None,
+    vqa_images: VqaImagesOption = None,
+    vqa_share: VqaShareOption = 0.0,
+    exclude: ExcludeOption = None,
+    held_out: Annotated[
+        int, typer.Option(min=0, help="Scenes or records to examine the model on as it learns.")
+    ] = 0,
+    held_out_split: Annotated[str, typer.Option(help="Their split.")] = "val",
+    save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
+    tensorboard: Annotated[bool, typer.Option(help="Write OUT/tensorboard.")] = False,
     seed: Annotated[int, typer.Option(help="Of data, weights and order.")] = 0,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
     sam: SamOption = "embedded",
@@ -77,28 +119,100 @@ def train(
 ) -> None:
     """Train a LoRA adapter on referring dialogues."""
     from sam4mllm_tool import embedded
+    from sam4mllm_tool.evaluation.cases import cases_of
     from sam4mllm_tool.load import EMBEDDED, load_sam
-    from sam4mllm_tool.training.dialogues import Conversations, Recipe, chunks
+    from sam4mllm_tool.training.dialogues import Conversations, chunks
     from sam4mllm_tool.training.lora import PRESETS
     from sam4mllm_tool.training.lora import train as run
+    from sam4mllm_tool.training.progress import HeldOut
 
     if preset not in PRESETS:
         raise InputError(f"unknown preset {preset!r}", hint=f"Known: {', '.join(PRESETS)}.")
-    recipe = replace(PRESETS[preset], seed=seed)
-    recipe = replace(recipe, epochs=epochs or recipe.epochs, rate=rate or recipe.rate)
-    how = Recipe(seed=seed, ppg_share=ppg)
-    about = chunks(_examples(data, folder, split, count, seed), how)
-    learnt = Conversations(about, how, load_sam(sam) if ppg else None)
+    kept = PRESETS[preset]
+    recipe = replace(
+        kept,
+        seed=seed,
+        longest=tokens,
+        epochs=epochs or kept.epochs,
+        rate=rate or kept.rate,
+        rank=rank or kept.rank,
+        alpha=2 * rank if rank else kept.alpha,
+    )
+    how = _recipe(data, seed, ppg, references, vqa_share)
+    judge = load_sam(sam) if ppg or held_out else None
+    about = chunks(
+        _examples(data, folder, split, count, seed),
+        how,
+        _vqa(data, how, vqa, vqa_images, split),
+        _excluded(data, folder, split, exclude or []),
+    )
+    learnt = Conversations(about, how, judge if ppg else None)
+    asked = list(_examples(data, folder, held_out_split, held_out, seed)) if held_out else []
     place = str(embedded.MLLM) if base == EMBEDDED else base
     console.print(f"{len(learnt)} conversations", highlight=False)
-    run(place, learnt, out, recipe, how, device=device, resume=resume)
+    run(
+        place,
+        learnt,
+        out,
+        recipe,
+        how,
+        device=device,
+        resume=resume,
+        save_steps=save_steps,
+        held_out=Conversations(chunks(asked, how), how),
+        examined=HeldOut(list(cases_of(asked)), judge) if asked and judge else None,
+        tensorboard=tensorboard,
+        show_progress=True,
+    )
     console.print(f"wrote the adapter to {out}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _recipe(data: str, seed: int, ppg: float, references: int, vqa_share: float) -> Recipe:
+    from sam4mllm_tool.training.dialogues import Recipe
+
+    return Recipe(
+        seed=seed,
+        ppg_share=ppg,
+        references=references,
+        vqa_share=vqa_share,
+        loosened=LOOSENED if data == SCENES else 0.0,
+    )
+
+
+def _vqa(
+    data: str, recipe: Recipe, file: Path | None, images: Path | None, split: str
+) -> list[VqaExample]:
+    """What is mixed in, if anything is."""
+    from sam4mllm_tool.training.vqa import llava_vqa, scene_vqa
+
+    if file is not None:
+        return llava_vqa(file, images or file.parent)
+    if not recipe.vqa_share:
+        return []
+    if data != SCENES:
+        raise InputError("no VQA file given", hint="Say with --vqa what should be mixed in.")
+    from sam4mllm_tool.scenes.world import SMALL_WORLD
+
+    return scene_vqa(SMALL_WORLD, split, recipe.seed, VQA_SCENES)
+
+
+def _excluded(data: str, folder: Path | None, split: str, others: list[str]) -> frozenset[str]:
+    """Pictures of val and test splits, if it is a training split that is learnt from."""
+    from sam4mllm_tool.evaluation.datasets import DATASETS, load_examples
+
+    if data == SCENES or folder is None or split != "train":
+        return frozenset()
+    held = [(name, part) for name in dict.fromkeys([data, *others]) if name in DATASETS
+            for part in DATASETS[name].splits if part != "train"]  # fmt: skip
+    return frozenset(
+        example.image_id for name, part in held for example in load_examples(name, folder, part)
+    )
 
 
 def _examples(
     data: str, folder: Path | None, split: str, count: int, seed: int
 ) -> Iterator[ReferringExample]:
-    if data == "scenes":
+    if data == SCENES:
         from sam4mllm_tool.scenes.world import SMALL_WORLD
         from sam4mllm_tool.training.scene_examples import scene_examples
 

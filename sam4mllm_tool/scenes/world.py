@@ -75,6 +75,9 @@ SMALL_WORLD = World(
     rotation=12.0,
 )
 
+# The same things, mostly several of a kind: to learn ranks and places by, never to measure on.
+ALIKE_WORLD = replace(SMALL_WORLD, name="small-alike", objects=(2, 3), same_name=0.9)
+
 FULL_WORLD = World(
     name="full",
     sprites=_trained_sprites(),
@@ -91,18 +94,23 @@ SAM_WORLD = World(
     name="sam",
     sprites=_trained_sprites(),
     shapes=tuple(name for name, shape in SHAPES.items() if not shape.held_out),
-    objects=(2, 7),
-    size=(0.12, 0.62),
+    objects=(2, 5),
+    size=(0.16, 0.62),
     shape_chance=0.35,
     same_name=0.35,
     same_colour=0.5,
     overlap=0.5,
     nesting=0.15,
-    min_visible=0.3,
+    min_visible=0.5,
     rotation=45.0,
     hue_shift=0.25,
     blobs=0.15,
     backgrounds=BACKGROUNDS,
+)
+
+# Smaller things, more of them, most of each hidden: what the small SAM began on.
+CROWDED_WORLD = replace(
+    SAM_WORLD, name="crowded", objects=(2, 7), size=(0.12, 0.62), min_visible=0.3
 )
 
 HELD_OUT_WORLD = replace(
@@ -114,4 +122,9 @@ HELD_OUT_WORLD = replace(
     blobs=0.0,
 )
 
-WORLDS = {world.name: world for world in (SMALL_WORLD, FULL_WORLD, SAM_WORLD, HELD_OUT_WORLD)}
+WORLDS = {
+    world.name: world
+    for world in (
+        SMALL_WORLD, ALIKE_WORLD, FULL_WORLD, SAM_WORLD, CROWDED_WORLD, HELD_OUT_WORLD,
+    )
+}  # fmt: skip

@@ -18,6 +18,8 @@ UNIT = (1, 1)
 """Scenes keep places as shares of the sides, so every picture is one by one."""
 FORMAT = Sam4MllmFormat()
 EDGE = 1 - 1e-6
+PPG_POINTS = ((1, 0), (2, 1), (3, 1), (3, 2))
+"""Points on and off the object that PPG lessons ask for."""
 
 
 @dataclass(frozen=True)
@@ -142,13 +144,21 @@ class Teacher:
         return Lesson("verify", (Turn(question, "\n" + answer),))
 
     def ppg(self, scene: BaseScene, plan: Plan) -> Lesson | None:
-        """Box and prompt points in one reply: points well inside, and off it but near."""
+        """Box and prompt points in one reply: points well inside, and off it but near.
+
+        Of a thing that is absent (one in four) the reply says so.
+        """
+        missing = [r for r in scene.references if not r.targets]
+        if missing and self.rng.random() < 0.25:
+            text, count = self.rng.choice(missing).text, TargetCount.ZERO_OR_MORE
+            question = FORMAT.ask_box_and_points(text, count, *self.rng.choice(PPG_POINTS), UNIT)
+            return Lesson("ppg", (Turn(question, FORMAT.write_boxes([], UNIT)),))
         reference = self._reference(scene, plan)
         if reference is None or len(reference.targets) != 1:
             return None
         target = reference.targets[0]
         box = box_of(scene, target)
-        on, off = self.rng.choice([(1, 0), (2, 1), (3, 1), (3, 2)])
+        on, off = self.rng.choice(PPG_POINTS)
         spread = poisson_disk_points(_inside_picture(box), 60, self.rng, 0.12)
         inside = [p for p in spread if self._depth(scene, target, p) == 1]
         outside = [p for p in spread if self._depth(scene, target, p) == 0]

@@ -41,6 +41,7 @@ from sam4mllm_tool.training.base_packing import Packed, Packer
 from sam4mllm_tool.training.base_projector import fold_projector
 from sam4mllm_tool.training.base_scenes import BaseScene, SceneShards
 from sam4mllm_tool.training.base_vision import DenseHeads, dense_loss, patch_answers
+from sam4mllm_tool.training.base_vision_train import fit_heads
 from sam4mllm_tool.training.base_world import known_words, questions_of, words_of
 
 TOPICS = (
@@ -51,7 +52,7 @@ COURSE = (
     Plan(boxes=5, absent=1.5, what=4, what_lists=1, points=1, verify=1, list_sizes=(2, 3, 4, 5)),
     Plan(boxes=5, absent=1.5, what=2, what_lists=1, points=3, verify=1, list_sizes=(2, 4, 6, 9)),
     Plan(boxes=5, absent=1.5, what=0.5, what_lists=0.5, points=3, verify=0.5, ppg=0.7,
-         list_sizes=(4, 6, 9, 9, 12, 16)),
+         list_sizes=(4, 6, 9, 9, 10, 12, 16)),
 )  # fmt: skip
 """Lesson plans, easy to hard."""
 GATES = ({"what": 0.7, "lists": 0.55}, {"points": 0.72})
@@ -156,6 +157,17 @@ def start_model(
     return model, tokenizer, heads
 
 
+def earlier_model(
+    folder: Path, start: Path, world: str, shape: BaseShape
+) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerFast, DenseHeads]:
+    """A saved base to go on with, and stage 1's heads read anew off its tower."""
+    tokenizer = build_tokenizer(words_of(WORLDS[world]))
+    model = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+    heads = DenseHeads(shape.vision_width, questions_of(WORLDS[world]))
+    print("heads", fit_heads(folder / "scenes", model.model.vision_tower, heads, shape), flush=True)
+    return model, tokenizer, heads
+
+
 def main() -> None:
     """Train until the minutes are over."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -169,13 +181,18 @@ def main() -> None:
     parser.add_argument("--optimizer", default="adamw", choices=["muon", "adamw"])
     parser.add_argument("--examine", type=float, default=8, help="minutes between examinations")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="a saved base to go on with, at the last plan")
     options = parser.parse_args()
     torch.set_num_threads(1)
     shape, folder = BaseShape(), options.folder
-    model, tokenizer, heads = start_model(folder, options.world, shape, options.seed)
+    if options.start is None:
+        model, tokenizer, heads = start_model(folder, options.world, shape, options.seed)
+    else:
+        model, tokenizer, heads = earlier_model(folder, options.start, options.world, shape)
     heads.requires_grad_(False)
     optimizers = make_optimizers(model.named_parameters(), options.rate, options.optimizer, gentle)
-    state = {"step": 0, "seconds": 0.0, "stage": 0, "pictures": 0}
+    state = {"step": 0, "seconds": 0.0, "pictures": 0}
+    state["stage"] = 0 if options.start is None else len(GATES)
     if (folder / "resume.pt").exists():
         state = resume(folder, model, optimizers)
     (folder / "stage").write_text(str(state["stage"]))

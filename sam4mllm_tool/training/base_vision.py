@@ -131,6 +131,7 @@ class DenseHeads(nn.Module):
 
     def __init__(self, width: int, questions: Questions) -> None:
         super().__init__()
+        self.questions = questions
         self.answers = nn.Linear(width, questions.count)
         self.boxes = nn.Linear(width, 4 * CODE)
         nn.init.zeros_(self.answers.weight)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import overload
 
@@ -22,6 +22,7 @@ from sam4mllm_tool.formats import get_format
 from sam4mllm_tool.formats.base import DialogueFormat
 from sam4mllm_tool.points import poisson_disk_points
 from sam4mllm_tool.protocols import Segmenter, SegmentPrompt
+from sam4mllm_tool.training.vqa import VqaExample
 from sam4mllm_tool.types import Box, Mask, Point, PointLabel, PromptPoint, RgbImage, TargetCount
 
 
@@ -43,6 +44,8 @@ class Recipe:
         tries: groups of points drawn for a PPG target.
         best: the reply is one of this many groups whose mask is closest to the truth.
         vqa_share: share of conversations that are VQA pairs without masks, where pairs are given.
+        loosened: share of references asked about with a looser count than their data set's ("0+"
+            for "1"), so that a data set in which "0+" always means "none" does not teach that.
     """
 
     format: str = "sam4mllm"
@@ -58,15 +61,7 @@ class Recipe:
     tries: int = 8
     best: int = 2
     vqa_share: float = 0.0
-
-
-@dataclass(frozen=True)
-class VqaExample:
-    """Questions with plain answers about one picture, to keep the model's other abilities."""
-
-    image_id: str
-    image: RgbImage
-    pairs: tuple[tuple[str, str], ...]
+    loosened: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -86,6 +81,12 @@ class Conversation:
     turns: tuple[Turn, ...]
     topics: tuple[str, ...]
     points: dict[int, tuple[PromptPoint, ...]]
+
+    def shortened(self) -> Conversation:
+        """The same without its last question and reply."""
+        last = len(self.topics) - 1
+        points = {number: some for number, some in self.points.items() if number < last}
+        return replace(self, turns=self.turns[:-2], topics=self.topics[:-1], points=points)
 
 
 @dataclass(frozen=True)
@@ -205,12 +206,14 @@ class _Maker:
         self.form: DialogueFormat = get_format(recipe.format)
 
     def exchanges(self, example: ReferringExample, text: str) -> list[_Exchange]:
-        """PPG for some single targets, else round 1 and, if something is there, round 2."""
+        """PPG for some single and absent ones, else round 1 and, if one is there, round 2."""
         masks = example.truth()
         count = self._count(example)
-        single = len(masks) == 1
-        if self.segmenter and single and self.rng.random() < self.recipe.ppg_share:
-            ppg = self._ppg(text, count, masks[0], example.boxes[0])
+        few = len(masks) <= 1
+        if self.segmenter and few and self.rng.random() < self.recipe.ppg_share:
+            ppg = (
+                self._ppg(text, count, masks[0], example.boxes[0]) if masks else self._no_ppg(text)
+            )
             if ppg:
                 return [ppg]
         order = sorted(range(len(masks)), key=lambda n: example.boxes[n][:2])
@@ -225,13 +228,14 @@ class _Maker:
         return [first, self._round_two(text, masks[order[chosen]], boxes[chosen])]
 
     def _count(self, example: ReferringExample) -> TargetCount:
-        """What the question promises: often as little as the data set does, sometimes more."""
-        number = len(example.masks)
+        """What the question promises: as much as the data set does, or less."""
+        number, counts = len(example.masks), list(TargetCount)
         if number == 0 or example.count is TargetCount.ZERO_OR_MORE:
             return TargetCount.ZERO_OR_MORE
-        if number > 1 or example.count is TargetCount.ONE_OR_MORE:
-            return TargetCount.ONE_OR_MORE
-        return TargetCount.ONE
+        several = number > 1 or example.count is TargetCount.ONE_OR_MORE
+        said = TargetCount.ONE_OR_MORE if several else TargetCount.ONE
+        loosen = self.recipe.loosened and self.rng.random() < self.recipe.loosened
+        return self.rng.choice(counts[counts.index(said) + 1 :]) if loosen else said
 
     def _round_two(self, text: str, mask: Mask, box: Box) -> _Exchange:
         recipe, size = self.recipe, self.image.size
@@ -282,6 +286,12 @@ class _Maker:
         reply = f"{self.form.write_boxes([box], size)} {written.partition(chr(10))[2]}"
         return _Exchange("ppg", question, reply, chosen)
 
+    def _no_ppg(self, text: str) -> _Exchange:
+        """PPG's question about something that is not there."""
+        recipe, size, count = self.recipe, self.image.size, TargetCount.ZERO_OR_MORE
+        question = self.form.ask_box_and_points(text, count, recipe.positive, recipe.negative, size)
+        return _Exchange("ppg", question, self.form.write_boxes([], size))
+
     def _group(self, mask: Mask, box: Box) -> tuple[PromptPoint, ...] | None:
         """Points on the mask and off it inside the box; ``None`` where either is too small."""
         pixels = mask.pixels
@@ -323,4 +333,4 @@ def _conversation(image_id: str, image: RgbImage, exchanges: Sequence[_Exchange]
 def _vqa_conversation(example: VqaExample, recipe: Recipe, rng: random.Random) -> Conversation:
     pairs = rng.sample(example.pairs, min(recipe.references, len(example.pairs)))
     exchanges = [_Exchange("vqa", question, "\n" + answer) for question, answer in pairs]
-    return _conversation(example.image_id, example.image, exchanges)
+    return _conversation(example.image_id, example.open_image(), exchanges)

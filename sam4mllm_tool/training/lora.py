@@ -8,8 +8,9 @@ stands on and how it was made (``sam4mllm.json``), so that it can be loaded with
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from sam4mllm_tool.errors import InputError
 from sam4mllm_tool.formats import get_format
 from sam4mllm_tool.mllm.loading import choose_placement, load_model, load_processor
 from sam4mllm_tool.training.dialogues import Conversation, Recipe
+from sam4mllm_tool.training.progress import HeldOut
 
 IGNORED = -100
 PROJECTORS = ("multi_modal_projector", "resampler", "connector", "merger", "mlp1")
@@ -43,6 +46,7 @@ class LoraRecipe:
         projector: also train the projector between picture and text, whole.
         bf16: compute in bfloat16.
         checkpointing: recompute activations to save memory.
+        longest: tokens a conversation may have; its last questions are left out until it fits.
         seed: of initialisation, order and dropout.
     """
 
@@ -56,6 +60,7 @@ class LoraRecipe:
     projector: bool = True
     bf16: bool = True
     checkpointing: bool = True
+    longest: int = 2048
     seed: int = 0
 
 
@@ -85,9 +90,19 @@ class Encoded:
 class ConversationEncoder:
     """Conversations to tokens, with labels on the assistant's words and its end-of-turn token."""
 
-    def __init__(self, processor: Any, recipe: Recipe) -> None:
-        self.processor = processor
+    def __init__(self, processor: Any, recipe: Recipe, longest: int | None = None) -> None:
+        self.processor, self.longest = processor, longest
         self.system = get_format(recipe.format).system_prompt
+
+    def fit(self, conversation: Conversation) -> Encoded:
+        """Tokens of as many of its questions as the limit allows, of one at least."""
+        encoded = self.encode(conversation)
+        while self.longest and encoded.labels.shape[1] > self.longest:
+            if len(conversation.topics) == 1:
+                break
+            conversation = conversation.shortened()
+            encoded = self.encode(conversation)
+        return encoded
 
     def encode(self, conversation: Conversation) -> Encoded:
         """Tokens of the whole conversation.
@@ -163,7 +178,7 @@ class ConversationSet(Dataset[Encoded]):
         return len(self._conversations)
 
     def __getitem__(self, index: int) -> Encoded:
-        return self._encoder.encode(self._conversations[index])
+        return self._encoder.fit(self._conversations[index])
 
 
 class Collator:
@@ -189,8 +204,26 @@ class Collator:
         return out
 
 
-class OneCycleTrainer(Trainer):
-    """transformers' ``Trainer`` with PyTorch's one-cycle schedule."""
+class DialogueTrainer(Trainer):
+    """transformers' ``Trainer`` with PyTorch's one-cycle schedule.
+
+    ``measure`` gives figures of the model as it is; they are reported beside the held-out loss.
+    """
+
+    measure: Callable[[], dict[str, float]] | None = None
+
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        """The held-out loss, and what else the model can do.
+
+        Training's random numbers are left alone: looking does not change what is looked at.
+        """
+        with torch.random.fork_rng():
+            found = dict(super().evaluate(*arguments, **options))
+        if self.measure is not None and self.is_world_process_zero():
+            more = {f"eval_{name}": value for name, value in self.measure().items()}
+            self.log(more)
+            found |= more
+        return found
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -244,6 +277,9 @@ def train(
     save_steps: int = 200,
     stop_after: int | None = None,
     held_out: Sequence[Conversation] = (),
+    examined: HeldOut | None = None,
+    tensorboard: bool = False,
+    show_progress: bool = False,
 ) -> Path:
     """Train an adapter and write it to ``out``.
 
@@ -259,17 +295,22 @@ def train(
         stop_after: stop after this many steps without finishing the schedule (for tests, and to
             train in several sittings).
         held_out: conversations whose loss is reported at every checkpoint.
+        examined: expressions asked through the real pipeline at every checkpoint (with
+            ``held_out``): box Acc@0.5, point accuracy, cIoU, N-acc and T-acc.
+        tensorboard: write all figures to ``out/tensorboard`` as well.
+        show_progress: draw transformers' progress bars.
 
     Returns:
         the adapter's folder.
 
     Raises:
         CheckpointError: the base cannot be loaded.
+        InputError: TensorBoard is asked for and not installed.
     """
     processor = load_processor(Path(base))
     placement = choose_placement(device, "float32")
     model = adapt(load_model(Path(base), placement), recipe)
-    encoder = ConversationEncoder(processor, data)
+    encoder = ConversationEncoder(processor, data, recipe.longest)
     arguments = TrainingArguments(
         output_dir=str(out / "checkpoints"),
         num_train_epochs=recipe.epochs,
@@ -289,10 +330,12 @@ def train(
         remove_unused_columns=False,
         label_names=["labels"],
         use_cpu=placement.device.type == "cpu",
-        disable_tqdm=True,
+        disable_tqdm=not show_progress,
     )
-    callbacks = [] if stop_after is None else [_StopAfter(stop_after)]
-    trainer = OneCycleTrainer(
+    callbacks: list[TrainerCallback] = [] if stop_after is None else [_StopAfter(stop_after)]
+    if tensorboard:
+        callbacks.append(_tensorboard(out / "tensorboard"))
+    trainer = DialogueTrainer(
         model=model,
         args=arguments,
         data_collator=Collator(processor.tokenizer.pad_token_id or 0),
@@ -300,6 +343,8 @@ def train(
         eval_dataset=ConversationSet(held_out, encoder) if held_out else None,
         callbacks=callbacks,
     )
+    if examined is not None:
+        trainer.measure = partial(examined.measure, model.get_base_model(), processor, data.format)
     trainer.train(resume_from_checkpoint=resume)
     return save_adapter(model, out, base, recipe, data)
 
@@ -321,6 +366,18 @@ def save_adapter(
 
 def _text(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}]
+
+
+def _tensorboard(folder: Path) -> TrainerCallback:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+        from transformers.integrations import TensorBoardCallback
+
+        return TensorBoardCallback(SummaryWriter(str(folder)))
+    except ImportError as error:
+        raise InputError(
+            "TensorBoard is not installed", hint="pip install 'sam4mllm-tool[train]'."
+        ) from error
 
 
 class _StopAfter(TrainerCallback):

@@ -15,7 +15,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -33,11 +33,13 @@ from sam4mllm_tool.training.sam_data import BatchSettings, scene_batches
 from sam4mllm_tool.training.sam_dense import DenseHeads, dense_loss
 from sam4mllm_tool.training.sam_init import initialise
 from sam4mllm_tool.training.sam_interaction import interaction_step
+from sam4mllm_tool.training.sam_resize import resize_sam
 from sam4mllm_tool.training.sam_validate import validate
 from sam4mllm_tool.training.scene_cache import build_scene_cache
 
 MUON_FACTOR = 2.0  # Muon's learning rate over AdamW's in pre-training
-AVERAGE = 0.99  # decay of the running average of the weights
+AVERAGE = 0.996  # decay of the running average of the weights
+SMALL = SmallSamConfig(depth=4, global_blocks=(1, 3))
 DECODER_ALONE = 0.05  # share of the interactive stage in which the encoder rests
 
 
@@ -56,8 +58,12 @@ class SamTraining:
         seed: of scenes, weights and batches.
         checkpoint: minutes between checkpoints and validations.
         threads: CPU threads of the model.
+        image_size, patch: pixels of the picture's and a patch's side; 0 leaves the
+            configuration's.
+        others: how much the candidates that were not the best are taught: little lets the three
+            differ, much makes the choice among them matter less.
         start: weights of an earlier sitting to begin with (then mostly with `dense` 0); the
-            model takes their configuration.
+            model takes their configuration, at `image_size` and `patch`.
     """
 
     run: Path
@@ -70,19 +76,20 @@ class SamTraining:
     seed: int = 0
     checkpoint: float = 3.0
     threads: int = 1
+    image_size: int = 0
+    patch: int = 0
+    others: float = 0.15
     start: Path | None = None
 
 
 class Trainer:
     """A run: model, its running average, optimisers and the time spent."""
 
-    def __init__(self, settings: SamTraining, config: SmallSamConfig) -> None:
-        self.settings, self.config = settings, config
+    def __init__(self, settings: SamTraining, fresh: SmallSamConfig) -> None:
         torch.manual_seed(settings.seed)
-        self.sam = build_small_sam(config)
-        initialise(self.sam)
-        if settings.start is not None:
-            self.sam.load_state_dict(load_small_sam(settings.start).state_dict())
+        self.settings = settings
+        self.sam, self.config = starting_sam(settings, fresh)
+        config = self.config
         self.heads = DenseHeads(config.prompt_dim)
         self.average = build_small_sam(config).eval()
         self.average.load_state_dict(self.sam.state_dict())
@@ -126,7 +133,14 @@ class Trainer:
             self.recent.append((float(loss.detach()), iou, iou))
         else:
             teach = self.settings.dense == 0 or self._done(stage) > DECODER_ALONE
-            played = interaction_step(self.sam, batch, self.generator, teach_encoder=teach)  # type: ignore[arg-type]
+            played = interaction_step(
+                self.sam,
+                batch,  # type: ignore[arg-type]
+                self.generator,
+                teach_encoder=teach,
+                others=self.settings.others,
+                heads=self.heads,
+            )
             self.recent.append(played)
         nn.utils.clip_grad_norm_(self.sam.parameters(), 1.0)
         rate = self.settings.rate * self._schedule(stage)
@@ -215,12 +229,31 @@ class Trainer:
         return "loss {:.3f}  first IoU {:.3f}  last IoU {:.3f}".format(*columns)
 
 
+def starting_sam(settings: SamTraining, fresh: SmallSamConfig) -> tuple[Sam, SmallSamConfig]:
+    """Fresh weights, or those of an earlier sitting, at the resolution that is asked for."""
+    size, patch = settings.image_size, settings.patch
+    if settings.start is None:
+        config = replace(
+            fresh, image_size=size or fresh.image_size, patch_size=patch or fresh.patch_size
+        )
+        sam = build_small_sam(config)
+        initialise(sam)
+        return sam, config
+    config = load_small_sam_config(settings.start)
+    return resize_sam(
+        load_small_sam(settings.start),
+        config,
+        size or config.image_size,
+        patch or config.patch_size,
+    )
+
+
 def optimisers(sam: Sam, heads: DenseHeads, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the encoder's blocks, AdamW for everything else."""
+    """Muon for the matrices inside encoder and decoder, AdamW for everything else."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in sam.named_parameters():
-        inner = ".blocks." in name and parameter.dim() == 2
+        inner = (".blocks." in name or ".transformer." in name) and parameter.dim() == 2
         (matrices if inner else others).append(parameter)
     return [
         torch.optim.Muon(matrices, lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
@@ -230,18 +263,18 @@ def optimisers(sam: Sam, heads: DenseHeads, rate: float) -> list[torch.optim.Opt
     ]
 
 
-def train_small_sam(settings: SamTraining, config: SmallSamConfig) -> None:
+def train_small_sam(settings: SamTraining) -> None:
     """Draw the scenes, then train (or go on training) a small SAM."""
     torch.set_num_threads(settings.threads)
     settings.run.mkdir(parents=True, exist_ok=True)
-    side = config.image_size
+    trainer = Trainer(settings, SMALL)
+    side = trainer.config.image_size
     scenes = settings.run / "scenes"
     for done in build_scene_cache(scenes, "sam", "train", settings.seed, settings.scenes, side):
         print(f"{done} of {settings.scenes} scenes drawn", flush=True)
-    trainer = Trainer(settings, config)
     trainer.resume()
     described = {key: str(value) for key, value in asdict(settings).items()}
-    print(json.dumps(described | {"model": asdict(config)}), flush=True)
+    print(json.dumps(described | {"model": asdict(trainer.config)}), flush=True)
     trainer.train()
 
 
@@ -252,12 +285,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path)
     for field in fields(SamTraining)[2:-1]:
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
-    settings = SamTraining(**vars(parser.parse_args()))
-    train_small_sam(settings, load_small_sam_config(settings.start) if settings.start else SMALL)
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default
+        )
+    train_small_sam(SamTraining(**vars(parser.parse_args())))
 
-
-SMALL = SmallSamConfig(depth=4, global_blocks=(1, 3))
 
 if __name__ == "__main__":
     main()

@@ -50,10 +50,9 @@ class PromptGroup:
 
 
 @dataclass
-class PromptBatch:
-    """Pictures, uint8 B x 3 x S x S, and groups of prompts about them."""
+class PromptBatch(DenseBatch):
+    """The same with groups of prompts about the pictures."""
 
-    images: torch.Tensor
     groups: list[PromptGroup]
 
 
@@ -160,7 +159,7 @@ def draw_prompts(
     for number, with_box in ((settings.boxes, True), (no_boxes, False)):
         if number:
             groups.append(_draw_group(pictures, settings.cells, number, with_box, rng))
-    return PromptBatch(_stack([image for image, _ in pictures]), groups)
+    return PromptBatch(**vars(draw_dense(pictures, settings, rng)), groups=groups)
 
 
 def _draw_group(

@@ -32,10 +32,18 @@ def dense_loss(sam: Sam, heads: DenseHeads, batch: DenseBatch) -> tuple[torch.Te
     pixels = (batch.images.float() - sam.pixel_mean) / sam.pixel_std
     with torch.autocast("cpu", torch.bfloat16):
         embedding = sam.image_encoder(pixels)
+    return read_dense(sam, heads, embedding, batch)
+
+
+def read_dense(
+    sam: Sam, heads: DenseHeads, embedding: torch.Tensor, batch: DenseBatch
+) -> tuple[torch.Tensor, float]:
+    """The same from the image embedding, B x C x g x g: every object of every picture."""
+    with torch.autocast("cpu", torch.bfloat16):
         features = sam.mask_decoder.output_upscaling(embedding)
         dense = heads.dense(features)
     embedding, features, dense = embedding.float(), features.float(), dense.float()
-    side, grid = pixels.shape[-1], embedding.shape[-1]
+    side, grid = batch.images.shape[-1], embedding.shape[-1]
     logits, targets, read = [], [], []
     for number, (masks, seeds) in enumerate(zip(batch.masks, batch.seeds, strict=True)):
         queries = heads.query(_pooled(embedding[number], masks, seeds * grid / side))

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from segment_anything.modeling import MaskDecoder, Sam
 
 from sam4mllm_tool.training.sam_data import PromptBatch, PromptGroup
+from sam4mllm_tool.training.sam_dense import DenseHeads, read_dense
 from sam4mllm_tool.training.sam_loss import mask_loss
 
-OTHERS = 0.15  # weight of the candidates that were not the best
 SINGLE = 0.4  # weight of the single-mask output
+DENSE = 0.6  # weight of pre-training's loss, where it goes on
 IOU = 1.5  # weight of the IoU head
 ROUNDS = (1, 1, 2, 2, 3)
 
@@ -65,12 +66,20 @@ def _predict(
 
 
 def interaction_step(
-    sam: Sam, batch: PromptBatch, generator: torch.Generator, *, teach_encoder: bool = True
+    sam: Sam,
+    batch: PromptBatch,
+    generator: torch.Generator,
+    *,
+    teach_encoder: bool = True,
+    others: float = 0.15,
+    heads: DenseHeads | None = None,
 ) -> tuple[float, float, float]:
     """Encode the pictures, go through the rounds, and leave gradients on all parameters.
 
     Without `teach_encoder` the image encoder gets none: a decoder that knows nothing yet would
-    only spoil it.
+    only spoil it. `others` is the weight of the candidates that were not the best. With
+    `heads` the objects that nobody points at are taught too, by pre-training's loss: it costs
+    little beside the encoding.
 
     Returns:
         mean loss, IoU of the chosen candidate in the first round, and in the last round.
@@ -84,10 +93,13 @@ def interaction_step(
     for group in batch.groups:
         rounds = ROUNDS[int(torch.randint(len(ROUNDS), (), generator=generator))]
         share = len(group.picture) / sum(len(other.picture) for other in batch.groups) / rounds
-        chosen = _play(sam, embedding, group, rounds, share, generator)
+        chosen = _play(sam, embedding, group, rounds, share, generator, others)
         total += sum(loss for loss, _ in chosen) * share
         first.append(chosen[0][1])
         last.append(chosen[-1][1])
+    if heads is not None:
+        loss, _ = read_dense(sam, heads, embedding, batch)
+        (DENSE * loss).backward()
     if teach_encoder:
         assert embedding.grad is not None
         encoded.backward(embedding.grad.to(encoded.dtype))
@@ -101,6 +113,7 @@ def _play(
     rounds: int,
     share: float,
     generator: torch.Generator,
+    others: float,
 ) -> list[tuple[float, float]]:
     """All rounds of one group; each round's gradients are added up at once."""
     targets = group.targets.float() / 255
@@ -109,7 +122,7 @@ def _play(
     for _ in range(rounds):
         own = embedding[group.picture]
         logits, quality = decode(sam, own, points, labels, group.boxes, masks)
-        loss, iou = candidates_loss(logits, quality, targets)
+        loss, iou = candidates_loss(logits, quality, targets, others)
         (share * loss).backward()
         best = quality[:, 1:].detach().argmax(1)
         each = torch.arange(len(best))
@@ -122,12 +135,12 @@ def _play(
 
 
 def candidates_loss(
-    logits: torch.Tensor, quality: torch.Tensor, targets: torch.Tensor
+    logits: torch.Tensor, quality: torch.Tensor, targets: torch.Tensor, others: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean loss of N x 4 candidates (first the single-mask output), and their IoU, N x 4."""
     losses, iou = mask_loss(logits, targets)
     several = losses[:, 1:]
-    taught = (1 - OTHERS) * several.amin(1) + OTHERS * several.mean(1) + SINGLE * losses[:, 0]
+    taught = (1 - others) * several.amin(1) + others * several.mean(1) + SINGLE * losses[:, 0]
     return taught.mean() + IOU * F.mse_loss(quality, iou), iou
 
 
