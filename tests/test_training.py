@@ -270,7 +270,7 @@ def test_what_does_not_fit_is_left_out_by_whole_questions(base: Path) -> None:
 def test_llava_instruction_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(_picture())
     said = [
-        ("human", "<image>\nWhat colour?"),
+        ("human", "<image>\nColour?"),
         ("gpt", "Red."),
         ("human", "And?"),
         ("gpt", "Blue."),
