@@ -30,8 +30,9 @@ def load(
     """Load an MLLM (with an optional PEFT adapter) and a segmenter.
 
     Args:
-        mllm: ``"embedded"``, a directory or hub id of a transformers image-text-to-text model, or
-            the address of an OpenAI-compatible server (``http://host:8000/v1``).
+        mllm: ``"embedded"`` (with an adapter: the base it was trained over), a directory or hub id
+            of a transformers image-text-to-text model, or the address of an OpenAI-compatible
+            server (``http://host:8000/v1``).
         adapter: directory or hub id of a PEFT adapter over it.
         segmenter: ``"embedded"``, a segment-anything checkpoint file, or a directory or hub id of
             a transformers SAM family.
@@ -76,8 +77,10 @@ def load_mllm(
         if adapter is not None:
             options.setdefault("model", adapter)
         return OpenAIEndpointMllm(name, **options)
-    from sam4mllm_tool.mllm.local import LocalMllm
+    from sam4mllm_tool.mllm.local import LocalMllm, base_of
 
+    if name == EMBEDDED and adapter is not None:
+        name = base_of(adapter) or EMBEDDED
     if name == EMBEDDED:
         name = str(embedded.MLLM)
         if adapter is None and embedded.ADAPTER.is_dir():

@@ -13,10 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
+from sam4mllm_tool import embedded
 from sam4mllm_tool.errors import DatasetError
 from sam4mllm_tool.evaluation.cases import cases_of
 from sam4mllm_tool.evaluation.datasets.record import ReferringExample
 from sam4mllm_tool.formats import get_format
+from sam4mllm_tool.load import load_mllm
 from sam4mllm_tool.mllm.loading import choose_placement, load_adapter, load_model, load_processor
 from sam4mllm_tool.protocols import MaskCandidate, SegmentPrompt
 from sam4mllm_tool.scenes.world import SMALL_WORLD
@@ -377,6 +379,16 @@ def test_figures_of_the_pipeline_are_logged(adapters: tuple[Path, Path], base: P
     assert list((whole / "tensorboard").glob("events*"))
 
 
+def test_an_adapter_over_the_embedded_base_names_no_folder(tmp_path: Path) -> None:
+    (conversation, *_) = conversations(_examples()[:1], PQPP)
+    recipe = replace(PRESETS["small"], rank=2)
+    train(embedded.MLLM, [conversation], tmp_path / "out", recipe, PQPP, device="cpu")
+    for file in (tmp_path / "out").glob("*.*"):
+        assert str(embedded.MLLM).encode() not in file.read_bytes(), file
+    found = load_mllm(adapter=str(tmp_path / "out"), device="cpu")
+    assert found.name.startswith(str(embedded.MLLM))
+
+
 def test_a_saved_adapter_gives_the_same_logits(base: Path, adapters: tuple[Path, Path]) -> None:
     from peft import PeftModel
 
@@ -394,5 +406,8 @@ def test_a_saved_adapter_gives_the_same_logits(base: Path, adapters: tuple[Path,
     about = json.loads((adapters[0] / "sam4mllm.json").read_text())
     assert about["format"] == "sam4mllm"
     assert about["base_model"] == str(base)
+    needs_nothing_else = load_mllm(adapter=str(adapters[0]), device="cpu")
+    assert needs_nothing_else.name == f"{base} + {adapters[0]}"
+    assert needs_nothing_else.format_name == "sam4mllm"
     assert about["data"]["seed"] == PQPP.seed
     assert about["lora"]["rank"] == 4

@@ -111,6 +111,7 @@ def train(
     ] = 0,
     held_out_split: Annotated[str, typer.Option(help="Their split.")] = "val",
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
+    deepspeed: Annotated[Path | None, typer.Option(help="DeepSpeed configuration.")] = None,
     tensorboard: Annotated[bool, typer.Option(help="Write OUT/tensorboard.")] = False,
     seed: Annotated[int, typer.Option(help="Of data, weights and order.")] = 0,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
@@ -161,6 +162,7 @@ def train(
         save_steps=save_steps,
         held_out=Conversations(chunks(asked, how), how),
         examined=HeldOut(list(cases_of(asked)), judge) if asked and judge else None,
+        deepspeed=deepspeed,
         tensorboard=tensorboard,
         show_progress=True,
     )

@@ -217,6 +217,18 @@ class LocalMllm:
         return yes_no_tokens(self.encoder, words.yes, words.no, words.prefix)
 
 
+def base_of(adapter: str) -> str | None:
+    """The base that an adapter says it was trained over.
+
+    Raises:
+        CheckpointError: no such adapter.
+    """
+    folder = loading.find_checkpoint(adapter)
+    ours, pefts = _read_notes(folder), _read_json(folder / "adapter_config.json")
+    named = ours.get("base_model") or pefts.get("base_model_name_or_path")
+    return str(named) if named else None
+
+
 def _end_ids(model: Any, encoder: DialogueEncoder) -> tuple[int, ...]:
     """Every token that ends a turn: by configuration, and by the chat template."""
     found = dict.fromkeys(encoder.end_of_turn_ids())

@@ -21,8 +21,10 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from sam4mllm_tool import embedded
 from sam4mllm_tool.errors import InputError
 from sam4mllm_tool.formats import get_format
+from sam4mllm_tool.load import EMBEDDED
 from sam4mllm_tool.mllm.loading import choose_placement, load_model, load_processor
 from sam4mllm_tool.training.dialogues import Conversation, Recipe
 from sam4mllm_tool.training.progress import HeldOut
@@ -278,6 +280,7 @@ def train(
     stop_after: int | None = None,
     held_out: Sequence[Conversation] = (),
     examined: HeldOut | None = None,
+    deepspeed: Path | None = None,
     tensorboard: bool = False,
     show_progress: bool = False,
 ) -> Path:
@@ -297,6 +300,8 @@ def train(
         held_out: conversations whose loss is reported at every checkpoint.
         examined: expressions asked through the real pipeline at every checkpoint (with
             ``held_out``): box Acc@0.5, point accuracy, cIoU, N-acc and T-acc.
+        deepspeed: DeepSpeed configuration, as transformers takes it; several processes are found
+            by themselves under ``accelerate launch``.
         tensorboard: write all figures to ``out/tensorboard`` as well.
         show_progress: draw transformers' progress bars.
 
@@ -327,6 +332,7 @@ def train(
         eval_steps=save_steps,
         logging_steps=10,
         report_to=[],
+        deepspeed=None if deepspeed is None else str(deepspeed),
         remove_unused_columns=False,
         label_names=["labels"],
         use_cpu=placement.device.type == "cpu",
@@ -353,10 +359,15 @@ def save_adapter(
     model: PeftModel, out: Path, base: str | Path, recipe: LoraRecipe, data: Recipe
 ) -> Path:
     """Write the adapter and ``sam4mllm.json``: format, base model and recipes."""
+    # Where the embedded base lies differs from machine to machine.
+    named = EMBEDDED if Path(base) == embedded.MLLM else str(base)
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = named
     model.save_pretrained(str(out))
+    (out / "README.md").unlink(missing_ok=True)  # peft's card: a form nobody has filled in
     about = {
         "format": data.format,
-        "base_model": str(base),
+        "base_model": named,
         "lora": asdict(recipe),
         "data": asdict(data),
     }
