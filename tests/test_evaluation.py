@@ -2,8 +2,10 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from sam4mllm_tool.evaluation.scenes import evaluate_scenes, position_baseline, 
 from sam4mllm_tool.pipeline import Sam4MLLM
 from sam4mllm_tool.protocols import MaskCandidate
 from sam4mllm_tool.scenes.export import export_scenes
+from sam4mllm_tool.scenes.expressions import Kind
 from sam4mllm_tool.scenes.world import SMALL_WORLD
 from sam4mllm_tool.testing import TruthfulMllm
 from sam4mllm_tool.types import Mask, RgbImage, Strategy
@@ -109,6 +112,14 @@ def miniatures(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["refcoco", "grefcoco", "reasonseg"])
+def test_rare_kinds_get_as_many_cases_as_common_ones() -> None:
+    drawn = [case.kind for case in scene_cases(5, 27, per_kind=3)()]
+    assert Counter(drawn) == dict.fromkeys(get_args(Kind), 3)
+    plain = {(case.image, case.expression) for case in scene_cases(5, 400)()}
+    (common,) = [c for c in scene_cases(5, 1, per_kind=1)()]
+    assert (common.image, common.expression) in plain
+
+
 def test_the_loaders_read_the_generators_miniatures(miniatures, name):
     examples = list(load_examples(name, miniatures[name], "val"))
     assert len(examples) >= 3

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.markdown import Markdown
@@ -26,6 +26,9 @@ from sam4mllm_tool.cli.common import (
 from sam4mllm_tool.pipeline import Settings
 from sam4mllm_tool.types import Strategy
 
+if TYPE_CHECKING:
+    from sam4mllm_tool.scenes.world import World
+
 app = typer.Typer(help="Measure models on held-out scenes and benchmarks.", no_args_is_help=True)
 
 
@@ -33,6 +36,9 @@ app = typer.Typer(help="Measure models on held-out scenes and benchmarks.", no_a
 def sam_command(
     seed: Annotated[int, typer.Option(help="Seed of the held-out scenes.")] = 0,
     objects: Annotated[int, typer.Option(min=1, help="Objects a world, at least.")] = 500,
+    world: Annotated[
+        str, typer.Option(help="sam; or crowded: smaller, more and more hidden things.")
+    ] = "sam",
     sam: SamOption = "embedded",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -41,8 +47,9 @@ def sam_command(
     from sam4mllm_tool.evaluation.sam import evaluate_sam
     from sam4mllm_tool.load import load_sam
 
+    drawn, segmenter = _world(world), load_sam(sam, device=device)
     with nullcontext() if as_json else console.status("measuring …"):
-        report = evaluate_sam(load_sam(sam, device=device), seed=seed, objects=objects).to_json()
+        report = evaluate_sam(segmenter, seed=seed, objects=objects, world=drawn).to_json()
     if as_json:
         print_json(report)
         return
@@ -75,9 +82,12 @@ ShardOption = Annotated[
 def scenes_command(
     seed: Annotated[int, typer.Option(help="Seed of the unseen scenes.")] = 0,
     limit: Annotated[int, typer.Option(min=1, help="Expressions.")] = 500,
+    per_kind: Annotated[
+        int | None, typer.Option(min=1, help="Equally many of each kind instead; some are rare.")
+    ] = None,
     strategy: StrategyOption = [Strategy.PQPP],  # noqa: B006
     points: PointsOption = _POINTS,
-    world: Annotated[str, typer.Option(help="small, full or held_out.")] = "small",
+    world: Annotated[str, typer.Option(help="small, full, …")] = "small",
     mllm: MllmOption = "embedded",
     adapter: AdapterOption = None,
     format: FormatOption = None,
@@ -91,15 +101,15 @@ def scenes_command(
 ) -> None:
     """The models on unseen synthetic scenes, by kind of expression."""
     from sam4mllm_tool.evaluation.scenes import evaluate_scenes
-    from sam4mllm_tool.scenes.world import WORLDS
+    from sam4mllm_tool.scenes.expressions import Kind
 
-    if world not in WORLDS:
-        raise typer.BadParameter(f"one of {', '.join(WORLDS)}", param_hint="--world")
+    drawn = _world(world)
     model = _load(mllm, adapter, format, sam, device, points)
+    limit = per_kind * len(get_args(Kind)) if per_kind else limit
     with _folder(out) as folder, counted("expressions", limit, quiet=as_json) as on_case:
         report = evaluate_scenes(
-            model, folder, seed=seed, limit=limit, strategies=strategy, world=WORLDS[world],
-            shard=_shard(shard), on_case=on_case,
+            model, folder, seed=seed, limit=limit, strategies=strategy, world=drawn,
+            per_kind=per_kind, shard=_shard(shard), on_case=on_case,
         )  # fmt: skip
     _show_report(report, out, as_json)
 
@@ -160,6 +170,14 @@ def _load(
     return load(
         mllm, adapter=adapter, format=format, segmenter=sam, device=device, settings=settings
     )
+
+
+def _world(name: str) -> World:
+    from sam4mllm_tool.scenes.world import WORLDS
+
+    if name not in WORLDS:
+        raise typer.BadParameter(f"one of {', '.join(WORLDS)}", param_hint="--world")
+    return WORLDS[name]
 
 
 def _shard(text: str | None) -> Any:

@@ -8,7 +8,7 @@ was trained on, and of the held-out one, whose categories and sprites no trainin
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -79,10 +79,18 @@ class SamReport:
         return asdict(self) | {"bars": bars(self)}
 
 
-def evaluate_sam(segmenter: Segmenter, *, seed: int = 0, objects: int = 500) -> SamReport:
-    """Measure a segmenter on at least `objects` objects of trained and of held-out categories."""
-    trained = measure_world(segmenter, SAM_WORLD, seed, objects)
-    held_out = measure_world(segmenter, HELD_OUT_WORLD, seed, objects)
+def evaluate_sam(
+    segmenter: Segmenter, *, seed: int = 0, objects: int = 500, world: World = SAM_WORLD
+) -> SamReport:
+    """Measure a segmenter on at least `objects` objects of trained and of held-out categories.
+
+    The latter are those of `HELD_OUT_WORLD`, composed as in `world`.
+    """
+    held_out_world = replace(
+        HELD_OUT_WORLD, objects=world.objects, size=world.size, min_visible=world.min_visible
+    )
+    trained = measure_world(segmenter, world, seed, objects)
+    held_out = measure_world(segmenter, held_out_world, seed, objects)
     report = SamReport(segmenter.name, seed)
     report.trained_categories = summarise(trained)
     report.held_out_categories = summarise(held_out)

@@ -9,6 +9,7 @@ would say nothing.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -26,23 +27,35 @@ from sam4mllm_tool.scenes.render import Scene, render_scene
 from sam4mllm_tool.scenes.world import SMALL_WORLD, World
 from sam4mllm_tool.types import Box, Mask, RgbImage, Strategy, TargetCount
 
+MOST_SCENES = 20_000
 BASELINE_CELLS = 6
 """The position-only baseline sees a point's place in its box on so many cells a side."""
 
 
-def scene_cases(seed: int, limit: int, *, world: World = SMALL_WORLD, split: str = "test") -> Cases:
-    """The first ``limit`` expressions of a split's scenes."""
+def scene_cases(
+    seed: int,
+    limit: int,
+    *,
+    world: World = SMALL_WORLD,
+    split: str = "test",
+    per_kind: int | None = None,
+) -> Cases:
+    """The first ``limit`` expressions of a split's scenes.
+
+    With ``per_kind`` at most so many of a kind are taken: some kinds are rare in the stream, and a
+    handful of cases says nothing about them. ``MOST_SCENES`` are searched.
+    """
 
     def cases() -> Iterator[Case]:
-        number = index = 0
-        while number < limit:
+        taken: Counter[str] = Counter()
+        for index in range(MOST_SCENES):
             scene = render_scene(world, split, index, seed)
             for phrase in expressions(scene, random.Random(index)):
-                if number == limit:
+                if taken.total() == limit:
                     return
-                yield _case(scene, phrase, f"{index}:{number}")
-                number += 1
-            index += 1
+                if per_kind is None or taken[phrase.kind] < per_kind:
+                    yield _case(scene, phrase, f"{index}:{taken.total()}")
+                    taken[phrase.kind] += 1
 
     return cases
 
@@ -71,10 +84,11 @@ def evaluate_scenes(
     limit: int,
     strategies: Sequence[Strategy] = (Strategy.PQPP,),
     world: World = SMALL_WORLD,
+    per_kind: int | None = None,
     shard: Shard | None = None,
     on_case: Callable[[Case], None] = lambda _: None,
 ) -> Document:
-    """Measure on ``limit`` expressions about unseen scenes of ``world``.
+    """Measure on ``limit`` expressions about unseen scenes of ``world``; see :func:`scene_cases`.
 
     Returns:
         The report of :func:`~sam4mllm_tool.evaluation.report.build_report`, with
@@ -82,8 +96,8 @@ def evaluate_scenes(
         its box.
     """
     about = {"title": f"scenes of the {world.name} world", "seed": seed, "limit": limit,
-             "world": world.name, "split": "test"}  # fmt: skip
-    cases = scene_cases(seed, limit, world=world)
+             "world": world.name, "split": "test", "per_kind": per_kind}  # fmt: skip
+    cases = scene_cases(seed, limit, world=world, per_kind=per_kind)
     report = evaluate(model, cases, strategies, folder, about, shard=shard, on_case=on_case)
     asked = next((s.value for s in strategies if s in (Strategy.PQPP, Strategy.ADAPTIVE)), None)
     outcomes = [one.judged.outcome for one in read_lines(folder) if one.strategy == asked]
