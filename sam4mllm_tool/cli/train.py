@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sam4mllm_tool.cli.common import DeviceOption, SamOption, console
-from sam4mllm_tool.errors import InputError
+from sam4mllm_tool.errors import DatasetError, InputError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,10 +20,13 @@ if TYPE_CHECKING:
     from sam4mllm_tool.training.dialogues import Conversation, Recipe
     from sam4mllm_tool.training.vqa import VqaExample
 
-SCENES = "scenes"
+SCENES, SMALL = "scenes", "small"
 VQA_SCENES = 400
 DataOption = Annotated[
     str, typer.Option(help="'scenes', or a data set: refcoco, refcoco+, refcocog, grefcoco, …")
+]
+WorldOption = Annotated[
+    list[str], typer.Option(help="Of scenes; repeatable: COUNT scenes of each, in turns.")
 ]
 FolderOption = Annotated[Path | None, typer.Option(help="Folder of the data set.")]
 SplitOption = Annotated[str, typer.Option(help="Split to learn from.")]
@@ -48,6 +51,7 @@ LOOSENED = 0.5  # scenes say "0+" of absent things alone; asked so, the model wo
 
 def dialogues(
     data: DataOption = SCENES,
+    world: WorldOption = [SMALL],  # noqa: B006
     folder: FolderOption = None,
     split: SplitOption = "train",
     count: CountOption = 20,
@@ -69,7 +73,7 @@ def dialogues(
     recipe = _recipe(data, seed, ppg, references, vqa_share)
     judge = load_sam(sam) if ppg else None
     found = conversations(
-        _examples(data, folder, split, count, seed),
+        _examples(data, world, folder, split, count, seed),
         recipe,
         judge,
         _vqa(data, recipe, vqa, vqa_images, split),
@@ -92,6 +96,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for the adapter.")],
     base: Annotated[str, typer.Option(help="'embedded', or directory of the base.")] = "embedded",
     data: DataOption = SCENES,
+    world: WorldOption = [SMALL],  # noqa: B006
     folder: FolderOption = None,
     split: SplitOption = "train",
     count: CountOption = 2000,
@@ -142,13 +147,13 @@ def train(
     how = _recipe(data, seed, ppg, references, vqa_share)
     judge = load_sam(sam) if ppg or held_out else None
     about = chunks(
-        _examples(data, folder, split, count, seed),
+        _examples(data, world, folder, split, count, seed),
         how,
         _vqa(data, how, vqa, vqa_images, split),
         _excluded(data, folder, split, exclude or []),
     )
     learnt = Conversations(about, how, judge if ppg else None)
-    asked = list(_examples(data, folder, held_out_split, held_out, seed)) if held_out else []
+    asked = list(_examples(data, world, folder, held_out_split, held_out, seed)) if held_out else []
     place = str(embedded.MLLM) if base == EMBEDDED else base
     console.print(f"{len(learnt)} conversations", highlight=False)
     run(
@@ -199,26 +204,43 @@ def _vqa(
 
 
 def _excluded(data: str, folder: Path | None, split: str, others: list[str]) -> frozenset[str]:
-    """Pictures of val and test splits, if it is a training split that is learnt from."""
+    """Pictures of val and test splits, if it is a training split that is learnt from.
+
+    A split of the data set itself that is not there is told and passed over.
+    """
     from sam4mllm_tool.evaluation.datasets import DATASETS, load_examples
 
     if data == SCENES or folder is None or split != "train":
         return frozenset()
-    held = [(name, part) for name in dict.fromkeys([data, *others]) if name in DATASETS
-            for part in DATASETS[name].splits if part != "train"]  # fmt: skip
-    return frozenset(
-        example.image_id for name, part in held for example in load_examples(name, folder, part)
-    )
+    found: set[str] = set()
+    for name in dict.fromkeys([data, *others]):
+        parts = DATASETS[name].splits if name in DATASETS else ("val",)
+        for part in parts:
+            if part == "train":
+                continue
+            try:
+                found |= {example.image_id for example in load_examples(name, folder, part)}
+            except DatasetError as error:
+                if name != data:
+                    raise
+                console.print(f"[yellow]{part} pictures are not left out:[/] {error}")
+    return frozenset(found)
 
 
 def _examples(
-    data: str, folder: Path | None, split: str, count: int, seed: int
+    data: str, worlds: Sequence[str], folder: Path | None, split: str, count: int, seed: int
 ) -> Iterator[ReferringExample]:
     if data == SCENES:
-        from sam4mllm_tool.scenes.world import SMALL_WORLD
+        from sam4mllm_tool.scenes.world import WORLDS
         from sam4mllm_tool.training.scene_examples import scene_examples
 
-        yield from scene_examples(SMALL_WORLD, split, seed, count)
+        if unknown := set(worlds) - set(WORLDS):
+            raise InputError(
+                f"no world {sorted(unknown)[0]!r}", hint=f"Known: {', '.join(sorted(WORLDS))}."
+            )
+        for index in range(count):
+            for name in worlds:
+                yield from scene_examples(WORLDS[name], split, seed, 1, first=index)
         return
     from sam4mllm_tool.evaluation.datasets import load_examples
 

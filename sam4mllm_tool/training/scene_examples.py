@@ -31,7 +31,7 @@ def scene_examples(
                 dataset=f"scenes-{world.name}",
                 split=split,
                 example_id=f"{index}:{number}",
-                image_id=str(index),
+                image_id=f"{world.name}-{index}",
                 image=stream.getvalue(),
                 expressions=(found.text,),
                 masks=tuple(masks[target] for target in found.targets),
