@@ -34,7 +34,7 @@ from sam4mllm_tool.training.sam_interaction import (
     error_points,
     interaction_step,
 )
-from sam4mllm_tool.training.sam_loss import mask_iou, mask_loss, near_box
+from sam4mllm_tool.training.sam_loss import STRESS, mask_iou, mask_loss, near_box, near_points
 from sam4mllm_tool.training.sam_resize import resize_sam
 from sam4mllm_tool.training.scene_cache import build_scene_cache, open_scene_cache
 from sam4mllm_tool.types import Mask, PointLabel, RgbImage
@@ -168,6 +168,25 @@ def test_loss_by_hand():
         2 * 40 * 12 / 16 + 0.1 * 40 + 1 - (2 * 4 + 1) / (16 + 4 + 1), rel=1e-4
     )
     assert perfect.shape == (1, 3) and perfect.max() < 1e-3 and torch.equal(one, torch.ones(1, 3))
+
+
+def test_mistakes_at_a_point_weigh_more():
+    points = torch.tensor([[[10.0, 30.0]], [[62.0, 1.0]]])
+    stress = near_points(points, 16, 64)
+    assert stress.shape == (2, 16, 16)
+    for row, (x, y) in enumerate(points[:, 0] / 4):
+        place = int(stress[row].argmax())
+        assert (place % 16, place // 16) == (int(x), int(y))
+        assert 0.9 * STRESS < stress[row].max() <= STRESS
+    assert not near_points(points[:, :0], 16, 64).any()
+    target = torch.zeros(1, 16, 16)
+    target[0, 4:12, 1:9] = 1
+    losses = []
+    for column, line in ((2, 7), (7, 7)):  # the same mistake at the point, and away from it
+        wrong = 20 * (target - 0.5)
+        wrong[0, line, column] *= -1
+        losses.append(mask_loss(wrong, target, stress=stress[:1])[0].item())
+    assert losses[0] > 2 * losses[1]
 
 
 def test_iou_by_hand():

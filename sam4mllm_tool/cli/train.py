@@ -104,6 +104,7 @@ def train(
     epochs: Annotated[float | None, typer.Option(help="Instead of the preset's.")] = None,
     rate: Annotated[float | None, typer.Option(help="Instead of the preset's.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Instead of the preset's.")] = None,
+    bf16: Annotated[bool | None, typer.Option(help="Instead of the preset's.")] = None,
     ppg: PpgOption = 0.25,
     references: ReferencesOption = 5,
     tokens: Annotated[int, typer.Option(min=64, help="Most tokens a conversation.")] = 2048,
@@ -143,6 +144,7 @@ def train(
         rate=rate or kept.rate,
         rank=rank or kept.rank,
         alpha=2 * rank if rank else kept.alpha,
+        bf16=kept.bf16 if bf16 is None else bf16,
     )
     how = _recipe(data, seed, ppg, references, vqa_share)
     judge = load_sam(sam) if ppg or held_out else None

@@ -184,7 +184,7 @@ def _draw_group(
             boxes.append(given)
             points.append(where)
             labels.append(
-                _labels(where, target, 0.1 if with_box and rng.random() < 0.3 else 0, rng)
+                _labels(where, target, 0.1 if with_box and rng.random() < 0.2 else 0, rng)
             )
             targets.append(covered(target, cells))
     return PromptGroup(

@@ -11,7 +11,7 @@ from segment_anything.modeling import MaskDecoder, Sam
 
 from sam4mllm_tool.training.sam_data import PromptBatch, PromptGroup
 from sam4mllm_tool.training.sam_dense import DenseHeads, read_dense
-from sam4mllm_tool.training.sam_loss import mask_loss
+from sam4mllm_tool.training.sam_loss import mask_loss, near_points
 
 SINGLE = 0.4  # weight of the single-mask output
 DENSE = 0.6  # weight of pre-training's loss, where it goes on
@@ -122,7 +122,8 @@ def _play(
     for _ in range(rounds):
         own = embedding[group.picture]
         logits, quality = decode(sam, own, points, labels, group.boxes, masks)
-        loss, iou = candidates_loss(logits, quality, targets, others)
+        stress = near_points(points, targets.shape[-1], sam.image_encoder.img_size)
+        loss, iou = candidates_loss(logits, quality, targets, others, stress)
         (share * loss).backward()
         best = quality[:, 1:].detach().argmax(1)
         each = torch.arange(len(best))
@@ -135,10 +136,14 @@ def _play(
 
 
 def candidates_loss(
-    logits: torch.Tensor, quality: torch.Tensor, targets: torch.Tensor, others: float
+    logits: torch.Tensor,
+    quality: torch.Tensor,
+    targets: torch.Tensor,
+    others: float,
+    stress: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean loss of N x 4 candidates (first the single-mask output), and their IoU, N x 4."""
-    losses, iou = mask_loss(logits, targets)
+    losses, iou = mask_loss(logits, targets, stress=stress)
     several = losses[:, 1:]
     taught = (1 - others) * several.amin(1) + others * several.mean(1) + SINGLE * losses[:, 0]
     return taught.mean() + IOU * F.mse_loss(quality, iou), iou
