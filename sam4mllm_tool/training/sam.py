@@ -53,6 +53,7 @@ class SamTraining:
         minutes: wall-clock time of training, all sittings together.
         dense: share of it spent on dense pre-training.
         scenes: pictures drawn beforehand.
+        world: what they are drawn from, by name.
         pictures: pictures a batch (twice as many in pre-training).
         rate: peak learning rate.
         seed: of scenes, weights and batches.
@@ -71,6 +72,7 @@ class SamTraining:
     minutes: float = 80.0
     dense: float = 0.33
     scenes: int = 20000
+    world: str = "sam"
     pictures: int = 4
     rate: float = 1e-3
     seed: int = 0
@@ -270,7 +272,8 @@ def train_small_sam(settings: SamTraining) -> None:
     trainer = Trainer(settings, SMALL)
     side = trainer.config.image_size
     scenes = settings.run / "scenes"
-    for done in build_scene_cache(scenes, "sam", "train", settings.seed, settings.scenes, side):
+    drawn = settings.world, "train", settings.seed, settings.scenes, side
+    for done in build_scene_cache(scenes, *drawn):
         print(f"{done} of {settings.scenes} scenes drawn", flush=True)
     trainer.resume()
     described = {key: str(value) for key, value in asdict(settings).items()}
