@@ -363,7 +363,7 @@ def save_adapter(
     named = EMBEDDED if Path(base) == embedded.MLLM else str(base)
     for config in model.peft_config.values():
         config.base_model_name_or_path = named
-    model.save_pretrained(str(out))
+    model.save_pretrained(str(out), save_embedding_layers=False)  # they are not trained
     (out / "README.md").unlink(missing_ok=True)  # peft's card: a form nobody has filled in
     about = {
         "format": data.format,
