@@ -28,7 +28,7 @@ def worst_point(mask: Mask, truth: Mask) -> dict[str, object]:
 
 def main() -> None:
     """Draw from a rough box, then refine."""
-    scene = render_scene(SMALL_WORLD, "test", 6, seed=1)
+    scene = render_scene(SMALL_WORLD, "test", 12, seed=1)  # an umbrella, hard to draw at once
     target = scene.objects[0]
     truth = Mask(target.mask)
     toolbox = Toolbox(Sam4MLLM.from_pretrained)
