@@ -108,7 +108,7 @@ SAM_WORLD = World(
     backgrounds=BACKGROUNDS,
 )
 
-# Smaller things, more of them, most of each hidden: what the small SAM began on.
+# Smaller things, more of them, up to seven tenths of each hidden: what the small SAM began on.
 CROWDED_WORLD = replace(
     SAM_WORLD, name="crowded", objects=(2, 7), size=(0.12, 0.62), min_visible=0.3
 )

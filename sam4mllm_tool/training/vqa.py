@@ -72,8 +72,12 @@ def _pairs(record: dict[str, Any]) -> tuple[tuple[str, str], ...]:
 
 
 def scene_vqa(world: World, split: str, seed: int, count: int, first: int = 0) -> list[VqaExample]:
-    """What lies at some places of ``count`` scenes: a name's last word, or "background"."""
-    return [_ask_places(render_scene(world, split, first + n, seed)) for n in range(count)]
+    """What lies at some places of ``count`` scenes: a name's last word, or "background".
+
+    A scene in which nothing found room is left out.
+    """
+    scenes = (render_scene(world, split, first + n, seed) for n in range(count))
+    return [_ask_places(scene) for scene in scenes if scene.objects]
 
 
 def _ask_places(scene: Scene, questions: int = 5) -> VqaExample:
