@@ -15,6 +15,7 @@ from sam4mllm_tool.evaluation.sam_prompts import deepest_pixel, error_point, tru
 from sam4mllm_tool.protocols import MaskCandidate
 from sam4mllm_tool.scenes.render import render_scene
 from sam4mllm_tool.scenes.world import HELD_OUT_WORLD, SAM_WORLD
+from sam4mllm_tool.segmenter.drawn_prompts import CHANNELS, FAR, REACHES, draw_prompts
 from sam4mllm_tool.segmenter.small import (
     SmallSamConfig,
     build_small_sam,
@@ -35,7 +36,7 @@ from sam4mllm_tool.training.sam_interaction import (
     interaction_step,
 )
 from sam4mllm_tool.training.sam_loss import STRESS, mask_iou, mask_loss, near_box, near_points
-from sam4mllm_tool.training.sam_resize import resize_sam
+from sam4mllm_tool.training.sam_resize import extend_sam, resize_sam
 from sam4mllm_tool.training.scene_cache import build_scene_cache, open_scene_cache
 from sam4mllm_tool.types import Mask, PointLabel, RgbImage
 
@@ -116,7 +117,12 @@ def test_embedded_weights_load_and_are_small():
 
 
 @pytest.mark.parametrize("with_box", (True, False))
-def test_batched_decoding_equals_sam_prompt_by_prompt(tiny, with_box):
+@pytest.mark.parametrize("drawn", (True, False))
+def test_batched_decoding_equals_sam_prompt_by_prompt(tiny, with_box, drawn):
+    tiny, _ = extend_sam(tiny, TINY, drawn_prompts=drawn)
+    tiny.eval()
+    if drawn:
+        tiny.prompt_encoder.drawing[-1].weight.data.normal_()
     embeddings = torch.randn(3, TINY.prompt_dim, TINY.grid, TINY.grid)
     points, labels = torch.rand(3, 2, 2) * 64, torch.tensor([[0, 1], [1, 1], [1, 0]])
     boxes = torch.tensor([[3.0, 4, 30, 40], [0, 0, 9, 9], [5, 5, 60, 50]]) if with_box else None
@@ -224,6 +230,68 @@ def test_a_resized_sam_sees_an_enlarged_picture_as_before(tiny):
     assert all(torch.equal(v, tiny.state_dict()[k]) for k, v in same.state_dict().items())
     with pytest.raises(InputError):
         resize_sam(tiny, TINY, 64, 12)
+
+
+def test_an_extended_sam_answers_as_before(tiny):
+    larger, config = extend_sam(tiny, TINY, new_blocks=(0, 2), drawn_prompts=True)
+    assert (config.depth, config.global_blocks, config.drawn_prompts) == (4, (3,), True)
+    picture, points = torch.rand(1, 3, 64, 64), torch.rand(2, 3, 2) * 64
+    labels = torch.tensor([[1, 0, 1], [0, 0, 1]])
+    answers = []
+    for sam in (tiny, larger.eval()):
+        with torch.no_grad():
+            embedding = sam.image_encoder(picture).expand(2, -1, -1, -1)
+            answers.append(decode(sam, embedding, points, labels, None, None))
+    for found, expected in zip(*answers, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_a_drawing_teaches_and_is_saved(tiny, tmp_path):
+    """Gradients reach the drawing, and weights with it come back through the saved folder."""
+    sam, config = extend_sam(tiny, TINY, drawn_prompts=True)
+    sam.train()
+    boxes = torch.tensor([[8.0, 8, 40, 40]])
+    embedding = torch.randn(1, TINY.prompt_dim, TINY.grid, TINY.grid)
+    none = torch.zeros(1, 0, 2), torch.zeros(1, 0, dtype=torch.long)
+    before, _ = decode(sam, embedding, *none, boxes, None)
+    before.sum().backward()
+    last = sam.prompt_encoder.drawing[-1]
+    assert last.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        last.weight -= 0.1 * last.weight.grad.sign()
+    after, _ = decode(sam, embedding, *none, boxes, None)
+    assert (after - before).abs().max() > 1e-3
+    save_small_sam(sam, config, tmp_path)
+    again = load_small_sam(tmp_path)
+    torch.testing.assert_close(
+        again.prompt_encoder.drawing[-1].weight, last.weight.half().float(), atol=0, rtol=0
+    )
+
+
+def test_prompts_are_drawn_where_they_are():
+    """16 cells of 4 px: a box that covers one cell and parts of its neighbours, and two points."""
+    boxes = torch.tensor([[6.0, 8, 14, 12]])
+    points = torch.tensor([[[41.5, 21.5], [9.5, 57.5], [0.0, 0.0]]])
+    labels = torch.tensor([[1, 0, -1]])
+    (drawn,) = draw_prompts((points, labels), boxes, 64, 16)
+    assert drawn.shape == (CHANNELS, 16, 16)
+    covered, columns, rows = drawn[:3]
+    assert covered[2].tolist()[:5] == [0, 0.5, 1, 0.5, 0] and covered.sum() == 2
+    assert columns[0, 2] == 0 and columns[0, 1] == -1 and columns[0, 9] == FAR
+    assert rows[2, 0] == 0 and rows[3, 0] == FAR and rows[1, 7] == -FAR
+    here, there = drawn[3 : 3 + len(REACHES)], drawn[3 + len(REACHES) :]
+    for spots, (column, row) in ((here, (10, 5)), (there, (2, 14))):
+        assert (spots.flatten(1).argmax(1) == 16 * row + column).all()
+        torch.testing.assert_close(spots[:, row, column], torch.ones(len(REACHES)))
+        for reach, spot in zip(REACHES, spots, strict=True):
+            beside = torch.exp(torch.tensor(-0.5 / reach**2))
+            torch.testing.assert_close(spot[row, column - 1], beside)
+    assert not here[0, 0, 0] > 1e-6  # a point that is none is not drawn
+    (alone,) = draw_prompts(None, boxes, 64, 16)
+    assert torch.equal(alone[:3], drawn[:3]) and not alone[3:].any()
+    (unboxed,) = draw_prompts((points, labels), None, 64, 16)
+    assert torch.equal(unboxed[3:], drawn[3:]) and not unboxed[:3].any()
+    assert draw_prompts(None, None, 64, 16) is None
 
 
 def test_what_nobody_points_at_is_taught_too(tiny, tmp_path):

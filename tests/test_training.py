@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 
 from sam4mllm_tool import embedded
-from sam4mllm_tool.errors import DatasetError
+from sam4mllm_tool.errors import DatasetError, InputError
 from sam4mllm_tool.evaluation.cases import cases_of
 from sam4mllm_tool.evaluation.datasets.record import ReferringExample
 from sam4mllm_tool.formats import get_format
 from sam4mllm_tool.load import load_mllm
 from sam4mllm_tool.mllm.loading import choose_placement, load_adapter, load_model, load_processor
+from sam4mllm_tool.points import grid_points
 from sam4mllm_tool.protocols import MaskCandidate, SegmentPrompt
 from sam4mllm_tool.scenes.world import SMALL_WORLD
 from sam4mllm_tool.testing import ColourSegmenter
@@ -40,6 +41,7 @@ from sam4mllm_tool.training.lora import (
     train,
 )
 from sam4mllm_tool.training.progress import HeldOut
+from sam4mllm_tool.training.token_loss import END, NUMBER, PUNCTUATION, TokenLoss
 from sam4mllm_tool.training.vqa import VqaExample, llava_vqa, scene_vqa
 from sam4mllm_tool.types import Box, Mask, PointLabel, RgbImage, TargetCount
 
@@ -144,6 +146,18 @@ def test_same_seed_same_conversations_whatever_came_before() -> None:
     assert whole[-len(tail) :] == tail
     assert whole == [_asked(c) for c in conversations(_examples(), PQPP)]
     assert whole != [_asked(c) for c in conversations(_examples(), replace(PQPP, seed=1))]
+
+
+def test_grids_are_those_of_the_pipeline() -> None:
+    form, seen = get_format("sam4mllm"), 0
+    for conversation in conversations(_examples(), replace(PQPP, grids=1.0, jitter=0.0)):
+        for number, points in conversation.points.items():
+            question, _ = _asked(conversation)[number]
+            (box,) = form.read_boxes(question, (SIDE, SIDE)).boxes
+            expected = grid_points(box, len(points))
+            assert [(p.x, p.y) for p in points] == [pytest.approx(p, abs=0.05) for p in expected]
+            seen += 1
+    assert seen == 3
 
 
 def test_excluded_pictures_do_not_appear() -> None:
@@ -316,6 +330,37 @@ def test_padding_is_not_under_loss(base: Path) -> None:
         assert (batch["labels"][row, length:] == -100).all()
         assert (batch["attention_mask"][row, length:] == 0).all()
         assert torch.equal(batch["labels"][row, :length], one.labels[0])
+
+
+def test_numbers_are_smoothed_and_brackets_weigh_little(base: Path) -> None:
+    tokenizer = load_processor(base).tokenizer
+    convert = tokenizer.convert_tokens_to_ids
+    loss = TokenLoss(tokenizer, spread=2.0)
+    targets = torch.tensor([convert("500"), convert("Yes"), convert(","), convert("</s>")])
+    logits = torch.zeros(4, len(tokenizer))
+    logits[0, convert("503")] = 5.0
+    mean, each = loss(logits, targets)
+    # Each token's own loss is plain cross-entropy, but that a number's is spread over neighbours.
+    logs = torch.log_softmax(logits, -1)
+    near = torch.exp(-0.5 * ((torch.arange(1000) - 500) / 2.0) ** 2)
+    first = convert("000")
+    smoothed = -(near / near.sum() * logs[0, first : first + 1000]).sum()
+    uniform = torch.log(torch.tensor(float(len(tokenizer))))
+    torch.testing.assert_close(each, torch.stack([smoothed, uniform, uniform, uniform]))
+    weights = torch.tensor([NUMBER, 1.0, PUNCTUATION, END])
+    torch.testing.assert_close(mean, (each * weights).sum() / weights.sum())
+    far = logits.clone()
+    far[0, convert("503")], far[0, convert("560")] = 0.0, 5.0
+    assert loss(far, targets)[1][0] > each[0] + 0.2  # a near miss costs less than a far one
+
+
+def test_numbers_of_several_tokens_are_not_smoothed() -> None:
+    class Digits:
+        def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int]:
+            return 0 if isinstance(tokens, str) else [0] * len(tokens)
+
+    with pytest.raises(InputError, match="smoothed"):
+        TokenLoss(Digits())
 
 
 def test_only_lora_and_projector_learn(base: Path) -> None:

@@ -33,6 +33,10 @@ SplitOption = Annotated[str, typer.Option(help="Split to learn from.")]
 CountOption = Annotated[int, typer.Option(min=1, help="Scenes, or records of the data set.")]
 PpgOption = Annotated[float, typer.Option(min=0, max=1, help="Share asked the PPG way.")]
 ReferencesOption = Annotated[int, typer.Option(min=1, help="Most references a conversation.")]
+PointsOption = Annotated[int, typer.Option(min=1, help="Most points a round-2 question.")]
+GridsOption = Annotated[
+    float, typer.Option(min=0, max=1, help="Share of round-2 questions about an even grid.")
+]
 VqaOption = Annotated[
     Path | None,
     typer.Option(help="LLaVA instruction file to mix in; scenes ask what lies where without one."),
@@ -58,6 +62,8 @@ def dialogues(
     show: Annotated[int, typer.Option(min=1, help="Conversations to show.")] = 5,
     ppg: PpgOption = 0.25,
     references: ReferencesOption = 5,
+    points: PointsOption = 30,
+    grids: GridsOption = 0.0,
     vqa: VqaOption = None,
     vqa_images: VqaImagesOption = None,
     vqa_share: VqaShareOption = 0.0,
@@ -70,7 +76,7 @@ def dialogues(
     from sam4mllm_tool.load import load_sam
     from sam4mllm_tool.training.dialogues import conversations
 
-    recipe = _recipe(data, seed, ppg, references, vqa_share)
+    recipe = _recipe(data, seed, ppg, references, points, grids, vqa_share)
     judge = load_sam(sam) if ppg else None
     found = conversations(
         _examples(data, world, folder, split, count, seed),
@@ -103,10 +109,15 @@ def train(
     preset: Annotated[str, typer.Option(help="published or small.")] = "small",
     epochs: Annotated[float | None, typer.Option(help="Instead of the preset's.")] = None,
     rate: Annotated[float | None, typer.Option(help="Instead of the preset's.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Instead of the preset's: conversations a step.")
+    ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Instead of the preset's.")] = None,
     bf16: Annotated[bool | None, typer.Option(help="Instead of the preset's.")] = None,
     ppg: PpgOption = 0.25,
     references: ReferencesOption = 5,
+    points: PointsOption = 30,
+    grids: GridsOption = 0.0,
     tokens: Annotated[int, typer.Option(min=64, help="Most tokens a conversation.")] = 2048,
     vqa: VqaOption = None,
     vqa_images: VqaImagesOption = None,
@@ -142,11 +153,12 @@ def train(
         longest=tokens,
         epochs=epochs or kept.epochs,
         rate=rate or kept.rate,
+        batch=batch or kept.batch,
         rank=rank or kept.rank,
         alpha=2 * rank if rank else kept.alpha,
         bf16=kept.bf16 if bf16 is None else bf16,
     )
-    how = _recipe(data, seed, ppg, references, vqa_share)
+    how = _recipe(data, seed, ppg, references, points, grids, vqa_share)
     judge = load_sam(sam) if ppg or held_out else None
     about = chunks(
         _examples(data, world, folder, split, count, seed),
@@ -176,13 +188,23 @@ def train(
     console.print(f"wrote the adapter to {out}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _recipe(data: str, seed: int, ppg: float, references: int, vqa_share: float) -> Recipe:
+def _recipe(
+    data: str,
+    seed: int,
+    ppg: float,
+    references: int,
+    points: int,
+    grids: float,
+    vqa_share: float,
+) -> Recipe:
     from sam4mllm_tool.training.dialogues import Recipe
 
     return Recipe(
         seed=seed,
         ppg_share=ppg,
         references=references,
+        asked=(1, points),
+        grids=grids,
         vqa_share=vqa_share,
         loosened=LOOSENED if data == SCENES else 0.0,
     )

@@ -23,6 +23,7 @@ from segment_anything.modeling import (
 from torch import nn
 
 from sam4mllm_tool.errors import CheckpointError
+from sam4mllm_tool.segmenter.drawn_prompts import DrawnPromptEncoder
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -45,6 +46,7 @@ class SmallSamConfig:
         decoder_depth: two-way blocks of the mask decoder.
         decoder_mlp_dim: hidden width of the mask decoder's feed-forward layers.
         decoder_heads: attention heads of the mask decoder.
+        drawn_prompts: boxes and points are also drawn onto the image embedding.
     """
 
     image_size: int = 256
@@ -58,6 +60,7 @@ class SmallSamConfig:
     decoder_depth: int = 2
     decoder_mlp_dim: int = 256
     decoder_heads: int = 4
+    drawn_prompts: bool = False
 
     @property
     def grid(self) -> int:
@@ -81,7 +84,8 @@ def build_small_sam(config: SmallSamConfig) -> Sam:
         window_size=config.window_size,
         global_attn_indexes=config.global_blocks,
     )
-    prompt_encoder = PromptEncoder(
+    prompts = DrawnPromptEncoder if config.drawn_prompts else PromptEncoder
+    prompt_encoder = prompts(
         embed_dim=config.prompt_dim,
         image_embedding_size=(config.grid, config.grid),
         input_image_size=(config.image_size, config.image_size),
@@ -122,6 +126,7 @@ def load_small_sam_config(directory: Path) -> SmallSamConfig:
         if description.pop("model_type") != MODEL_TYPE:
             raise KeyError("model_type")
         description["global_blocks"] = tuple(description["global_blocks"])
+        description.setdefault("drawn_prompts", False)  # weights of before there were any
         known = {field.name for field in fields(SmallSamConfig)}
         return SmallSamConfig(**{key: description[key] for key in known})
     except (OSError, ValueError, KeyError, TypeError) as error:

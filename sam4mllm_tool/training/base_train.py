@@ -43,6 +43,7 @@ from sam4mllm_tool.training.base_scenes import BaseScene, SceneShards
 from sam4mllm_tool.training.base_vision import DenseHeads, dense_loss, patch_answers
 from sam4mllm_tool.training.base_vision_train import fit_heads
 from sam4mllm_tool.training.base_world import known_words, questions_of, words_of
+from sam4mllm_tool.training.token_loss import TokenLoss
 
 TOPICS = (
     "category", "colour", "function", "size", "position", "ordinal", "relation", "plural",
@@ -57,8 +58,6 @@ COURSE = (
 """Lesson plans, easy to hard."""
 GATES = ({"what": 0.7, "lists": 0.55}, {"points": 0.72})
 """What an examination must show before the next plan."""
-SPREAD = 6.0
-"""Standard deviation, in steps of the number line, of the label smoothing of coordinates."""
 Batch = tuple[Tensor, Packed, Tensor, Tensor]
 
 
@@ -91,34 +90,6 @@ class LessonBatches(IterableDataset[Batch]):
                 pictures = torch.from_numpy(np.stack([scene.image for scene in scenes]))
                 packed = self.packer.pack(lessons, self.longest)
                 yield pictures, packed, torch.from_numpy(answers), torch.from_numpy(boxes)
-
-
-class Loss:
-    """Text cross-entropy with label smoothing along the number line, and weights by token."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        convert = tokenizer.convert_tokens_to_ids
-        self.first = convert("000")
-        steps = torch.arange(1000)
-        near = torch.exp(-0.5 * ((steps[:, None] - steps) / SPREAD) ** 2)
-        self.near = near / near.sum(1, keepdim=True)
-        self.weights = torch.ones(len(tokenizer) + 64)
-        self.weights[self.first : self.first + 1000] = 0.6
-        for token in (",", "]", "Ċ", "(", "Ġ(", ")"):
-            self.weights[convert(token)] = 0.05
-        self.weights[convert("</s>")] = 0.2
-
-    def __call__(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, V) logits and N targets → the weighted mean, and each token's own loss."""
-        logs = functional.log_softmax(logits.float(), -1)
-        each = -logs.gather(1, targets[:, None])[:, 0]
-        number = (targets >= self.first) & (targets < self.first + 1000)
-        steps = targets[number] - self.first
-        each = each.masked_scatter(
-            number, -(self.near[steps] * logs[number, self.first : self.first + 1000]).sum(-1)
-        )
-        weights = self.weights[targets]
-        return (each * weights).sum() / weights.sum(), each.detach()
 
 
 def gentle(name: str) -> float:
@@ -201,7 +172,7 @@ def main() -> None:
                             options.longest, options.world)  # fmt: skip
     loader = iter(DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=6))
     examination = Examination(folder, model, tokenizer, packer, build_processor(tokenizer, shape))
-    loss_of, parameters = Loss(tokenizer), list(model.parameters())
+    loss_of, parameters = TokenLoss(tokenizer), list(model.parameters())
     weights = torch.ones(heads.answers.out_features)
     weights[questions_of(WORLDS[options.world]).groups["flags"]] = 3.0  # ranks come hardest
     places = place_codes(shape)  # a patch must go on knowing where it is

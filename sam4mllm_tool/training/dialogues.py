@@ -20,7 +20,7 @@ from sam4mllm_tool.dialogue import Turn
 from sam4mllm_tool.evaluation.datasets.record import ReferringExample
 from sam4mllm_tool.formats import get_format
 from sam4mllm_tool.formats.base import DialogueFormat
-from sam4mllm_tool.points import poisson_disk_points
+from sam4mllm_tool.points import grid_points, poisson_disk_points
 from sam4mllm_tool.protocols import Segmenter, SegmentPrompt
 from sam4mllm_tool.training.vqa import VqaExample
 from sam4mllm_tool.types import Box, Mask, Point, PointLabel, PromptPoint, RgbImage, TargetCount
@@ -38,6 +38,8 @@ class Recipe:
         spread, radius: round 2 asks some of up to ``spread`` Poisson-disk points of the box, no
             two closer than ``radius`` box sides.
         asked: fewest and most points of a round-2 question.
+        grids: share of round-2 questions about an even grid over the box, in row order, as the
+            pipeline spreads its candidates; the published recipe has none.
         jitter: each edge of the box round 2 speaks of moves by up to this share of its side.
         positive, negative: points of a PPG reply on and off the object (our numbers, as are the
             next two: the paper says "few").
@@ -55,6 +57,7 @@ class Recipe:
     spread: int = 100
     radius: float = 0.1
     asked: tuple[int, int] = (1, 30)
+    grids: float = 0.0
     jitter: float = 0.1
     positive: int = 3
     negative: int = 1
@@ -240,9 +243,12 @@ class _Maker:
     def _round_two(self, text: str, mask: Mask, box: Box) -> _Exchange:
         recipe, size = self.recipe, self.image.size
         asked = self._jittered(box)
-        spread = poisson_disk_points(asked, recipe.spread, self.rng, recipe.radius)
         number = self.rng.randint(*recipe.asked)
-        points = self.rng.sample(spread, min(number, len(spread)))
+        if recipe.grids and self.rng.random() < recipe.grids:
+            points = grid_points(asked, number)
+        else:
+            spread = poisson_disk_points(asked, recipe.spread, self.rng, recipe.radius)
+            points = self.rng.sample(spread, min(number, len(spread)))
         labels = [_label(mask, point) for point in points]
         words = self.form.yes_no
         reply = words.prefix + "".join(

@@ -28,6 +28,7 @@ from sam4mllm_tool.load import EMBEDDED
 from sam4mllm_tool.mllm.loading import choose_placement, load_model, load_processor
 from sam4mllm_tool.training.dialogues import Conversation, Recipe
 from sam4mllm_tool.training.progress import HeldOut
+from sam4mllm_tool.training.token_loss import SPREAD, TokenLoss
 
 IGNORED = -100
 PROJECTORS = ("multi_modal_projector", "resampler", "connector", "merger", "mlp1")
@@ -48,6 +49,8 @@ class LoraRecipe:
         projector: also train the projector between picture and text, whole.
         bf16: compute in bfloat16.
         checkpointing: recompute activations to save memory.
+        smoothing: standard deviation of the label smoothing of coordinates, in steps of 0-999, with
+            punctuation weighing little (:class:`TokenLoss`); 0 is plain cross-entropy.
         longest: tokens a conversation may have; its last questions are left out until it fits.
         seed: of initialisation, order and dropout.
     """
@@ -62,6 +65,7 @@ class LoraRecipe:
     projector: bool = True
     bf16: bool = True
     checkpointing: bool = True
+    smoothing: float = 0.0
     longest: int = 2048
     seed: int = 0
 
@@ -70,7 +74,7 @@ PRESETS = {
     "published": LoraRecipe(),
     "small": LoraRecipe(
         rank=16, alpha=32, dropout=0.0, rate=1e-3, epochs=1, batch=8, bf16=False,
-        checkpointing=False,
+        checkpointing=False, smoothing=SPREAD,
     ),
 }  # fmt: skip
 """``published``: the paper's figures. ``small``: for the embedded model, on a CPU."""
@@ -348,11 +352,25 @@ def train(
         train_dataset=ConversationSet(conversations, encoder),
         eval_dataset=ConversationSet(held_out, encoder) if held_out else None,
         callbacks=callbacks,
+        compute_loss_func=_smoothed(processor.tokenizer, recipe) if recipe.smoothing else None,
     )
     if examined is not None:
         trainer.measure = partial(examined.measure, model.get_base_model(), processor, data.format)
     trainer.train(resume_from_checkpoint=resume)
     return save_adapter(model, out, base, recipe, data)
+
+
+def _smoothed(tokenizer: Any, recipe: LoraRecipe) -> Callable[..., Tensor]:
+    """The loss as ``Trainer`` calls it, in place of the model's own."""
+    token_loss = TokenLoss(tokenizer, recipe.smoothing)
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        spoken = labels[:, 1:] != IGNORED
+        mean, _ = token_loss(outputs.logits[:, :-1][spoken], labels[:, 1:][spoken])
+        # Gradients of accumulated batches are summed: each weighs as much as it has tokens.
+        return mean if num_items_in_batch is None else mean * spoken.sum() / num_items_in_batch
+
+    return loss
 
 
 def save_adapter(

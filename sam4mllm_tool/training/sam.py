@@ -33,7 +33,7 @@ from sam4mllm_tool.training.sam_data import BatchSettings, scene_batches
 from sam4mllm_tool.training.sam_dense import DenseHeads, dense_loss
 from sam4mllm_tool.training.sam_init import initialise
 from sam4mllm_tool.training.sam_interaction import interaction_step
-from sam4mllm_tool.training.sam_resize import resize_sam
+from sam4mllm_tool.training.sam_resize import extend_sam, resize_sam
 from sam4mllm_tool.training.sam_validate import validate
 from sam4mllm_tool.training.scene_cache import build_scene_cache
 
@@ -61,10 +61,14 @@ class SamTraining:
         threads: CPU threads of the model.
         image_size, patch: pixels of the picture's and a patch's side; 0 leaves the
             configuration's.
+        new_blocks: where the encoder gets further blocks that begin by doing nothing: their
+            indices in the deeper encoder, with commas between.
+        drawn_prompts: let boxes and points be drawn onto the image embedding.
         others: how much the candidates that were not the best are taught: little lets the three
             differ, much makes the choice among them matter less.
         start: weights of an earlier sitting to begin with (then mostly with `dense` 0); the
-            model takes their configuration, at `image_size` and `patch`.
+            model takes their configuration, at `image_size` and `patch`, extended by
+            `new_blocks` and `drawn_prompts`.
     """
 
     run: Path
@@ -80,6 +84,8 @@ class SamTraining:
     threads: int = 1
     image_size: int = 0
     patch: int = 0
+    new_blocks: str = ""
+    drawn_prompts: bool = False
     others: float = 0.15
     start: Path | None = None
 
@@ -233,21 +239,20 @@ class Trainer:
 
 def starting_sam(settings: SamTraining, fresh: SmallSamConfig) -> tuple[Sam, SmallSamConfig]:
     """Fresh weights, or those of an earlier sitting, at the resolution that is asked for."""
-    size, patch = settings.image_size, settings.patch
     if settings.start is None:
         config = replace(
-            fresh, image_size=size or fresh.image_size, patch_size=patch or fresh.patch_size
+            fresh,
+            image_size=settings.image_size or fresh.image_size,
+            patch_size=settings.patch or fresh.patch_size,
         )
         sam = build_small_sam(config)
         initialise(sam)
-        return sam, config
-    config = load_small_sam_config(settings.start)
-    return resize_sam(
-        load_small_sam(settings.start),
-        config,
-        size or config.image_size,
-        patch or config.patch_size,
-    )
+    else:
+        sam, config = load_small_sam(settings.start), load_small_sam_config(settings.start)
+        size = settings.image_size or config.image_size
+        sam, config = resize_sam(sam, config, size, settings.patch or config.patch_size)
+    blocks = [int(place) for place in settings.new_blocks.split(",") if place]
+    return extend_sam(sam, config, blocks, settings.drawn_prompts)
 
 
 def optimisers(sam: Sam, heads: DenseHeads, rate: float) -> list[torch.optim.Optimizer]:
@@ -288,9 +293,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path)
     for field in fields(SamTraining)[2:-1]:
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default
-        )
+        kind = {"action": "store_true"} if field.default is False else {"type": type(field.default)}
+        name = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(name, default=field.default, **kind)  # type: ignore[arg-type]
     train_small_sam(SamTraining(**vars(parser.parse_args())))
 
 

@@ -2,7 +2,7 @@
 
 The recipe of SAM (Kirillov et al. 2023, appendix A) on a small scale: three candidate masks of
 which the best is taught, a predicted IoU for each, and in later rounds one more point from the
-error region together with the former mask's logits.
+error region, mostly together with the former mask's logits.
 """
 
 import torch
@@ -17,6 +17,8 @@ SINGLE = 0.4  # weight of the single-mask output
 DENSE = 0.6  # weight of pre-training's loss, where it goes on
 IOU = 1.5  # weight of the IoU head
 ROUNDS = (1, 1, 2, 2, 3)
+AFRESH = 0.5  # chance that a round is not shown the former mask: points alone must tell
+BOXED_OTHERS = 1.0  # weight of the other candidates where a box leaves little to choose among
 
 
 def decode(
@@ -119,6 +121,7 @@ def _play(
     targets = group.targets.float() / 255
     points, labels, masks = group.points, group.labels, None
     history = []
+    others = others if group.boxes is None else BOXED_OTHERS
     for _ in range(rounds):
         own = embedding[group.picture]
         logits, quality = decode(sam, own, points, labels, group.boxes, masks)
@@ -128,8 +131,11 @@ def _play(
         best = quality[:, 1:].detach().argmax(1)
         each = torch.arange(len(best))
         history.append((float(loss.detach()), float(iou[:, 1:][each, best].mean())))
-        masks = logits.detach()[:, 1:][each, best][:, None]
-        new_points, new_labels = error_points(masks[:, 0], targets, sam, generator)
+        found = logits.detach()[:, 1:][each, best]
+        new_points, new_labels = error_points(found, targets, sam, generator)
+        masks = found[:, None]
+        if float(torch.rand((), generator=generator)) < AFRESH:
+            masks = None
         points = torch.cat([points, new_points], dim=1)
         labels = torch.cat([labels, new_labels], dim=1)
     return history

@@ -1,9 +1,10 @@
-"""A trained small SAM at another resolution, weights carried over.
+"""A trained small SAM at another resolution, or with more to it, weights carried over.
 
 Coarse models learn many pictures a minute, fine ones draw better outlines: train coarse first, then
 go on finer from what is known.
 """
 
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,6 +16,7 @@ from sam4mllm_tool.segmenter.small import SmallSamConfig, build_small_sam
 
 PATCHES = "image_encoder.patch_embed.proj.weight"
 POSITIONS = "image_encoder.pos_embed"
+BLOCKS = "image_encoder.blocks."
 
 
 @torch.no_grad()
@@ -48,3 +50,42 @@ def resize_sam(
     made = build_small_sam(resized)
     made.load_state_dict(weights)
     return made, resized
+
+
+@torch.no_grad()
+def extend_sam(
+    sam: Sam, config: SmallSamConfig, new_blocks: Collection[int] = (), drawn_prompts: bool = False
+) -> tuple[Sam, SmallSamConfig]:
+    """The same SAM with further encoder blocks and drawn prompts, which change nothing yet.
+
+    Args:
+        sam, config: what there is.
+        new_blocks: indices, in the extended encoder, of the new (windowed) blocks.
+        drawn_prompts: whether it can learn to draw its prompts (see `DrawnPromptEncoder`).
+    """
+    depth = config.depth + len(new_blocks)
+    kept = [place for place in range(depth) if place not in new_blocks]
+    extended = replace(
+        config,
+        depth=depth,
+        global_blocks=tuple(kept[place] for place in config.global_blocks),
+        drawn_prompts=drawn_prompts or config.drawn_prompts,
+    )
+    made = build_small_sam(extended)
+    weights = dict(made.state_dict()) | {
+        _moved(name, kept): value for name, value in sam.state_dict().items()
+    }
+    for place in new_blocks:  # a block adds to what it is given: adding nothing, it is not there
+        for last in ("attn.proj", "mlp.lin2"):
+            for part in ("weight", "bias"):
+                weights[f"{BLOCKS}{place}.{last}.{part}"].zero_()
+    made.load_state_dict(weights)
+    return made, extended
+
+
+def _moved(name: str, kept: Sequence[int]) -> str:
+    """A weight's name when old block number n is new block `kept[n]`."""
+    if not name.startswith(BLOCKS):
+        return name
+    number, rest = name.removeprefix(BLOCKS).split(".", 1)
+    return f"{BLOCKS}{kept[int(number)]}.{rest}"
