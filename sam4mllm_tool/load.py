@@ -83,6 +83,8 @@ def load_mllm(
         name = base_of(adapter) or EMBEDDED
     if name == EMBEDDED:
         name = str(embedded.MLLM)
+        # Reports should read the same wherever it is installed.
+        options.setdefault("name", EMBEDDED + (f" + {adapter}" if adapter else ""))
         if adapter is None and embedded.ADAPTER.is_dir():
             adapter = str(embedded.ADAPTER)
     return LocalMllm.from_pretrained(name, adapter=adapter, **options)

@@ -175,6 +175,21 @@ def read(text: str, scene: Scene) -> tuple[int, ...]:
     return members
 
 
+def read_compound(text: str, scene: Scene) -> tuple[int, ...]:
+    """Objects of which everything holds that a text says; size and side are among all of a name."""
+    first = re.split(r" (?:to the )?(?:left|right|above|below|higher|lower)\b", text)[0]
+    said = {*nouns(re.sub(r" on the \w+| at the \w+", "", first), scene)}
+    like = nouns(re.sub("|".join(COLOURS), "", first), scene)
+    if match := re.search(r"\b(big|small)\b", text):
+        by_size = sorted(like, key=lambda n: scene.objects[n].full_area)
+        said &= {by_size[-1 if match[1] == "big" else 0]}
+    if match := re.search(r"(?:on|at) the (left|right|top|bottom)$", text):
+        said &= {ranked(like, match[1], scene)[0]}
+    elif first != text:
+        said &= {*read(text, scene)}
+    return tuple(sorted(said))
+
+
 def ranked(members, side, scene):
     axis, sign = SIDES[side]
     return sorted(members, key=lambda n: sign * scene.objects[n].centre[axis])
@@ -206,11 +221,25 @@ def test_every_expression_means_its_targets(world):
         scene = render_scene(world, "train", index, size=96)
         for phrase in expressions(scene, random.Random(index)):
             kinds.add(phrase.kind)
-            assert read(phrase.text, scene) == phrase.targets, phrase
-            assert (len(phrase.targets) == 0) == (phrase.kind == "absent")
+            compound = phrase.kind in ("compound", "contradicted")
+            reader = read_compound if compound else read
+            assert reader(phrase.text, scene) == phrase.targets, phrase
+            assert (len(phrase.targets) == 0) == (phrase.kind in ("absent", "contradicted"))
             assert (len(phrase.targets) > 1) == (phrase.kind == "plural")
     assert kinds >= {"category", "colour", "size", "position", "relation", "plural", "absent"}
-    assert kinds >= {"function", "ordinal"}
+    assert kinds >= {"function", "ordinal", "compound", "contradicted"}
+
+
+def test_what_is_untrue_is_told_from_what_is_true():
+    """A red dog on the left and a blue one: size and place of both are denied the wrong way."""
+    scene = hand_made(("dog", "red", 10, 40, 10), ("dog", "blue", 60, 30, 30),
+                      ("car", None, 40, 80, 10))  # fmt: skip
+    texts = {(phrase.text, phrase.targets) for phrase in said(scene)}
+    assert {("the red dog on the left", (0,)), ("the big blue dog", (1,)),
+            ("the small dog on the left", (0,)), ("the red dog on the right", ()),
+            ("the small blue dog", ()), ("the red dog above the car", (0,)),
+            ("the red dog below the car", ())} <= texts  # fmt: skip
+    assert not any(text.startswith("the red dog at the") for text, _ in texts)
 
 
 def hand_made(*things: tuple[str, str | None, int, int, int]) -> Scene:

@@ -13,21 +13,19 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from sam4mllm_tool.evaluation.sam_prompts import conditions, error_point, true_prompts
 from sam4mllm_tool.protocols import MaskCandidate, Segmenter, SegmentPrompt
+from sam4mllm_tool.relations import mask_iou
 from sam4mllm_tool.scenes.render import SceneObject, render_scene
 from sam4mllm_tool.scenes.world import HELD_OUT_WORLD, SAM_WORLD, World
-from sam4mllm_tool.types import RgbImage
+from sam4mllm_tool.types import Mask, RgbImage
 
 MIN_PIXELS = 100  # objects that show less are not counted
 ROUNDS = 4  # interactive rounds, each with one more point from the error region
 RESAMPLES = 1000
 SUBSETS = ("all", "occluded", "nested", "concave", "thin", "hard")
-
-Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ def measure_object(
     answers = segmenter.predict(image, list(prompts.values()))
     chosen = [best(candidates) for candidates in answers]
     iou = {
-        name: mask_iou(candidate.mask.pixels, thing.mask)
+        name: mask_iou(candidate.mask, Mask(thing.mask))
         for name, candidate in zip(prompts, chosen, strict=True)
     }
     predicted = tuple(
@@ -144,7 +142,7 @@ def interact(
     for _ in range(ROUNDS):
         (candidates,) = segmenter.predict(image, [prompt])
         answer = best(candidates)
-        values.append(mask_iou(answer.mask.pixels, thing.mask))
+        values.append(mask_iou(answer.mask, Mask(thing.mask)))
         point = error_point(answer.mask.pixels, thing.mask)
         if point is not None:
             prompt = SegmentPrompt(prompt.box, (*prompt.points, point), answer.logits)
@@ -161,12 +159,6 @@ def subsets(thing: SceneObject) -> frozenset[str]:
     flags = {name: getattr(thing, name) for name in ("occluded", "nested", "concave", "thin")}
     hard = flags["occluded"] or flags["nested"] or flags["concave"]
     return frozenset(["all", *(name for name, flag in flags.items() if flag), *["hard"] * hard])
-
-
-def mask_iou(found: Bools, truth: Bools) -> float:
-    """Intersection over union of two bool H x W masks; 1 if both are empty."""
-    union = np.count_nonzero(found | truth)
-    return np.count_nonzero(found & truth) / union if union else 1.0
 
 
 def summarise(measured: Sequence[Measured]) -> dict[str, dict[str, Score]]:

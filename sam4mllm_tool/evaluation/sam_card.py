@@ -24,14 +24,14 @@ from sam4mllm_tool.evaluation.sam import (
     bars,
     best,
     evaluate_sam,
-    mask_iou,
 )
 from sam4mllm_tool.evaluation.sam_prompts import conditions, true_prompts
 from sam4mllm_tool.protocols import Segmenter, SegmentPrompt
+from sam4mllm_tool.relations import mask_iou
 from sam4mllm_tool.scenes.render import render_scene
 from sam4mllm_tool.scenes.world import SAM_WORLD
 from sam4mllm_tool.segmenter.segment_anything import SegmentAnythingSegmenter
-from sam4mllm_tool.types import PointLabel, RgbImage
+from sam4mllm_tool.types import Mask, PointLabel, RgbImage
 
 MARKS = ("<!-- measured -->", "<!-- /measured -->")
 CASES = 6  # of each of best, median, worst
@@ -92,10 +92,9 @@ def case_sheet(segmenter: Segmenter, seed: int) -> Image.Image:
         for thing in scene.objects:
             if thing.area >= MIN_PIXELS:
                 prompt = true_prompts(thing, rng)["box_10_points"]
-                answer = best(segmenter.predict(image, [prompt])[0]).mask.pixels
-                cases.append(
-                    (mask_iou(answer, thing.mask), scene.image, prompt, answer, thing.mask)
-                )
+                answer = best(segmenter.predict(image, [prompt])[0]).mask
+                iou = mask_iou(answer, Mask(thing.mask))
+                cases.append((iou, scene.image, prompt, answer.pixels, thing.mask))
     cases.sort(key=lambda case: -case[0])
     middle = len(cases) // 2 - CASES // 2
     rows = (cases[:CASES], cases[middle : middle + CASES], cases[-CASES:])

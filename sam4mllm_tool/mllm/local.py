@@ -90,6 +90,7 @@ class LocalMllm:
         compile: bool = False,
         cache_bytes: int = 4 * _GIBIBYTE,
         recompute: bool = False,
+        name: str | None = None,
     ) -> LocalMllm:
         """Load a checkpoint directory or hub id, with an optional PEFT adapter.
 
@@ -105,6 +106,7 @@ class LocalMllm:
             compile: run forward passes through ``torch.compile``.
             cache_bytes: bound for kept keys and values of images and dialogues.
             recompute: read everything anew in each call (the oracle; slow).
+            name: what reports call it, instead of checkpoint and adapter.
 
         Raises:
             CheckpointError: missing, corrupt or of the wrong kind.
@@ -138,7 +140,7 @@ class LocalMllm:
         found = kind(
             model.eval(),
             processor,
-            name=str(checkpoint) + (f" + {adapter}" if adapter is not None else ""),
+            name=name or str(checkpoint) + (f" + {adapter}" if adapter is not None else ""),
             format_name=notes.get("format", stock.name),
             known_words=None if words is None else frozenset(str(w).lower() for w in words),
             cache_bytes=cache_bytes,

@@ -1,16 +1,28 @@
-"""Referring expressions of known kind for a scene, each naming its targets and nothing else.
-
-A fact that only just holds (two cats at almost the same height, a size ratio of 1.1) makes an
-ambiguous expression, so every comparison needs a clear margin.
-"""
+"""Referring expressions of known kind for a scene, each naming its targets and nothing else."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
-from sam4mllm_tool.scenes.render import Scene, SceneObject
+from sam4mllm_tool.scenes.facts import (
+    OPPOSITE,
+    SIDES,
+    Group,
+    alone_beside,
+    clearly_apart,
+    colours_of,
+    distance_along,
+    extremes_in_size,
+    groups_in,
+    landmarks_in,
+    members_of,
+    names_in,
+    outermost,
+    ranked,
+    side_of,
+)
+from sam4mllm_tool.scenes.render import Scene
 from sam4mllm_tool.scenes.sprites import functions, plurals, sprites
 
 Kind = Literal[
@@ -23,11 +35,9 @@ Kind = Literal[
     "plural",
     "absent",
     "function",
+    "compound",
+    "contradicted",
 ]
-
-MARGIN = 0.06  # clear difference of two places, share of the shorter side
-SIZE_RATIO = 1.35  # clear difference of two sizes
-NAMELESS = "blob"
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh")
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
@@ -71,6 +81,13 @@ RELATION = {
 }
 PLURAL = ("all the {p}", "the {p}", "every {n}", "the {k} {p}", "all {k} {p}", "each {n}")
 PLURAL_OF_TWO = ("both {p}", "the two {p}", "all the {p}", "the {p}", "every {n}")
+BESIDE = {
+    "left": "the {n} on the left",
+    "right": "the {n} on the right",
+    "top": "the {n} at the top",
+    "bottom": "the {n} at the bottom",
+}
+COMPOUNDS = 2  # most of them, and of contradicted ones, a scene
 ABSENT = (*CATEGORY[:2], "the {n} on the left", "the biggest {n}", "all the {p}", "the {n}")
 
 
@@ -83,71 +100,37 @@ class ReferringExpression:
     targets: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _Group:
-    """The objects that one noun ("cat", "red car") names."""
-
-    noun: str
-    plural: str
-    members: tuple[int, ...]
-
-
 def expressions(scene: Scene, rng: random.Random) -> list[ReferringExpression]:
     """Every unambiguous expression of known kind, one wording drawn for each.
 
-    The list always ends with expressions whose target is absent.
+    The list always ends with expressions whose target is absent: things that are not there, and
+    things of which something is said that is true of none.
     """
     found = [*_named(scene, rng)]
-    for group in _groups(scene):
+    for group in groups_in(scene):
         found += _sizes(scene, group, rng)
         found += _positions(scene, group, rng)
         found += _ordinals(scene, group, rng)
         found += _relations(scene, group, rng)
-    found += _absent(scene, rng)
+    absent = [*_absent(scene, rng)]
+    compound, contradicted = _compounds(scene, rng)
+    found += [*compound, *absent, *contradicted]
     return list(dict.fromkeys(found))
-
-
-def _members(scene: Scene, name: str, colour: str | None = None) -> tuple[int, ...]:
-    return tuple(
-        number
-        for number, thing in enumerate(scene.objects)
-        if thing.name == name and colour in (None, thing.colour)
-    )
-
-
-def _names(scene: Scene) -> list[str]:
-    return list(dict.fromkeys(t.name for t in scene.objects if t.name != NAMELESS))
-
-
-def _colours(scene: Scene, name: str) -> list[str]:
-    used = (thing.colour for thing in scene.objects if thing.name == name)
-    return list(dict.fromkeys(colour for colour in used if colour is not None))
-
-
-def _groups(scene: Scene) -> Iterator[_Group]:
-    """Nouns by category and, where it narrows the category down, by colour and category."""
-    for name in _names(scene):
-        everything = _members(scene, name)
-        yield _Group(name, plurals()[name], everything)
-        for colour in _colours(scene, name):
-            members = _members(scene, name, colour)
-            if 1 < len(members) < len(everything):
-                yield _Group(f"{colour} {name}", f"{colour} {plurals()[name]}", members)
 
 
 def _named(scene: Scene, rng: random.Random) -> Iterator[ReferringExpression]:
     """Category, colour, function and plural: what the words alone pick out."""
-    for name in _names(scene):
-        members = _members(scene, name)
+    for name in names_in(scene):
+        members = members_of(scene, name)
         if len(members) == 1:
             yield _say(rng, CATEGORY, "category", members, n=name)
             if functions().get(name):
                 yield ReferringExpression(rng.choice(functions()[name]), "function", members)
-        for colour in _colours(scene, name):
-            coloured = _members(scene, name, colour)
+        for colour in colours_of(scene, name):
+            coloured = members_of(scene, name, colour)
             if len(coloured) == 1:
                 yield _say(rng, COLOUR, "colour", coloured, n=name, c=colour)
-    for group in _groups(scene):
+    for group in groups_in(scene):
         count = len(group.members)
         if count > 1:
             wordings = PLURAL_OF_TWO if count == 2 else PLURAL
@@ -155,116 +138,138 @@ def _named(scene: Scene, rng: random.Random) -> Iterator[ReferringExpression]:
             yield _say(rng, wordings, "plural", group.members, **words)
 
 
-def _sizes(scene: Scene, group: _Group, rng: random.Random) -> Iterator[ReferringExpression]:
-    """The biggest and the smallest, where full and visible size agree by a clear ratio."""
-    if len(group.members) < 2:
-        return
+def _sizes(scene: Scene, group: Group, rng: random.Random) -> Iterator[ReferringExpression]:
+    """The biggest and the smallest."""
     words = {"n": group.noun, "p": group.plural}
     two = len(group.members) == 2
-    by_full = _ranked(scene, group, lambda thing: thing.full_area)
-    by_seen = _ranked(scene, group, lambda thing: thing.area)
-    sides = [float(scene.objects[number].full_area) ** 0.5 for number in by_full]
-    if by_full[-1] == by_seen[-1] and sides[-1] > SIZE_RATIO * sides[-2]:
-        yield _say(rng, BIGGER if two else BIGGEST, "size", by_full[-1:], **words)
-    if by_full[0] == by_seen[0] and SIZE_RATIO * sides[0] < sides[1]:
-        yield _say(rng, SMALLER if two else SMALLEST, "size", by_full[:1], **words)
+    smallest, biggest = extremes_in_size(scene, group)
+    if biggest is not None:
+        yield _say(rng, BIGGER if two else BIGGEST, "size", (biggest,), **words)
+    if smallest is not None:
+        yield _say(rng, SMALLER if two else SMALLEST, "size", (smallest,), **words)
 
 
-def _positions(scene: Scene, group: _Group, rng: random.Random) -> Iterator[ReferringExpression]:
+def _positions(scene: Scene, group: Group, rng: random.Random) -> Iterator[ReferringExpression]:
     """The outermost member on each of the four sides."""
-    if len(group.members) < 2:
-        return
     wordings = POSITION_OF_TWO if len(group.members) == 2 else POSITION
-    for side in ("left", "right", "top", "bottom"):
-        ranked = _ranked(scene, group, _distance_along(scene, side))
-        if _gaps(scene, ranked[:2], side):
+    for side in SIDES:
+        target = outermost(scene, group, side)
+        if target is not None:
             words = {"n": group.noun, "p": group.plural}
-            yield _say(rng, wordings[side], "position", ranked[:1], **words)
+            yield _say(rng, wordings[side], "position", (target,), **words)
 
 
-def _ordinals(scene: Scene, group: _Group, rng: random.Random) -> Iterator[ReferringExpression]:
+def _ordinals(scene: Scene, group: Group, rng: random.Random) -> Iterator[ReferringExpression]:
     """ "The second cat from the right", for three members and more."""
     if len(group.members) < 3:
         return
-    for side in ("left", "right", "top", "bottom"):
-        ranked = _ranked(scene, group, _distance_along(scene, side))
-        for place in range(1, len(ranked) - 1):
-            if _gaps(scene, ranked[: place + 2], side):
+    for side in SIDES:
+        in_order = ranked(scene, group, distance_along(scene, side))
+        for place in range(1, len(in_order) - 1):
+            if clearly_apart(scene, in_order[: place + 2], side):
                 words = {"n": group.noun, "o": ORDINALS[place], "k": NUMBERS[place + 1], "s": side}
-                yield _say(rng, ORDINAL, "ordinal", (ranked[place],), **words)
+                yield _say(rng, ORDINAL, "ordinal", (in_order[place],), **words)
 
 
-def _relations(scene: Scene, group: _Group, rng: random.Random) -> Iterator[ReferringExpression]:
+def _relations(scene: Scene, group: Group, rng: random.Random) -> Iterator[ReferringExpression]:
     """ "The cat right of the car", where the other noun names one object."""
-    for noun, landmark in _landmarks(scene):
+    for noun, landmark in landmarks_in(scene):
         if landmark in group.members:
             continue
         for side, wordings in RELATION.items():
-            where = [_side_of(scene, member, landmark, side) for member in group.members]
-            if where.count("clearly") == 1 and where.count("not") == len(where) - 1:
-                target = group.members[where.index("clearly")]
+            target = alone_beside(scene, group, landmark, side)
+            if target is not None:
                 yield _say(rng, wordings, "relation", (target,), n=group.noun, m=noun)
 
 
 def _absent(scene: Scene, rng: random.Random) -> Iterator[ReferringExpression]:
     """Things of this world that the scene lacks: another category, another colour."""
     world = scene.world
-    present = set(_names(scene))
+    present = set(names_in(scene))
     known = dict.fromkeys([sprites()[key].name for key in world.sprites] + list(world.shapes))
     missing = [name for name in known if name not in present]
     for name in rng.sample(missing, min(2, len(missing))):
         yield _say(rng, ABSENT, "absent", (), n=name, p=plurals()[name])
-    for name in _names(scene):
-        used = _colours(scene, name)
+    for name in names_in(scene):
+        used = colours_of(scene, name)
         others = [colour for colour in world.colours if colour not in used]
         if used and others:
             yield _say(rng, COLOUR, "absent", (), n=name, c=rng.choice(others))
+
+
+def _compounds(
+    scene: Scene, rng: random.Random
+) -> tuple[list[ReferringExpression], list[ReferringExpression]]:
+    """Expressions that say two things of one object, and such as are half untrue.
+
+    Size and side are those among all of the name, so that readers who look only among those of
+    the colour find the same object. What is untrue is said of the only object of its colour.
+    """
+    true: list[ReferringExpression] = []
+    false: list[ReferringExpression] = []
+
+    def say(wordings: Iterable[str], target: int | None, **words: str) -> None:
+        kind: Kind = "contradicted" if target is None else "compound"
+        found = _say(rng, wordings, kind, () if target is None else (target,), **words)
+        (false if target is None else true).append(found)
+
+    for name in names_in(scene):
+        group = Group(name, plurals()[name], members_of(scene, name))
+        sizes, sides = _size_facts(scene, group), _side_facts(scene, group)
+        for wording, opposite, number in [*sizes, *sides]:
+            if colour := scene.objects[number].colour:
+                say((wording,), number, n=f"{colour} {name}")
+                if members_of(scene, name, colour) == (number,):
+                    say((opposite,), None, n=f"{colour} {name}")
+        for size, _, number in sizes:
+            for side, _, other in sides:
+                if number == other:
+                    say((side,), number, n=size.removeprefix("the ").format(n=name))
+        for noun, landmark in landmarks_in(scene):
+            if landmark in group.members:
+                continue
+            for side, wordings in RELATION.items():
+                for colour in colours_of(scene, name):
+                    coloured = Group("", "", members_of(scene, name, colour))
+                    target = alone_beside(scene, coloured, landmark, side)
+                    if target is not None:
+                        say(wordings, target, n=f"{colour} {name}", m=noun)
+                        if len(coloured.members) == 1:
+                            say(RELATION[OPPOSITE[side]], None, n=f"{colour} {name}", m=noun)
+                for size, _, number in sizes:
+                    if side_of(scene, number, landmark, side) == "clearly":
+                        noun_ = size.removeprefix("the ").format(n=name)
+                        say(wordings, number, n=noun_, m=noun)
+    return _some(rng, true), _some(rng, false)
+
+
+def _size_facts(scene: Scene, group: Group) -> list[tuple[str, str, int]]:
+    """(wording, wording of the opposite, number) of the clearly biggest and smallest."""
+    smallest, biggest = extremes_in_size(scene, group)
+    words = (("big", "small", biggest), ("small", "big", smallest))
+    return [
+        (f"the {word} {{n}}", f"the {opposite} {{n}}", number)
+        for word, opposite, number in words
+        if number is not None
+    ]
+
+
+def _side_facts(scene: Scene, group: Group) -> list[tuple[str, str, int]]:
+    """The same of the outermost on each side."""
+    found = [(side, outermost(scene, group, side)) for side in SIDES]
+    return [
+        (BESIDE[side], BESIDE[OPPOSITE[side]], number)
+        for side, number in found
+        if number is not None
+    ]
+
+
+def _some(rng: random.Random, found: list[ReferringExpression]) -> list[ReferringExpression]:
+    different = list(dict.fromkeys(found))
+    return rng.sample(different, min(COMPOUNDS, len(different)))
 
 
 def _say(
     rng: random.Random, wordings: Iterable[str], kind: Kind, targets: tuple[int, ...], **words: str
 ) -> ReferringExpression:
     return ReferringExpression(rng.choice(tuple(wordings)).format(**words), kind, targets)
-
-
-def _landmarks(scene: Scene) -> Iterator[tuple[str, int]]:
-    for name in _names(scene):
-        members = _members(scene, name)
-        if len(members) == 1:
-            yield name, members[0]
-        else:
-            for colour in _colours(scene, name):
-                coloured = _members(scene, name, colour)
-                if len(coloured) == 1:
-                    yield f"{colour} {name}", coloured[0]
-
-
-def _ranked(scene: Scene, group: _Group, key: Callable[[SceneObject], float]) -> tuple[int, ...]:
-    return tuple(sorted(group.members, key=lambda number: key(scene.objects[number])))
-
-
-def _distance_along(scene: Scene, side: str) -> Callable[[SceneObject], float]:
-    """Distance of a centre from one side of the picture, up to a constant, in shorter sides."""
-    axis, sign = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}[side]
-    shorter = min(scene.image.size)
-    return lambda thing: sign * thing.centre[axis] / shorter
-
-
-def _gaps(scene: Scene, ranked: tuple[int, ...], side: str) -> bool:
-    """Whether neighbours in a ranking lie clearly apart."""
-    distance = _distance_along(scene, side)
-    places = [distance(scene.objects[number]) for number in ranked]
-    return all(after - before > MARGIN for before, after in pairwise(places))
-
-
-def _side_of(scene: Scene, member: int, landmark: int, side: str) -> str:
-    """Whether a member lies "clearly" on that side of the landmark, clearly "not", or "maybe".
-
-    "Clearly" also asks that the named direction is the main one.
-    """
-    thing, other = scene.objects[member], scene.objects[landmark]
-    beyond = _distance_along(scene, side)(other) - _distance_along(scene, side)(thing)
-    across = _distance_along(scene, "top" if side in ("left", "right") else "left")
-    if beyond > MARGIN and beyond > abs(across(other) - across(thing)):
-        return "clearly"
-    return "not" if beyond < -MARGIN else "maybe"

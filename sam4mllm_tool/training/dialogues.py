@@ -22,6 +22,7 @@ from sam4mllm_tool.formats import get_format
 from sam4mllm_tool.formats.base import DialogueFormat
 from sam4mllm_tool.points import grid_points, poisson_disk_points
 from sam4mllm_tool.protocols import Segmenter, SegmentPrompt
+from sam4mllm_tool.relations import mask_iou
 from sam4mllm_tool.training.vqa import VqaExample
 from sam4mllm_tool.types import Box, Mask, Point, PointLabel, PromptPoint, RgbImage, TargetCount
 
@@ -284,7 +285,7 @@ class _Maker:
             groups, self.segmenter.predict(self.image, prompts), strict=True
         ):
             best = max(candidates, key=lambda candidate: candidate.predicted_iou)
-            judged.append((_mask_iou(best.mask, mask), group))
+            judged.append((mask_iou(best.mask, mask), group))
         judged.sort(key=lambda pair: -pair[0])
         chosen = self.rng.choice(judged[: recipe.best])[1]
         question = self.form.ask_box_and_points(text, count, recipe.positive, recipe.negative, size)
@@ -319,11 +320,6 @@ class _Maker:
 
 def _label(mask: Mask, point: Point) -> PointLabel:
     return PointLabel.FOREGROUND if mask.contains(*point) else PointLabel.BACKGROUND
-
-
-def _mask_iou(a: Mask, b: Mask) -> float:
-    union = int((a.pixels | b.pixels).sum())
-    return int((a.pixels & b.pixels).sum()) / union if union else 0.0
 
 
 def _conversation(image_id: str, image: RgbImage, exchanges: Sequence[_Exchange]) -> Conversation:
