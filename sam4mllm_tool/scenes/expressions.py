@@ -114,8 +114,9 @@ def expressions(scene: Scene, rng: random.Random) -> list[ReferringExpression]:
         found += _relations(scene, group, rng)
     absent = [*_absent(scene, rng)]
     compound, contradicted = _compounds(scene, rng)
-    found += [*compound, *absent, *contradicted]
-    return list(dict.fromkeys(found))
+    told = {phrase.text for phrase in found}  # with two red of three, place and colour say it too
+    found += [phrase for phrase in compound if phrase.text not in told]
+    return list(dict.fromkeys([*found, *absent, *contradicted]))
 
 
 def _named(scene: Scene, rng: random.Random) -> Iterator[ReferringExpression]:
