@@ -24,7 +24,13 @@ from sam4mllm_tool.segmenter.small import (
     save_small_sam,
 )
 from sam4mllm_tool.training import sam as training
-from sam4mllm_tool.training.sam_data import BatchSettings, SceneBatches, covered, jitter_box
+from sam4mllm_tool.training.sam_data import (
+    BatchSettings,
+    SceneBatches,
+    augment,
+    covered,
+    jitter_box,
+)
 from sam4mllm_tool.training.sam_data import mask_box as data_box
 from sam4mllm_tool.training.sam_dense import DenseHeads, dense_loss
 from sam4mllm_tool.training.sam_init import cosine_filters, initialise
@@ -341,6 +347,22 @@ def test_batches_agree_with_the_scenes(tmp_path):
     cells = (without.points[:, 0] // 4).long()
     share = without.targets[torch.arange(len(cells)), cells[:, 1], cells[:, 0]]
     assert (share > 0).all() and (without.labels[:, 0] == 1).all()
+
+
+def test_augmented_pictures_and_masks_stay_together():
+    """Light where the object is, whatever was done to both: turned, softened, recoloured."""
+    labels = np.full((40, 40), -1, dtype=np.int8)
+    labels[5:25, 8:14] = 0
+    image = np.where(labels[..., None] == 0, 200, 50).astype(np.uint8).repeat(3, axis=2)
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(40):
+        turned, marks = augment(image, labels, rng)
+        assert turned.shape == image.shape and (marks == 0).sum() == (labels == 0).sum()
+        grey = turned.mean(axis=2)
+        middle = (grey.max() + grey.min()) / 2
+        assert ((grey > middle) == (marks == 0)).mean() > 0.96  # a soft edge may move by a pixel
+        seen |= {data_box(marks == 0).tobytes(), bool(((grey > 60) & (grey < 190)).any())}
+    assert len(seen) > 6
 
 
 def test_boxes_and_cells():

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
 from sam4mllm_tool.training.scene_cache import open_scene_cache
 
 MIN_PIXELS = 60  # smaller visible masks teach nothing at this resolution
-POINTS_WITH_BOX = (0, 0, 0, 1, 2, 3, 5, 8, 10)
+POINTS_WITH_BOX = (0, 0, 1, 3, 5, 8, 10, 10)
 POINTS_WITHOUT_BOX = (1, 1, 1, 2, 3)
 
 Bools = npt.NDArray[np.bool_]
@@ -105,7 +106,10 @@ def scene_batches(cache: Path, settings: BatchSettings, seed: int) -> Iterator[o
 def augment(
     image: npt.NDArray[np.uint8], labels: Labels, rng: np.random.Generator
 ) -> tuple[npt.NDArray[np.uint8], Labels]:
-    """Turn by quarters, mirror, swap colour channels, change brightness: the masks stay exact."""
+    """Turn by quarters, mirror, swap colour channels, change brightness: the masks stay exact.
+
+    Half of the pictures are softened, as those are that are enlarged to the model's input.
+    """
     turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
     image, labels = np.rot90(image, turns), np.rot90(labels, turns)
     if mirror:
@@ -115,7 +119,18 @@ def augment(
     if rng.random() < 0.4:
         table = np.clip(np.arange(256) * rng.uniform(0.6, 1.2) + rng.uniform(-25, 25), 0, 255)
         image = table.astype(np.uint8)[image]
+    if rng.random() < 0.5:
+        image = _softened(image, rng.uniform(0.6, 1.0))
     return np.ascontiguousarray(image), np.ascontiguousarray(labels)
+
+
+def _softened(image: npt.NDArray[np.uint8], scale: float) -> npt.NDArray[np.uint8]:
+    """The picture reduced to `scale` of its sides and enlarged again."""
+    height, width = image.shape[:2]
+    small = Image.fromarray(np.ascontiguousarray(image)).resize(
+        (round(scale * width), round(scale * height)), Image.Resampling.BILINEAR
+    )
+    return np.asarray(small.resize((width, height), Image.Resampling.BILINEAR))
 
 
 def visible_masks(labels: Labels) -> list[Bools]:
