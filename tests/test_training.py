@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import load_file
 
 from sam4mllm_tool import embedded
-from sam4mllm_tool.errors import DatasetError, InputError
+from sam4mllm_tool.errors import CheckpointError, DatasetError, InputError
 from sam4mllm_tool.evaluation.cases import cases_of
 from sam4mllm_tool.evaluation.datasets.record import ReferringExample
 from sam4mllm_tool.formats import get_format
@@ -38,6 +40,7 @@ from sam4mllm_tool.training.lora import (
     ConversationEncoder,
     LoraRecipe,
     adapt,
+    take_over,
     train,
 )
 from sam4mllm_tool.training.progress import HeldOut
@@ -398,13 +401,31 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 
 def test_resuming_gives_the_uninterrupted_run(adapters: tuple[Path, Path]) -> None:
-    from safetensors.torch import load_file
-
     whole, broken = (load_file(folder / "adapter_model.safetensors") for folder in adapters)
     assert whole.keys() == broken.keys()
     assert any(value.abs().sum() > 0 for name, value in whole.items() if "lora_B" in name)
     for name, value in whole.items():
         assert torch.equal(value, broken[name]), name
+
+
+def test_an_adapter_goes_on_from_another(
+    base: Path, adapters: tuple[Path, Path], tmp_path: Path
+) -> None:
+    whole, _ = adapters
+    recipe = LoraRecipe(rank=4, alpha=4, rate=1e-2, batch=3, bf16=False, checkpointing=False)
+    model = adapt(load_model(base, choose_placement("cpu", "float32")), recipe)
+    take_over(model, whole)
+    saved = load_file(whole / "adapter_model.safetensors")
+    found = get_peft_model_state_dict(model)
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[name], saved[name]) for name in saved)
+    learning = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert any("lora_B" in name for name in learning)
+    with pytest.raises(CheckpointError, match="no way on"):
+        take_over(adapt(load_model(base, choose_placement("cpu", "float32")),
+                        replace(recipe, rank=8)), whole)  # fmt: skip
+    with pytest.raises(CheckpointError, match="no way on"):
+        take_over(model, tmp_path)
 
 
 def test_figures_of_the_pipeline_are_logged(adapters: tuple[Path, Path], base: Path) -> None:

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from sam4mllm_tool import embedded
-from sam4mllm_tool.errors import InputError
+from sam4mllm_tool.errors import CheckpointError, InputError
 from sam4mllm_tool.formats import get_format
 from sam4mllm_tool.load import EMBEDDED
 from sam4mllm_tool.mllm.loading import choose_placement, load_model, load_processor
@@ -271,6 +273,28 @@ def adapt(model: Any, recipe: LoraRecipe) -> PeftModel:
     )
 
 
+def take_over(model: PeftModel, adapter: Path) -> None:
+    """Set an adapted model's layers to those of a saved adapter.
+
+    Raises:
+        CheckpointError: missing, corrupt, or of other layers or another rank.
+    """
+    try:
+        weights = load_file(adapter / "adapter_model.safetensors")
+        found = set_peft_model_state_dict(model, weights)
+        lost = [name for name in found.missing_keys if "lora_" in name or "modules_to_save" in name]
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"no way on from the adapter in {adapter}: {error}",
+            hint="It must have been trained over this base with the same --rank.",
+        ) from error
+    if lost or found.unexpected_keys:
+        raise CheckpointError(
+            f"the adapter in {adapter} has other layers, first {(lost + found.unexpected_keys)[0]}",
+            hint="It must have been trained over this base with the same --rank.",
+        )
+
+
 def train(
     base: str | Path,
     conversations: Sequence[Conversation],
@@ -284,6 +308,7 @@ def train(
     stop_after: int | None = None,
     held_out: Sequence[Conversation] = (),
     examined: HeldOut | None = None,
+    start: Path | None = None,
     deepspeed: Path | None = None,
     tensorboard: bool = False,
     show_progress: bool = False,
@@ -304,6 +329,8 @@ def train(
         held_out: conversations whose loss is reported at every checkpoint.
         examined: expressions asked through the real pipeline at every checkpoint (with
             ``held_out``): box Acc@0.5, point accuracy, cIoU, N-acc and T-acc.
+        start: an adapter over the same base, of the same rank, to go on from with a fresh schedule
+            (other data, another rate); without it LoRA layers begin by doing nothing.
         deepspeed: DeepSpeed configuration, as transformers takes it; several processes are found
             by themselves under ``accelerate launch``.
         tensorboard: write all figures to ``out/tensorboard`` as well.
@@ -313,12 +340,14 @@ def train(
         the adapter's folder.
 
     Raises:
-        CheckpointError: the base cannot be loaded.
+        CheckpointError: the base cannot be loaded, or ``start`` does not fit it.
         InputError: TensorBoard is asked for and not installed.
     """
     processor = load_processor(Path(base))
     placement = choose_placement(device, "float32")
     model = adapt(load_model(Path(base), placement), recipe)
+    if start is not None:
+        take_over(model, start)
     encoder = ConversationEncoder(processor, data, recipe.longest)
     arguments = TrainingArguments(
         output_dir=str(out / "checkpoints"),
