@@ -87,6 +87,7 @@ def load_mllm(
         options.setdefault("name", EMBEDDED + (f" + {adapter}" if adapter else ""))
         if adapter is None and embedded.ADAPTER.is_dir():
             adapter = str(embedded.ADAPTER)
+            options.setdefault("merge_adapter", True)  # nothing will be taught to it: be quick
     return LocalMllm.from_pretrained(name, adapter=adapter, **options)
 
 

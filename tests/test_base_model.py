@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -13,8 +14,12 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sam4mllm_tool import embedded
+from sam4mllm_tool.evaluation.scenes import scene_cases
 from sam4mllm_tool.geometry import box_iou
-from sam4mllm_tool.scenes.world import SMALL_WORLD
+from sam4mllm_tool.load import load_mllm
+from sam4mllm_tool.pipeline import Sam4MLLM
+from sam4mllm_tool.scenes.world import ALIKE_WORLD, SMALL_WORLD
+from sam4mllm_tool.testing import ColourSegmenter
 from sam4mllm_tool.training.base_circuits import shift_code
 from sam4mllm_tool.training.base_forward import forward, to_pixels
 from sam4mllm_tool.training.base_lessons import FORMAT, UNIT, Plan, Teacher
@@ -213,3 +218,23 @@ def test_the_shipped_checkpoint_loads_plainly() -> None:
     tokens = processor.tokenizer.tokenize(FORMAT.ask_boxes("the red disc", TargetCount.ONE, UNIT))
     assert len(tokens) == 5
     assert not model.state_dict()["lm_head.weight"].isnan().any()
+
+
+def test_the_shipped_adapter_hears_what_is_half_untrue() -> None:
+    """With it, what is said twice over is still found, and what is half untrue is not."""
+    cases = [
+        case
+        for case in scene_cases(3, 300, world=ALIKE_WORLD, split="val")()
+        if case.kind in ("compound", "contradicted")
+    ]
+    assert Counter(case.kind for case in cases).most_common()[-1][1] > 20
+    found: dict[tuple[str, str], list[bool]] = {}
+    for name, mllm in (("base", load_mllm(str(embedded.MLLM))), ("adapted", load_mllm())):
+        model = Sam4MLLM(mllm, ColourSegmenter())
+        for case in cases:
+            located = model.locate(case.open_image(), case.expression, TargetCount.ZERO_OR_MORE)
+            found.setdefault((name, case.kind), []).append(bool(located.objects))
+    share = {key: float(np.mean(values)) for key, values in found.items()}
+    assert share["base", "contradicted"] > 0.8 and share["adapted", "contradicted"] < 0.3
+    assert share["adapted", "compound"] > 0.7
+    assert load_mllm().name == "embedded"
