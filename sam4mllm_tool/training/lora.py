@@ -386,7 +386,9 @@ def train(
     if examined is not None:
         trainer.measure = partial(examined.measure, model.get_base_model(), processor, data.format)
     trainer.train(resume_from_checkpoint=resume)
-    return save_adapter(model, out, base, recipe, data)
+    if trainer.is_world_process_zero():
+        save_adapter(model, out, base, recipe, data)
+    return out
 
 
 def _smoothed(tokenizer: Any, recipe: LoraRecipe) -> Callable[..., Tensor]:
