@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from segment_anything import SamPredictor
+from segment_anything.modeling.image_encoder import Attention
 
 from sam4mllm_tool.errors import CheckpointError, InputError
 from sam4mllm_tool.evaluation import sam as evaluation
@@ -111,6 +112,18 @@ def test_it_is_a_sam_like_any_other(tiny):
     predictor.set_image(np.full((48, 96, 3), 127, dtype=np.uint8))
     masks, quality, logits = predictor.predict(box=np.array([10, 10, 40, 30]))
     assert masks.shape == (3, 48, 96) and quality.shape == (3,) and logits.shape == (3, 16, 16)
+
+
+def test_fused_attention_is_segment_anythings(tiny):
+    """Same weights, same numbers, windowed and global."""
+    picture = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        found = tiny.image_encoder(picture)
+        for block in tiny.image_encoder.blocks:
+            plain = Attention(TINY.embed_dim, TINY.num_heads)
+            plain.load_state_dict(block.attn.state_dict())
+            block.attn = plain
+        torch.testing.assert_close(tiny.image_encoder(picture), found, atol=1e-5, rtol=1e-5)
 
 
 def test_embedded_weights_load_and_are_small():

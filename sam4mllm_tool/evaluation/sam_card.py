@@ -18,14 +18,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sam4mllm_tool.evaluation.sam import (
     MIN_PIXELS,
-    Bools,
     SamReport,
     Score,
     bars,
     best,
     evaluate_sam,
+    time_segmenter,
 )
-from sam4mllm_tool.evaluation.sam_prompts import conditions, true_prompts
+from sam4mllm_tool.evaluation.sam_prompts import Bools, conditions, true_prompts
 from sam4mllm_tool.protocols import Segmenter, SegmentPrompt
 from sam4mllm_tool.relations import mask_iou
 from sam4mllm_tool.scenes.render import render_scene
@@ -92,9 +92,9 @@ def case_sheet(segmenter: Segmenter, seed: int) -> Image.Image:
         for thing in scene.objects:
             if thing.area >= MIN_PIXELS:
                 prompt = true_prompts(thing, rng)["box_10_points"]
-                answer = best(segmenter.predict(image, [prompt])[0]).mask
-                iou = mask_iou(answer, Mask(thing.mask))
-                cases.append((iou, scene.image, prompt, answer.pixels, thing.mask))
+                drawn = best(segmenter.predict(image, [prompt])[0]).mask
+                iou = mask_iou(drawn, Mask(thing.mask))
+                cases.append((iou, scene.image, prompt, drawn.pixels, thing.mask))
     cases.sort(key=lambda case: -case[0])
     middle = len(cases) // 2 - CASES // 2
     rows = (cases[:CASES], cases[middle : middle + CASES], cases[-CASES:])
@@ -145,6 +145,9 @@ def write_card(directory: Path, seed: int, objects: int) -> SamReport:
     torch.set_num_threads(1)  # a second one waits for the first on a busy machine
     segmenter = SegmentAnythingSegmenter.from_pretrained(directory, device="cpu")
     report = evaluate_sam(segmenter, seed=seed, objects=objects)
+    torch.set_num_threads(2)  # which the bars of the times speak of
+    report.encode_ms, report.decode_ms = time_segmenter(segmenter, seed)
+    report.threads = 2
     (directory / "evaluation.json").write_text(json.dumps(report.to_json(), indent=1) + "\n")
     case_sheet(segmenter, seed).save(directory / "cases.png", optimize=True)
     card = directory / "README.md"

@@ -32,15 +32,17 @@ class DrawnPromptEncoder(PromptEncoder):
         mask_in_chans: int,
     ) -> None:
         super().__init__(embed_dim, image_embedding_size, input_image_size, mask_in_chans)
+        last = nn.Conv2d(64, embed_dim, kernel_size=1)
+        nn.init.zeros_(last.weight)
+        assert last.bias is not None
+        nn.init.zeros_(last.bias)
         self.drawing = nn.Sequential(
             nn.Conv2d(CHANNELS, 32, kernel_size=2, stride=2),
             nn.GELU(),
             nn.Conv2d(32, 64, kernel_size=2, stride=2),
             nn.GELU(),
-            nn.Conv2d(64, embed_dim, kernel_size=1),
+            last,
         )
-        nn.init.zeros_(self.drawing[-1].weight)
-        nn.init.zeros_(self.drawing[-1].bias)
 
     def forward(
         self,

@@ -295,7 +295,7 @@ def main() -> None:
     for field in fields(SamTraining)[2:-1]:
         kind = {"action": "store_true"} if field.default is False else {"type": type(field.default)}
         name = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(name, default=field.default, **kind)  # type: ignore[arg-type]
+        parser.add_argument(name, default=field.default, **kind)
     train_small_sam(SamTraining(**vars(parser.parse_args())))
 
 
