@@ -245,19 +245,19 @@ def test_a_folder_belongs_to_one_run(miniatures, tmp_path):
 
 
 def test_scenes_by_kind(tmp_path):
-    cases = scene_cases(seed=5, limit=60)
-    report = evaluate_scenes(knowing(cases), tmp_path, seed=5, limit=60)
+    cases = scene_cases(seed=5, limit=120)
+    report = evaluate_scenes(knowing(cases), tmp_path, seed=5, limit=120)
     for key in ("cIoU", "gIoU", "box_acc50", "point_accuracy", "n_acc", "t_acc", "ece",
                 "questions", "seconds"):  # fmt: skip
         assert report[key] is not None
-    assert report["cases"] == 60
+    assert report["cases"] == 120
     assert {"absent", "category", "plural"} <= set(report["by_kind"])
     assert report["cIoU"] == report["n_acc"] == report["t_acc"] == report["box_acc50"] == 1
     assert report["ece"] == pytest.approx(0.03, abs=0.02), "certainty 0.97, always right"
-    assert sum(one["cases"] for one in report["by_kind"].values()) == 60
+    assert sum(one["cases"] for one in report["by_kind"].values()) == 120
     assert report["by_kind"]["absent"]["t_acc"] is None
     assert 0.4 < report["point_baseline"] < 0.95
-    assert [case.case for case in cases()] == [case.case for case in scene_cases(5, 60)()]
+    assert [case.case for case in cases()] == [case.case for case in scene_cases(5, 120)()]
 
 
 def test_presence_is_asked_apart_so_that_t_acc_can_fall(tmp_path):
