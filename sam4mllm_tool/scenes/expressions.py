@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, product
 from typing import Literal
 
 from sam4mllm_tool.scenes.facts import (
@@ -88,6 +89,8 @@ BESIDE = {
     "bottom": "the {n} at the bottom",
 }
 COMPOUNDS = 2  # most of them, and of contradicted ones, a scene
+_Told = tuple[tuple[str, ...], int | None, dict[str, str]]
+"""Wordings, the object of which both things are true (none: half untrue), and their words."""
 ABSENT = (*CATEGORY[:2], "the {n} on the left", "the biggest {n}", "all the {p}", "the {n}")
 
 
@@ -208,61 +211,64 @@ def _compounds(
     """
     true: list[ReferringExpression] = []
     false: list[ReferringExpression] = []
-
-    def say(wordings: Iterable[str], target: int | None, **words: str) -> None:
-        kind: Kind = "contradicted" if target is None else "compound"
-        found = _say(rng, wordings, kind, () if target is None else (target,), **words)
-        (false if target is None else true).append(found)
-
     for name in names_in(scene):
         group = Group(name, plurals()[name], members_of(scene, name))
-        sizes, sides = _size_facts(scene, group), _side_facts(scene, group)
-        for wording, opposite, number in [*sizes, *sides]:
-            if colour := scene.objects[number].colour:
-                say((wording,), number, n=f"{colour} {name}")
-                if members_of(scene, name, colour) == (number,):
-                    say((opposite,), None, n=f"{colour} {name}")
-        for size, _, number in sizes:
-            for side, _, other in sides:
-                if number == other:
-                    say((side,), number, n=size.removeprefix("the ").format(n=name))
-        for noun, landmark in landmarks_in(scene):
-            if landmark in group.members:
-                continue
-            for side, wordings in RELATION.items():
-                for colour in colours_of(scene, name):
-                    coloured = Group("", "", members_of(scene, name, colour))
-                    target = alone_beside(scene, coloured, landmark, side)
-                    if target is not None:
-                        say(wordings, target, n=f"{colour} {name}", m=noun)
-                        if len(coloured.members) == 1:
-                            say(RELATION[OPPOSITE[side]], None, n=f"{colour} {name}", m=noun)
-                for size, _, number in sizes:
-                    if side_of(scene, number, landmark, side) == "clearly":
-                        noun_ = size.removeprefix("the ").format(n=name)
-                        say(wordings, number, n=noun_, m=noun)
+        for wordings, target, words in chain(_among_like(scene, group), _beside(scene, group)):
+            if target is None:
+                false.append(_say(rng, wordings, "contradicted", (), **words))
+            else:
+                true.append(_say(rng, wordings, "compound", (target,), **words))
     return _some(rng, true), _some(rng, false)
 
 
-def _size_facts(scene: Scene, group: Group) -> list[tuple[str, str, int]]:
-    """(wording, wording of the opposite, number) of the clearly biggest and smallest."""
+def _among_like(scene: Scene, group: Group) -> Iterator[_Told]:
+    """Size or side with colour, and size with side."""
+    sizes = _size_words(scene, group)
+    sides = [(side, outermost(scene, group, side)) for side in SIDES]
+    ranks = [(f"the {word} {{n}}", f"the {other} {{n}}", n) for word, other, n in sizes]
+    ranks += [(BESIDE[side], BESIDE[OPPOSITE[side]], n) for side, n in sides if n is not None]
+    for wording, opposite, number in ranks:
+        colour = scene.objects[number].colour
+        if colour is None:
+            continue
+        words = {"n": f"{colour} {group.noun}"}
+        yield (wording,), number, words
+        if members_of(scene, group.noun, colour) == (number,):
+            yield (opposite,), None, words
+    for (word, _, number), (side, outer) in product(sizes, sides):
+        if number == outer:
+            yield (BESIDE[side],), number, {"n": f"{word} {group.noun}"}
+
+
+def _beside(scene: Scene, group: Group) -> Iterator[_Told]:
+    """Colour or size with the place beside a landmark."""
+    name, plural = group.noun, group.plural
+    coloured = [
+        Group(f"{colour} {name}", f"{colour} {plural}", members_of(scene, name, colour))
+        for colour in colours_of(scene, name)
+    ]
+    sizes = _size_words(scene, group)
+    for (landmark_noun, landmark), side in product(landmarks_in(scene), SIDES):
+        if landmark in group.members:
+            continue
+        for some in coloured:
+            target = alone_beside(scene, some, landmark, side)
+            if target is None:
+                continue
+            words = {"n": some.noun, "m": landmark_noun}
+            yield RELATION[side], target, words
+            if some.members == (target,):
+                yield RELATION[OPPOSITE[side]], None, words
+        for word, _, number in sizes:
+            if side_of(scene, number, landmark, side) == "clearly":
+                yield RELATION[side], number, {"n": f"{word} {name}", "m": landmark_noun}
+
+
+def _size_words(scene: Scene, group: Group) -> list[tuple[str, str, int]]:
+    """(word, its opposite, number) of the clearly biggest and smallest."""
     smallest, biggest = extremes_in_size(scene, group)
     words = (("big", "small", biggest), ("small", "big", smallest))
-    return [
-        (f"the {word} {{n}}", f"the {opposite} {{n}}", number)
-        for word, opposite, number in words
-        if number is not None
-    ]
-
-
-def _side_facts(scene: Scene, group: Group) -> list[tuple[str, str, int]]:
-    """The same of the outermost on each side."""
-    found = [(side, outermost(scene, group, side)) for side in SIDES]
-    return [
-        (BESIDE[side], BESIDE[OPPOSITE[side]], number)
-        for side, number in found
-        if number is not None
-    ]
+    return [(word, opposite, n) for word, opposite, n in words if n is not None]
 
 
 def _some(rng: random.Random, found: list[ReferringExpression]) -> list[ReferringExpression]:

@@ -83,10 +83,10 @@ def distance_along(scene: Scene, side: str) -> Callable[[SceneObject], float]:
     return lambda thing: sign * thing.centre[axis] / shorter
 
 
-def clearly_apart(scene: Scene, ranked: tuple[int, ...], side: str) -> bool:
+def clearly_apart(scene: Scene, in_order: tuple[int, ...], side: str) -> bool:
     """Whether neighbours in a ranking lie clearly apart."""
     distance = distance_along(scene, side)
-    places = [distance(scene.objects[number]) for number in ranked]
+    places = [distance(scene.objects[number]) for number in in_order]
     return all(after - before > MARGIN for before, after in pairwise(places))
 
 

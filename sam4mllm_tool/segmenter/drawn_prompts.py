@@ -79,16 +79,16 @@ def draw_prompts(
         cells: a side of the drawing.
     """
     if points is not None:
-        spots = [_spots(points, label, side, cells) for label in (1, 0)]
+        spots = _spots(points, side, cells)
     elif boxes is not None:
-        spots = [boxes.new_zeros(len(boxes), 2 * len(REACHES), cells, cells)]
+        spots = boxes.new_zeros(len(boxes), 2 * len(REACHES), cells, cells)
     else:
         return None
     if boxes is not None:
         frame = _frame(boxes.reshape(-1, 4), side, cells)
     else:
-        frame = spots[0].new_zeros(len(spots[0]), 3, cells, cells)
-    return torch.cat([frame, *spots], dim=1)
+        frame = spots.new_zeros(len(spots), 3, cells, cells)
+    return torch.cat([frame, spots], dim=1)
 
 
 def _frame(boxes: Tensor, side: int, cells: int) -> Tensor:
@@ -105,14 +105,14 @@ def _frame(boxes: Tensor, side: int, cells: int) -> Tensor:
     return torch.stack([covered, columns, rows], dim=1)
 
 
-def _spots(points: tuple[Tensor, Tensor], label: int, side: int, cells: int) -> Tensor:
+def _spots(points: tuple[Tensor, Tensor], side: int, cells: int) -> Tensor:
     where, labels = points
-    chosen = (labels == label).to(where.dtype)
     middles = torch.arange(cells, device=where.device, dtype=where.dtype) + 0.5
     away = ((where + 0.5) * (cells / side))[..., None] - middles  # N x K x (x, y) x cells
+    near = [torch.exp(-0.5 * (away / reach) ** 2) for reach in REACHES]
     drawn = []
-    for reach in REACHES:
-        near = torch.exp(-0.5 * (away / reach) ** 2)
-        near_rows = near[:, :, 1] * chosen[..., None]
-        drawn.append(torch.einsum("nkh,nkw->nhw", near_rows, near[:, :, 0]).clamp(max=1))
+    for label in (1, 0):
+        chosen = (labels == label).to(where.dtype)[..., None]
+        for columns, rows in (one.unbind(2) for one in near):
+            drawn.append(torch.einsum("nkh,nkw->nhw", rows * chosen, columns).clamp(max=1))
     return torch.stack(drawn, dim=1)
