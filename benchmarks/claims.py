@@ -24,10 +24,9 @@ from rich.progress import track
 from sam4mllm_tool.evaluation.judge import judge
 from sam4mllm_tool.evaluation.metrics import METRICS, Bootstrap, Outcome
 from sam4mllm_tool.evaluation.scenes import scene_cases
-from sam4mllm_tool.load import load
-from sam4mllm_tool.pipeline import Sam4MLLM
-from sam4mllm_tool.points import Thresholds
-from sam4mllm_tool.results import Settings
+from sam4mllm_tool.pipeline.model import Sam4MLLM, load
+from sam4mllm_tool.pipeline.points import Thresholds
+from sam4mllm_tool.pipeline.results import Settings
 from sam4mllm_tool.scenes.world import SMALL_WORLD, World
 from sam4mllm_tool.types import Strategy
 

@@ -32,12 +32,12 @@ from rich.table import Table
 from transformers import DynamicCache
 
 from benchmarks.random_llava import mix_answers, random_llava
-from sam4mllm_tool.dialogue import Turn
 from sam4mllm_tool.mllm.local import LocalMllm
 from sam4mllm_tool.mllm.oracle import RecomputeMllm
-from sam4mllm_tool.pipeline import Location, Sam4MLLM
-from sam4mllm_tool.points import grid_points
-from sam4mllm_tool.protocols import Segmenter, SegmentPrompt
+from sam4mllm_tool.pipeline.model import Sam4MLLM
+from sam4mllm_tool.pipeline.points import grid_points
+from sam4mllm_tool.pipeline.results import Location
+from sam4mllm_tool.protocols import Segmenter, SegmentPrompt, Turn
 from sam4mllm_tool.segmenter.segment_anything import SegmentAnythingSegmenter
 from sam4mllm_tool.segmenter.small import SmallSamConfig, build_small_sam
 from sam4mllm_tool.types import Point, PromptPoint, RgbImage

@@ -16,10 +16,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sam4mllm_tool.load import load
-from sam4mllm_tool.pipeline import Sam4MLLM, choose_mask
+from sam4mllm_tool.masks.relations import mask_iou
+from sam4mllm_tool.pipeline.model import Sam4MLLM, choose_mask, load
 from sam4mllm_tool.protocols import MaskCandidate, SegmentPrompt
-from sam4mllm_tool.relations import mask_iou
 from sam4mllm_tool.scenes.expressions import expressions
 from sam4mllm_tool.scenes.render import Scene, render_scene
 from sam4mllm_tool.scenes.world import SMALL_WORLD

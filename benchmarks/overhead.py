@@ -23,10 +23,10 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from sam4mllm_tool.pipeline import Sam4MLLM
+from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.protocols import MaskCandidate, SegmentPrompt
 from sam4mllm_tool.testing import ScriptedMllm
-from sam4mllm_tool.tools import Toolbox
+from sam4mllm_tool.tools.toolbox import Toolbox
 from sam4mllm_tool.types import Mask, RgbImage, YesNo
 
 SIZE = (640, 480)

@@ -23,17 +23,15 @@ from rich.console import Console
 from rich.table import Table
 from sam4mllm_integrations.langgraph_workflow import QuestionSettings, question_graph
 
-from sam4mllm_tool.dialogue import Dialogue, YesNoWords
 from sam4mllm_tool.errors import DialogueError
 from sam4mllm_tool.evaluation.benchmark import benchmark_cases
 from sam4mllm_tool.evaluation.cases import Case
 from sam4mllm_tool.evaluation.metrics import METRICS, Bootstrap, Outcome, compare_masks
 from sam4mllm_tool.evaluation.scenes import scene_cases
 from sam4mllm_tool.grammar import Grammar
-from sam4mllm_tool.load import load
-from sam4mllm_tool.pipeline import Sam4MLLM
-from sam4mllm_tool.protocols import Mllm, Reply
-from sam4mllm_tool.tools import Toolbox
+from sam4mllm_tool.pipeline.model import Sam4MLLM, load
+from sam4mllm_tool.protocols import Dialogue, Mllm, Reply, YesNoWords
+from sam4mllm_tool.tools.toolbox import Toolbox
 from sam4mllm_tool.types import Mask, RgbImage, YesNo
 
 SCENE_LIMIT = 1_000_000

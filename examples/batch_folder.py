@@ -10,9 +10,10 @@ from typing import Any
 from pycocotools.coco import COCO
 
 from sam4mllm_tool import DialogueError, ImageError, ImagePolicy, Sam4MLLM, Toolbox, Workspace
-from sam4mllm_tool.export import coco_document
+from sam4mllm_tool.masks.files import masks_to_coco
 from sam4mllm_tool.scenes.render import render_scene
 from sam4mllm_tool.scenes.world import SMALL_WORLD
+from sam4mllm_tool.tools.workspace import labelled_masks
 
 PICTURES = 4
 
@@ -29,7 +30,11 @@ def segment_folder(folder: Path, expression: str) -> dict[str, Any]:
             print(f"{path.name}: skipped, {error}")
             continue
         record = toolbox.workspace.image(result.image_id)
-        document = coco_document(record, toolbox.workspace.objects(result.image_id))
+        document = masks_to_coco(
+            labelled_masks(toolbox.workspace.objects(result.image_id)),
+            record.image,
+            record.file_name,
+        )
         merged["images"] += [{**document["images"][0], "id": number}]
         merged["categories"] = document["categories"]
         first = len(merged["annotations"]) + 1

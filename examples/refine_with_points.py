@@ -10,7 +10,7 @@ import numpy as np
 from scipy.ndimage import distance_transform_edt
 
 from sam4mllm_tool import Mask, Sam4MLLM, Toolbox
-from sam4mllm_tool.relations import mask_iou
+from sam4mllm_tool.masks.relations import mask_iou
 from sam4mllm_tool.scenes.render import render_scene
 from sam4mllm_tool.scenes.world import SMALL_WORLD
 

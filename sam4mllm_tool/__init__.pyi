@@ -1,4 +1,3 @@
-from .access import ImagePolicy
 from .errors import (
     AccessDenied,
     BackendError,
@@ -15,8 +14,9 @@ from .errors import (
     Sam4MllmError,
     UnknownHandle,
 )
-from .images import load_image
-from .pipeline import (
+from .images.access import ImagePolicy
+from .images.loading import load_image
+from .pipeline.model import (
     LocatedObject,
     Location,
     Sam4MLLM,
@@ -25,10 +25,11 @@ from .pipeline import (
     Settings,
     replay,
 )
-from .points import Thresholds
+from .pipeline.points import Thresholds
+from .pipeline.trace import Trace
 from .protocols import MaskCandidate, Mllm, Reply, Segmenter, SegmentPrompt
-from .tools import Toolbox, ToolOutput, ToolSpec
-from .trace import Trace
+from .tools.toolbox import Toolbox, ToolOutput, ToolSpec
+from .tools.workspace import Workspace
 from .types import (
     Box,
     Mask,
@@ -41,7 +42,6 @@ from .types import (
     TargetCount,
     YesNo,
 )
-from .workspace import Workspace
 
 __all__ = [
     "AccessDenied",

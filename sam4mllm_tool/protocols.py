@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sam4mllm_tool.dialogue import Dialogue, Turn, YesNoWords
 from sam4mllm_tool.grammar import Grammar
 from sam4mllm_tool.types import Box, Mask, PromptPoint, RgbImage, YesNo
 
@@ -28,6 +27,28 @@ __all__ = [
     "Turn",
     "YesNoWords",
 ]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a dialogue, plain text."""
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+
+
+Dialogue = tuple[Turn, ...]
+"""Messages in order, the last one from the user. The image belongs to the first user turn and
+stands before its text, so that everything up to the image is a prefix that dialogues share."""
+
+
+@dataclass(frozen=True)
+class YesNoWords:
+    """How a family says yes and no, and the text that stands before its first answer."""
+
+    yes: tuple[str, ...]
+    no: tuple[str, ...]
+    prefix: str = ""
 
 
 @dataclass(frozen=True)

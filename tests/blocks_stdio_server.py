@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from sam4mllm_integrations.mcp_server import serve
 
-from sam4mllm_tool.pipeline import Sam4MLLM
+from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.testing import ColourSegmenter, TruthfulMllm
 from sam4mllm_tool.types import Mask
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from sam4mllm_tool.pipeline import Sam4MLLM
+from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.testing import ColourSegmenter, TruthfulMllm
 from sam4mllm_tool.types import Mask, RgbImage
 
@@ -43,7 +43,7 @@ def embedded_model() -> Sam4MLLM:
     """The shipped models, loaded once."""
     import torch
 
-    from sam4mllm_tool.load import load
+    from sam4mllm_tool.pipeline.model import load
 
     torch.set_num_threads(1)
     return load()
@@ -60,7 +60,7 @@ def demo_image() -> tuple[RgbImage, str]:
     import json
 
     from sam4mllm_tool import embedded
-    from sam4mllm_tool.images import load_image
+    from sam4mllm_tool.images.loading import load_image
 
     question = json.loads((embedded.DEMO / "demo.json").read_text())
     return load_image(embedded.DEMO / question["picture"]).image, question["expression"]

@@ -23,10 +23,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from sam4mllm_tool.dialogue import Turn
 from sam4mllm_tool.grammar import Grammar
-from sam4mllm_tool.images import load_image
+from sam4mllm_tool.images.loading import load_image
 from sam4mllm_tool.mllm.local import LocalMllm
+from sam4mllm_tool.protocols import Turn
 
 
 @dataclass

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 
 from random_models import expression
 
-from sam4mllm_tool.dialogue import Dialogue, Turn
 from sam4mllm_tool.formats.sam4mllm import Sam4MllmFormat
-from sam4mllm_tool.protocols import Mllm
+from sam4mllm_tool.protocols import Dialogue, Mllm, Turn
 from sam4mllm_tool.types import Box, Point, RgbImage, TargetCount, YesNo
 
 FORM = Sam4MllmFormat(max_boxes=3)

@@ -13,22 +13,22 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from recipes.embedded_mllm.circuits import shift_code
+from recipes.embedded_mllm.forward import forward, to_pixels
+from recipes.embedded_mllm.lessons import FORMAT, UNIT, Plan, Teacher
+from recipes.embedded_mllm.model import BaseShape, build_model, build_tokenizer
+from recipes.embedded_mllm.packing import Packer
+from recipes.embedded_mllm.scenes import BaseScene, Reference, Thing
+from recipes.embedded_mllm.train import TOPICS
+from recipes.embedded_mllm.vision import FLAGS, fourier, patch_answers
+from recipes.embedded_mllm.world import questions_of, words_of
 from sam4mllm_tool import embedded
 from sam4mllm_tool.evaluation.scenes import scene_cases
 from sam4mllm_tool.geometry import box_iou
-from sam4mllm_tool.load import load_mllm
-from sam4mllm_tool.pipeline import Sam4MLLM
+from sam4mllm_tool.mllm import load_mllm
+from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.scenes.world import ALIKE_WORLD, SMALL_WORLD
 from sam4mllm_tool.testing import ColourSegmenter
-from sam4mllm_tool.training.base_circuits import shift_code
-from sam4mllm_tool.training.base_forward import forward, to_pixels
-from sam4mllm_tool.training.base_lessons import FORMAT, UNIT, Plan, Teacher
-from sam4mllm_tool.training.base_model import BaseShape, build_model, build_tokenizer
-from sam4mllm_tool.training.base_packing import Packer
-from sam4mllm_tool.training.base_scenes import BaseScene, Reference, Thing
-from sam4mllm_tool.training.base_train import TOPICS
-from sam4mllm_tool.training.base_vision import FLAGS, fourier, patch_answers
-from sam4mllm_tool.training.base_world import questions_of, words_of
 from sam4mllm_tool.types import Box, TargetCount
 
 SHAPE = BaseShape(

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from sam4mllm_tool.calls import CallCancelled, CallContext, call_context, run_in_thread, stage
+from sam4mllm_tool.concurrency import CallCancelled, CallContext, call_context, run_in_thread, stage
 
 
 def test_stages_are_reported_and_a_cancelled_call_stops_at_the_next():

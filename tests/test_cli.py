@@ -114,7 +114,7 @@ def test_errors_become_a_message_a_hint_and_a_status(monkeypatch, capsys):
 
 def test_help_and_import_need_no_torch():
     code = (
-        "import sys, sam4mllm_tool, sam4mllm_tool.cli, sam4mllm_tool.tools;"
+        "import sys, sam4mllm_tool, sam4mllm_tool.cli, sam4mllm_tool.tools.toolbox;"
         "import sam4mllm_integrations.langchain_tools;"
         "sys.exit('torch' in sys.modules)"
     )

@@ -8,9 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from sam4mllm_tool.cli import app
+from sam4mllm_tool.datasets import load_examples
 from sam4mllm_tool.errors import DatasetError, InputError
-from sam4mllm_tool.evaluation.datasets import load_examples
-from sam4mllm_tool.load import load
+from sam4mllm_tool.pipeline.model import load
 from sam4mllm_tool.scenes.export import export_scenes
 from sam4mllm_tool.scenes.world import SMALL_WORLD
 

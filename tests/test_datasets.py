@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from sam4mllm_tool.datasets import DATASETS, load_examples
+from sam4mllm_tool.datasets.plain_pickle import read_plain_pickle
 from sam4mllm_tool.errors import DatasetError, InputError
-from sam4mllm_tool.evaluation.datasets import DATASETS, load_examples
-from sam4mllm_tool.evaluation.datasets.plain_pickle import read_plain_pickle
 from sam4mllm_tool.types import Box, Mask, TargetCount
 
 WIDTH, HEIGHT = 60, 40

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 from endpoint_server import Manners, TestServer, running
 
-from sam4mllm_tool.calls import CallCancelled, CallContext, call_context
-from sam4mllm_tool.dialogue import Turn, YesNoWords
+from sam4mllm_tool.concurrency import CallCancelled, CallContext, call_context
 from sam4mllm_tool.errors import DialogueError, EndpointError, ProbabilitiesMissing
 from sam4mllm_tool.formats import get_format
 from sam4mllm_tool.grammar import Choice, Literal, Number, Repeat, grammar_regex
 from sam4mllm_tool.mllm.endpoint import OpenAIEndpointMllm
+from sam4mllm_tool.protocols import Turn, YesNoWords
 from sam4mllm_tool.types import Strategy, TargetCount
 
 WORDS = YesNoWords(("Yes",), ("No",), "\n")
@@ -53,7 +53,7 @@ def asked(demo_image):
     """The demo picture, and a dialogue up to round 2 about a grid of points."""
     image, expression = demo_image
     box = FORMAT.read_boxes("\n[200,200,700,700]", image.size).boxes[0]
-    from sam4mllm_tool.points import grid_points
+    from sam4mllm_tool.pipeline.points import grid_points
 
     points = grid_points(box, 9)
     first = Turn("user", FORMAT.ask_boxes(expression, TargetCount.ONE, image.size))
@@ -276,7 +276,7 @@ def test_a_server_is_loaded_by_its_address(embedded_model, server, serving, bloc
     from typer.testing import CliRunner
 
     from sam4mllm_tool.cli import app
-    from sam4mllm_tool.load import load
+    from sam4mllm_tool.pipeline.model import load
 
     model = load(serving[1], format="sam4mllm", top_logprobs=10_000)
     assert model.mllm.name == f"tiny at {serving[1]}" and model.speech.name == "sam4mllm"

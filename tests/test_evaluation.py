@@ -13,16 +13,16 @@ from PIL import Image
 from pycocotools.coco import COCO
 from typer.testing import CliRunner
 
+from sam4mllm_tool.annotate import annotate, plan, read_expressions
 from sam4mllm_tool.cli import app
+from sam4mllm_tool.datasets import load_examples
 from sam4mllm_tool.errors import BackendError, DatasetError, InputError
-from sam4mllm_tool.evaluation.annotate import annotate, plan, read_expressions
 from sam4mllm_tool.evaluation.benchmark import benchmark_cases, evaluate, evaluate_benchmark
-from sam4mllm_tool.evaluation.datasets import load_examples
 from sam4mllm_tool.evaluation.metrics import Outcome, PointOutcome
 from sam4mllm_tool.evaluation.pictures import EXTRA, HIT, MISSED, choose_lines, compared
 from sam4mllm_tool.evaluation.run import Line, Shard, measure, read_lines
 from sam4mllm_tool.evaluation.scenes import evaluate_scenes, position_baseline, scene_cases
-from sam4mllm_tool.pipeline import Sam4MLLM
+from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.protocols import MaskCandidate
 from sam4mllm_tool.scenes.export import export_scenes
 from sam4mllm_tool.scenes.expressions import Kind
@@ -470,6 +470,6 @@ def test_the_commands(miniatures, pictures, tmp_path):
 
 def test_every_data_set_has_its_command():
     from sam4mllm_tool.cli.evaluate import _BENCHMARKS
-    from sam4mllm_tool.evaluation.datasets import DATASETS
+    from sam4mllm_tool.datasets import DATASETS
 
     assert {name: d.splits for name, d in DATASETS.items()} == _BENCHMARKS

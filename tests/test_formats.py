@@ -9,7 +9,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize 
 
 from sam4mllm_tool.errors import CheckpointError, DialogueError
 from sam4mllm_tool.formats import FORMATS, format_for, get_format
-from sam4mllm_tool.formats.frames import smart_resize
+from sam4mllm_tool.formats.grids import smart_resize
 from sam4mllm_tool.types import Box, Point, PointLabel, TargetCount
 
 STOCK = [known for known in FORMATS.values() if known.name != "sam4mllm"]
@@ -42,9 +42,9 @@ def test_a_box_survives_the_round_trip_within_one_unit(known, size_and_box):
     size, box = size_and_box
     read = known.read_boxes(known.write_boxes([box], size), size)
     unit_x, unit_y = grid(known, size)
-    # A side without extent is widened, by half a unit each way.
-    unit_x *= 1.5 if box.width == 0 else 1
-    unit_y *= 1.5 if box.height == 0 else 1
+    # A side whose ends fall on one grid line is widened, by half a unit each way.
+    unit_x *= 1.5 if box.width < unit_x else 1
+    unit_y *= 1.5 if box.height < unit_y else 1
     assert len(read.boxes) == 1
     for value, expected, limit in zip(
         read.boxes[0], box, (unit_x, unit_y, unit_x, unit_y), strict=True

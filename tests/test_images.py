@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam4mllm_tool.access import _is_public, fetch
 from sam4mllm_tool.errors import AccessDenied, ImageError, InputError
-from sam4mllm_tool.images import ImagePolicy, load_image, safe_output_path
+from sam4mllm_tool.images.access import _is_public, fetch
+from sam4mllm_tool.images.loading import ImagePolicy, load_image, safe_output_path
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 # Two rows of three: no two turns or flips of it are alike.
@@ -418,7 +418,7 @@ def test_a_public_server_may_not_redirect_to_a_private_one(server, monkeypatch):
         checked.append(address)
         return len(checked) == 1
 
-    monkeypatch.setattr("sam4mllm_tool.access._is_public", first_is_public)
+    monkeypatch.setattr("sam4mllm_tool.images.access._is_public", first_is_public)
     with pytest.raises(AccessDenied, match="private"):
         fetch(
             f"http://127.0.0.1:{port}/to/http://127.0.0.1:{port}/a.png",

@@ -12,7 +12,7 @@ from PIL import Image
 from scripted_llm import Call, ScriptedLlm
 
 from sam4mllm_tool.errors import CheckpointError
-from sam4mllm_tool.tools import REGISTRY, Toolbox
+from sam4mllm_tool.tools.toolbox import REGISTRY, Toolbox
 
 NAMES = [spec.name for spec in REGISTRY]
 

@@ -11,7 +11,7 @@ from scripted_llm import Call, ScriptedLlm
 from test_integration_agents import llama_llm, openai_agent, pydantic_agent, smol_model
 
 from sam4mllm_tool import embedded
-from sam4mllm_tool.tools import Toolbox
+from sam4mllm_tool.tools.toolbox import Toolbox
 from sam4mllm_tool.types import TargetCount
 
 PICTURE = embedded.DEMO / "demo.png"

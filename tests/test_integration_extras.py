@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ADAPTERS = {
-    "mcp_server": ("mcp_types", "mcp"),
+    "mcp_server": ("mcp.server.stdio", "mcp"),
     "langgraph_workflow": ("langgraph.graph", "langgraph"),
     "openai_functions": ("openai.types.chat", "openai"),
     "anthropic_tools": ("anthropic", "anthropic"),
@@ -32,7 +32,7 @@ def test_the_extra_is_named(module, monkeypatch):
     "package, function", [("supervision", "to_detections"), ("datasets", "features")]
 )
 def test_interop_names_its_extras(package, function, monkeypatch):
-    from sam4mllm_tool import interop
+    from sam4mllm_tool.masks import interop
 
     monkeypatch.setitem(sys.modules, package, None)
     arguments = [[]] if function == "to_detections" else []

@@ -20,7 +20,7 @@ from sam4mllm_integrations import anthropic_tools, openai_functions
 from scripted_llm import Call, ScriptedLlm
 
 from sam4mllm_tool.errors import CheckpointError
-from sam4mllm_tool.tools import REGISTRY, Toolbox
+from sam4mllm_tool.tools.toolbox import REGISTRY, Toolbox
 
 BY_NAME = pytest.mark.parametrize("spec", REGISTRY, ids=lambda spec: spec.name)
 # Keywords the two APIs refuse in strict mode.

@@ -23,10 +23,10 @@ from sam4mllm_integrations.pydantic_ai_tools import tools as pydantic_tools
 from sam4mllm_integrations.smolagents_tools import ToolCallError
 from sam4mllm_integrations.smolagents_tools import tools as smol_tools
 
-from sam4mllm_tool.access import ImagePolicy
-from sam4mllm_tool.tools import REGISTRY, Toolbox
+from sam4mllm_tool.images.access import ImagePolicy
+from sam4mllm_tool.tools.toolbox import REGISTRY, Toolbox
+from sam4mllm_tool.tools.workspace import Workspace
 from sam4mllm_tool.types import RgbImage
-from sam4mllm_tool.workspace import Workspace
 
 SCHEMAS = {s.name: s.result.model_json_schema(mode="serialization") for s in REGISTRY}
 FIELDS = sorted({field for spec in REGISTRY for field in spec.arguments.model_fields})

@@ -12,10 +12,10 @@ from langgraph.types import Command
 from sam4mllm_integrations.langgraph_workflow import QuestionSettings, question_graph
 
 from sam4mllm_tool.errors import CheckpointError, DialogueError
-from sam4mllm_tool.pipeline import Sam4MLLM
+from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.protocols import Reply
 from sam4mllm_tool.testing import ColourSegmenter, TruthfulMllm
-from sam4mllm_tool.tools import Toolbox
+from sam4mllm_tool.tools.toolbox import Toolbox
 
 THREAD = {"configurable": {"thread_id": "1"}}
 

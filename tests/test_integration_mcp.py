@@ -25,12 +25,12 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from sam4mllm_integrations.mcp_server import ToolServer, serve
 
-from sam4mllm_tool.access import ImagePolicy
-from sam4mllm_tool.calls import check_cancelled
+from sam4mllm_tool.concurrency import check_cancelled
 from sam4mllm_tool.errors import CheckpointError, InputError
-from sam4mllm_tool.pipeline import Sam4MLLM
+from sam4mllm_tool.images.access import ImagePolicy
+from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.testing import ColourSegmenter, ScriptedMllm, TruthfulMllm
-from sam4mllm_tool.tools import REGISTRY
+from sam4mllm_tool.tools.toolbox import REGISTRY
 
 HERE = Path(__file__).parent
 ERAS = pytest.mark.parametrize("era", ["legacy", "auto"])

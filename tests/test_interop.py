@@ -10,17 +10,19 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 from pycocotools.coco import COCO
 
-from sam4mllm_tool import interop
 from sam4mllm_tool.errors import InputError
-from sam4mllm_tool.export import coco_document
-from sam4mllm_tool.interop import LabelledMask
-from sam4mllm_tool.tools import Toolbox
+from sam4mllm_tool.masks import interop
+from sam4mllm_tool.masks.files import masks_to_coco
+from sam4mllm_tool.masks.interop import LabelledMask
+from sam4mllm_tool.tools.toolbox import Toolbox
+from sam4mllm_tool.tools.workspace import labelled_masks
 from sam4mllm_tool.types import Mask
 
 SIZE = (9, 13)
 pixels = arrays(bool, SIZE)
 scores = st.none() | st.floats(0, 1, width=32)
-labelled = st.builds(LabelledMask, st.sampled_from(["cup", "dog"]), st.builds(Mask, pixels), scores)
+names = st.sampled_from(["cup", "dog"])
+labelled = st.builds(LabelledMask, names, st.builds(Mask, pixels), scores, st.just(""))
 lists = st.lists(labelled, max_size=4)
 
 
@@ -37,7 +39,7 @@ def ring() -> Mask:
 @settings(max_examples=60, deadline=None)
 def test_everything_round_trips(masks):
     names = [one.name for one in masks]
-    bare = [one._replace(score=None) for one in masks]
+    bare = [LabelledMask(one.name, one.mask) for one in masks]
     assert interop.from_array(interop.to_array(masks), names) == bare
     assert interop.from_pil(interop.to_pil(masks), names) == bare
     assert interop.from_rows(json.loads(json.dumps(interop.to_rows(masks)))) == masks
@@ -86,12 +88,13 @@ def test_coco_documents_of_a_workspace_are_read_back(polygons, model, blocks, tr
         image = toolbox.workspace.open_image(blocks.pil).image_id
         toolbox.call("segment_object", {"image": image, "expression": expression})
     objects = toolbox.workspace.objects()
-    document = coco_document(toolbox.workspace.image(image), objects, polygons=polygons)
+    record, masks = toolbox.workspace.image(image), labelled_masks(objects)
+    document = masks_to_coco(masks, record.image, record.file_name, polygons=polygons)
     found = interop.from_coco(json.loads(json.dumps(document)))
     assert [(one.name, one.mask) for one in found] == [
         (name, truth[name][0]) for name in ("the red block", "the blue block")
     ]
-    assert [m.mask for m in interop.from_objects(objects)] == [one.mask for one in found]
+    assert [m.mask for m in masks] == [one.mask for one in found]
     coco = COCO()
     coco.dataset = document
     coco.createIndex()

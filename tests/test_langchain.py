@@ -14,7 +14,7 @@ from sam4mllm_integrations.langchain_tools import Sam4MLLMTool, Sam4MLLMToolkit
 from sam4mllm_tool import embedded
 from sam4mllm_tool.errors import CheckpointError
 from sam4mllm_tool.testing import ColourSegmenter, ScriptedMllm
-from sam4mllm_tool.tools import REGISTRY, Toolbox, get_tool
+from sam4mllm_tool.tools.toolbox import REGISTRY, Toolbox, get_tool
 
 DEMO = str(embedded.DEMO / "demo.png")
 BOX = [10, 10, 100, 100]
@@ -118,7 +118,7 @@ def test_errors_an_agent_can_mend_reach_it_with_the_hint(model, blocks_file):
 
 
 def test_dialogue_errors_reach_the_agent_and_backend_errors_the_caller(blocks_file):
-    from sam4mllm_tool.pipeline import Sam4MLLM
+    from sam4mllm_tool.pipeline.model import Sam4MLLM
 
     call = {
         "name": "locate_object",

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam4mllm_tool.marks import DOT, FRAME, LABEL_GROUND, RING, dot_radius, draw_marks
-from sam4mllm_tool.points import grid_points
+from sam4mllm_tool.drawing.marks import DOT, FRAME, LABEL_GROUND, RING, dot_radius, draw_marks
+from sam4mllm_tool.pipeline.points import grid_points
 from sam4mllm_tool.types import Box, Point, RgbImage
 
 

@@ -16,10 +16,16 @@ from mllm_dialogues import FORM, answers, ask_box, ask_points, check_same, compa
 from peft import LoraConfig, get_peft_model
 from random_models import build, picture
 
-from sam4mllm_tool.calls import CallCancelled, CallContext, call_context, run_in_thread
+from sam4mllm_tool.concurrency import (
+    CallCancelled,
+    CallContext,
+    FairTurn,
+    call_context,
+    run_in_thread,
+)
 from sam4mllm_tool.errors import DeviceOutOfMemory
 from sam4mllm_tool.mllm.local import LocalMllm
-from sam4mllm_tool.turns import FairTurn
+from sam4mllm_tool.mllm.oracle import RecomputeMllm
 from sam4mllm_tool.types import TargetCount
 
 ONE = FORM.box_grammar(TargetCount.ONE)
@@ -45,7 +51,7 @@ def mllm(folder: Path) -> LocalMllm:
 
 @pytest.fixture(scope="module")
 def oracle(folder: Path) -> LocalMllm:
-    return LocalMllm.from_pretrained(folder, device="cpu", recompute=True)
+    return RecomputeMllm.from_pretrained(folder, device="cpu")
 
 
 def test_threads_get_the_answers_they_would_get_alone(folder: Path, mllm: LocalMllm) -> None:
@@ -59,7 +65,7 @@ def test_threads_get_the_answers_they_would_get_alone(folder: Path, mllm: LocalM
         question = ask_points(opening, said.text, image, 5, job[0])
         return said.text, answers(side, image, question, 5)
 
-    alone = [ask(LocalMllm.from_pretrained(folder, device="cpu", recompute=True), j) for j in jobs]
+    alone = [ask(RecomputeMllm.from_pretrained(folder, device="cpu"), j) for j in jobs]
     small = LocalMllm(mllm.model, mllm.encoder.processor, name="small", cache_bytes=400_000)
     for side in (mllm, small):
         with ThreadPoolExecutor(8) as pool:
@@ -73,7 +79,7 @@ def test_qwen_threads_keep_each_pictures_own_positions(tmp_path: Path) -> None:
     """The model's own copy of the rotary shift is that of the last picture read."""
     folder = build("qwen2_5_vl", tmp_path)
     mllm = LocalMllm.from_pretrained(folder, device="cpu")
-    oracle = LocalMllm.from_pretrained(folder, device="cpu", recompute=True)
+    oracle = RecomputeMllm.from_pretrained(folder, device="cpu")
     pictures = [picture(seed, size) for seed, size in enumerate([(60, 160), (160, 60), (150, 150)])]
     shifts = set()
     for turn in range(6):
@@ -151,7 +157,7 @@ def test_two_adapters_live_and_merged_agree(folder: Path, tmp_path: Path) -> Non
         adapter = _make_adapter(folder, tmp_path / str(seed), seed)
         live = LocalMllm.from_pretrained(folder, adapter, device="cpu")
         merged = LocalMllm.from_pretrained(folder, adapter, device="cpu", merge_adapter=True)
-        again = LocalMllm.from_pretrained(folder, adapter, device="cpu", recompute=True)
+        again = RecomputeMllm.from_pretrained(folder, adapter, device="cpu")
         one, other, truth = (answers(m, image, question, 6) for m in (live, merged, again))
         check_same(one, truth)
         check_same(one, other)

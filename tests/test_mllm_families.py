@@ -9,8 +9,9 @@ import torch
 from mllm_dialogues import FORM, answers, ask_box, ask_points, check_same, compare
 from random_models import FAMILIES, build, picture
 
-from sam4mllm_tool.dialogue import Turn
 from sam4mllm_tool.mllm.local import LocalMllm
+from sam4mllm_tool.mllm.oracle import RecomputeMllm
+from sam4mllm_tool.protocols import Turn
 from sam4mllm_tool.types import TargetCount
 
 Sides = tuple[LocalMllm, LocalMllm]
@@ -29,7 +30,7 @@ def sides(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = build(request.param, tmp_path_factory.mktemp(request.param))
     return (
         LocalMllm.from_pretrained(folder, device="cpu"),
-        LocalMllm.from_pretrained(folder, device="cpu", recompute=True),
+        RecomputeMllm.from_pretrained(folder, device="cpu"),
     )
 
 

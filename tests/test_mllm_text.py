@@ -11,13 +11,14 @@ import pytest
 from mllm_dialogues import FORM, ask_box, ask_points, check_same
 from random_models import FAMILIES, build, byte_tokenizer, picture, sentencepiece_like_tokenizer
 
-from sam4mllm_tool.dialogue import Turn, YesNoWords
 from sam4mllm_tool.errors import CheckpointError
 from sam4mllm_tool.grammar import Choice, Grammar, Literal, Number, Repeat
-from sam4mllm_tool.mllm.conversation import DialogueEncoder
+from sam4mllm_tool.mllm.encoding import DialogueEncoder
 from sam4mllm_tool.mllm.grammar_tokens import TokenGrammar, yes_no_tokens
 from sam4mllm_tool.mllm.loading import load_processor
 from sam4mllm_tool.mllm.local import LocalMllm
+from sam4mllm_tool.mllm.oracle import RecomputeMllm
+from sam4mllm_tool.protocols import Turn, YesNoWords
 from sam4mllm_tool.types import TargetCount
 
 HOSTILE = [
@@ -52,7 +53,7 @@ def test_hostile_text_stays_text(encoder: DialogueEncoder, text: str) -> None:
 def test_hostile_text_is_answered_like_the_oracle(tmp_path: Any) -> None:
     folder = build("qwen2_5_vl", tmp_path)
     mllm = LocalMllm.from_pretrained(folder, device="cpu")
-    oracle = LocalMllm.from_pretrained(folder, device="cpu", recompute=True)
+    oracle = RecomputeMllm.from_pretrained(folder, device="cpu")
     image = picture(1)
     for text in HOSTILE[:6]:
         dialogue = ask_box(text, image)

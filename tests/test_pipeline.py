@@ -13,11 +13,12 @@ from sam4mllm_tool.errors import (
     PromptError,
 )
 from sam4mllm_tool.geometry import box_iou
-from sam4mllm_tool.pipeline import Sam4MLLM, Settings, choose_mask, replay
-from sam4mllm_tool.points import Thresholds
+from sam4mllm_tool.pipeline.model import Sam4MLLM, choose_mask, replay
+from sam4mllm_tool.pipeline.points import Thresholds
+from sam4mllm_tool.pipeline.results import Settings
+from sam4mllm_tool.pipeline.trace import Trace
 from sam4mllm_tool.protocols import MaskCandidate
 from sam4mllm_tool.testing import ColourSegmenter, ScriptedMllm, TruthfulMllm
-from sam4mllm_tool.trace import Trace
 from sam4mllm_tool.types import (
     Box,
     Mask,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sam4mllm_tool.points import (
+from sam4mllm_tool.pipeline.points import (
     Thresholds,
     grid_points,
     label_point,

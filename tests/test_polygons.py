@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sam4mllm_tool.polygons import mask_to_polygons, polygons_to_mask
+from sam4mllm_tool.masks.polygons import mask_to_polygons, polygons_to_mask
 from sam4mllm_tool.types import Mask
 
 

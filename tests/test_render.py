@@ -6,9 +6,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from sam4mllm_tool.page import trace_page
-from sam4mllm_tool.pipeline import Sam4MLLM
-from sam4mllm_tool.render import (
+from sam4mllm_tool.drawing.html import trace_page
+from sam4mllm_tool.drawing.overlay import (
     CROP_SIDE,
     POINT_COLOURS,
     colour_of,
@@ -17,6 +16,7 @@ from sam4mllm_tool.render import (
     overlay,
     overlay_masks,
 )
+from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.testing import ColourSegmenter, TruthfulMllm
 from sam4mllm_tool.types import Mask, RgbImage
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
+from sam4mllm_tool.datasets import reasonseg, refer
 from sam4mllm_tool.errors import InputError
-from sam4mllm_tool.evaluation.datasets import reasonseg, refer
 from sam4mllm_tool.scenes.export import export_scenes, rectangles
 from sam4mllm_tool.scenes.expressions import expressions
 from sam4mllm_tool.scenes.render import render_scene

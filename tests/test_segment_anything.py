@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from segment_anything import SamPredictor, sam_model_registry
 
-from sam4mllm_tool.calls import CallCancelled, CallContext, call_context
+from sam4mllm_tool.concurrency import CallCancelled, CallContext, call_context
 from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory, ImageError, PromptError
 from sam4mllm_tool.protocols import Segmenter, SegmentPrompt
 from sam4mllm_tool.segmenter import load_segmenter
@@ -373,7 +373,8 @@ def test_unknown_device(tmp_path):
 
 def test_choosing_and_drawing_need_no_torch():
     code = (
-        "import sys, sam4mllm_tool.segmenter, sam4mllm_tool.images, sam4mllm_tool.page\n"
+        "import sys, sam4mllm_tool.segmenter, sam4mllm_tool.images.loading\n"
+        "import sam4mllm_tool.drawing.html\n"
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +9,28 @@ import torch
 from segment_anything import SamPredictor
 from segment_anything.modeling.image_encoder import Attention
 
+from recipes.embedded_sam import train as training
+from recipes.embedded_sam.data import (
+    BatchSettings,
+    SceneBatches,
+    augment,
+    covered,
+    jitter_box,
+)
+from recipes.embedded_sam.data import mask_box as data_box
+from recipes.embedded_sam.dense import DenseHeads, dense_loss
+from recipes.embedded_sam.init import cosine_filters, initialise
+from recipes.embedded_sam.interaction import (
+    DENSE,
+    candidates_loss,
+    decode,
+    error_points,
+    interaction_step,
+)
+from recipes.embedded_sam.loss import STRESS, mask_iou, mask_loss, near_box, near_points
+from recipes.embedded_sam.resize import extend_sam, resize_sam
+from recipes.embedded_sam.scene_cache import build_scene_cache, open_scene_cache
+from sam4mllm_tool import embedded
 from sam4mllm_tool.errors import CheckpointError, InputError
 from sam4mllm_tool.evaluation import sam as evaluation
 from sam4mllm_tool.evaluation.sam_prompts import deepest_pixel, error_point, true_prompts
@@ -24,27 +45,6 @@ from sam4mllm_tool.segmenter.small import (
     load_small_sam_config,
     save_small_sam,
 )
-from sam4mllm_tool.training import sam as training
-from sam4mllm_tool.training.sam_data import (
-    BatchSettings,
-    SceneBatches,
-    augment,
-    covered,
-    jitter_box,
-)
-from sam4mllm_tool.training.sam_data import mask_box as data_box
-from sam4mllm_tool.training.sam_dense import DenseHeads, dense_loss
-from sam4mllm_tool.training.sam_init import cosine_filters, initialise
-from sam4mllm_tool.training.sam_interaction import (
-    DENSE,
-    candidates_loss,
-    decode,
-    error_points,
-    interaction_step,
-)
-from sam4mllm_tool.training.sam_loss import STRESS, mask_iou, mask_loss, near_box, near_points
-from sam4mllm_tool.training.sam_resize import extend_sam, resize_sam
-from sam4mllm_tool.training.scene_cache import build_scene_cache, open_scene_cache
 from sam4mllm_tool.types import Mask, PointLabel, RgbImage
 
 TINY = SmallSamConfig(
@@ -127,7 +127,7 @@ def test_fused_attention_is_segment_anythings(tiny):
 
 
 def test_embedded_weights_load_and_are_small():
-    directory = Path(training.__file__).parents[1] / "embedded" / "sam"
+    directory = embedded.SAM
     load_small_sam(directory)
     assert (directory / "model.safetensors").stat().st_size < 15e6
 

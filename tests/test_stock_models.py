@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from sam4mllm_tool.drawing.marks import DOT
 from sam4mllm_tool.formats import FORMATS
 from sam4mllm_tool.formats.molmo import MolmoFormat
-from sam4mllm_tool.marks import DOT
-from sam4mllm_tool.pipeline import Sam4MLLM, Settings
+from sam4mllm_tool.pipeline.model import Sam4MLLM
+from sam4mllm_tool.pipeline.results import Settings
 from sam4mllm_tool.protocols import Reply
 from sam4mllm_tool.testing import ColourSegmenter
 from sam4mllm_tool.types import Box, Mask, Strategy, TargetCount, YesNo

@@ -9,7 +9,6 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from sam4mllm_tool.access import ImagePolicy
 from sam4mllm_tool.errors import (
     AccessDenied,
     BackendError,
@@ -20,10 +19,11 @@ from sam4mllm_tool.errors import (
     PromptError,
     UnknownHandle,
 )
-from sam4mllm_tool.pipeline import Sam4MLLM
+from sam4mllm_tool.images.access import ImagePolicy
+from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.testing import ColourSegmenter, ScriptedMllm
-from sam4mllm_tool.tools import REGISTRY, Toolbox
-from sam4mllm_tool.workspace import Workspace
+from sam4mllm_tool.tools.toolbox import REGISTRY, Toolbox
+from sam4mllm_tool.tools.workspace import Workspace
 
 TOOLS = [
     "segment_object",

@@ -15,24 +15,25 @@ from peft import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
 
-from sam4mllm_tool import embedded
-from sam4mllm_tool.errors import CheckpointError, DatasetError, InputError
-from sam4mllm_tool.evaluation.cases import cases_of
-from sam4mllm_tool.evaluation.datasets.record import ReferringExample
-from sam4mllm_tool.formats import get_format
-from sam4mllm_tool.load import load_mllm
-from sam4mllm_tool.mllm.loading import choose_placement, load_adapter, load_model, load_processor
-from sam4mllm_tool.points import grid_points
-from sam4mllm_tool.protocols import MaskCandidate, SegmentPrompt
-from sam4mllm_tool.scenes.world import SMALL_WORLD
-from sam4mllm_tool.testing import ColourSegmenter
-from sam4mllm_tool.training.base_model import (
+from recipes.embedded_mllm.model import (
     BaseShape,
     build_model,
     build_processor,
     build_tokenizer,
     save_base,
 )
+from sam4mllm_tool import embedded
+from sam4mllm_tool.datasets.record import ReferringExample
+from sam4mllm_tool.datasets.vqa import VqaExample, llava_vqa, scene_vqa
+from sam4mllm_tool.errors import CheckpointError, DatasetError, InputError
+from sam4mllm_tool.evaluation.cases import cases_of
+from sam4mllm_tool.formats import get_format
+from sam4mllm_tool.mllm import load_mllm
+from sam4mllm_tool.mllm.loading import choose_placement, load_adapter, load_model, load_processor
+from sam4mllm_tool.pipeline.points import grid_points
+from sam4mllm_tool.protocols import MaskCandidate, SegmentPrompt
+from sam4mllm_tool.scenes.world import SMALL_WORLD
+from sam4mllm_tool.testing import ColourSegmenter
 from sam4mllm_tool.training.dialogues import Conversation, Recipe, conversations
 from sam4mllm_tool.training.lora import (
     PRESETS,
@@ -45,7 +46,6 @@ from sam4mllm_tool.training.lora import (
 )
 from sam4mllm_tool.training.progress import HeldOut
 from sam4mllm_tool.training.token_loss import END, NUMBER, PUNCTUATION, TokenLoss
-from sam4mllm_tool.training.vqa import VqaExample, llava_vqa, scene_vqa
 from sam4mllm_tool.types import Box, Mask, PointLabel, RgbImage, TargetCount
 
 SHAPE = BaseShape(

@@ -10,11 +10,11 @@ import pytest
 import torch
 from random_models import build
 
-from sam4mllm_tool.evaluation.datasets import load_examples
-from sam4mllm_tool.load import load
+from sam4mllm_tool.datasets import load_examples
+from sam4mllm_tool.pipeline.model import load
 from sam4mllm_tool.scenes.export import export_scenes
 from sam4mllm_tool.scenes.world import SMALL_WORLD
-from sam4mllm_tool.tools import Toolbox
+from sam4mllm_tool.tools.toolbox import Toolbox
 from sam4mllm_tool.training.dialogues import Conversations, Recipe, chunks
 from sam4mllm_tool.training.lora import PRESETS, train
 

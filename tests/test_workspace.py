@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam4mllm_tool.access import ImagePolicy
 from sam4mllm_tool.errors import AccessDenied, InputError, UnknownHandle
+from sam4mllm_tool.images.access import ImagePolicy
+from sam4mllm_tool.tools.workspace import ObjectRecord, Workspace
 from sam4mllm_tool.types import Box, Mask
-from sam4mllm_tool.workspace import ObjectRecord, Workspace
 
 
 def picture(shade: int, side: int = 64) -> Image.Image:

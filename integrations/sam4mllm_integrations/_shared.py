@@ -14,8 +14,8 @@ from PIL import Image
 from pydantic import BaseModel
 
 from sam4mllm_tool.errors import DialogueError, InputError
-from sam4mllm_tool.tool_models import ViewResult
-from sam4mllm_tool.tools import Toolbox, ToolOutput
+from sam4mllm_tool.tools.schemas import ViewResult
+from sam4mllm_tool.tools.toolbox import Toolbox, ToolOutput
 
 MAX_PICTURE_CHARACTERS = 900_000
 """Bound on a picture's base64 form; clients commonly refuse a tool result of 1 MB."""

@@ -19,7 +19,7 @@ from sam4mllm_integrations._shared import (
     run_tool,
     without_null,
 )
-from sam4mllm_tool.tools import Toolbox
+from sam4mllm_tool.tools.toolbox import Toolbox
 
 try:
     from anthropic import transform_schema

@@ -15,11 +15,11 @@ from langchain_core.tools import BaseTool, BaseToolkit, ToolException
 from pydantic import ConfigDict, ValidationError
 
 from sam4mllm_integrations._shared import ToolReply, arun_tool, run_tool
-from sam4mllm_tool.access import ImagePolicy
-from sam4mllm_tool.frames import Coordinates
-from sam4mllm_tool.load import load
-from sam4mllm_tool.tools import Toolbox, ToolSpec
-from sam4mllm_tool.workspace import Workspace
+from sam4mllm_tool.images.access import ImagePolicy
+from sam4mllm_tool.pipeline.model import load
+from sam4mllm_tool.tools.coordinates import Coordinates
+from sam4mllm_tool.tools.toolbox import Toolbox, ToolSpec
+from sam4mllm_tool.tools.workspace import Workspace
 
 Content = str | list[str | dict[str, Any]]
 
@@ -87,7 +87,7 @@ class Sam4MLLMToolkit(BaseToolkit):
         """Tools over the named models, which are loaded at the first call that needs them.
 
         Args:
-            mllm: see :func:`sam4mllm_tool.load.load`, which also takes ``options``.
+            mllm: see :meth:`sam4mllm_tool.Sam4MLLM.from_pretrained`, which also takes ``options``.
             allow_dirs: folders that agents may read from and write to; any if left out.
             allow_network: whether http(s) URLs may be opened.
             coordinates: ``"pixels"`` or ``"relative_1000"``.

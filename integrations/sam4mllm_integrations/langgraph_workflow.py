@@ -17,16 +17,16 @@ from operator import add
 from typing import Annotated, Any, Literal, TypedDict
 
 from sam4mllm_integrations._shared import Picture, bounded_picture
-from sam4mllm_tool.calls import CallContext, call_context
+from sam4mllm_tool.concurrency import CallContext, call_context
 from sam4mllm_tool.errors import DialogueError
-from sam4mllm_tool.tool_models import (
+from sam4mllm_tool.tools.schemas import (
     LocateResult,
     ObjectsResult,
     PointsResult,
     SaveResult,
     ViewResult,
 )
-from sam4mllm_tool.tools import Toolbox, ToolOutput
+from sam4mllm_tool.tools.toolbox import Toolbox, ToolOutput
 from sam4mllm_tool.types import TargetCount
 
 try:

@@ -15,9 +15,9 @@ from mcp.server.context import ServerRequestContext
 from mcp.shared.message import ServerMessageMetadata
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 
-from sam4mllm_tool.access import ImagePolicy
-from sam4mllm_tool.tools import Toolbox
-from sam4mllm_tool.workspace import Workspace
+from sam4mllm_tool.images.access import ImagePolicy
+from sam4mllm_tool.tools.toolbox import Toolbox
+from sam4mllm_tool.tools.workspace import Workspace
 
 CLIENT_COOKIE = "sam4mllm_client"
 MAX_CLIENTS = 32

@@ -13,7 +13,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sam4mllm_integrations.mcp_clients import CLIENT_COOKIE
-from sam4mllm_integrations.mcp_server import ToolServer
+from sam4mllm_integrations.mcp_tools import ToolServer
 from sam4mllm_tool.errors import InputError
 
 if TYPE_CHECKING:

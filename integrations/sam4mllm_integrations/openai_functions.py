@@ -22,7 +22,7 @@ from sam4mllm_integrations._shared import (
     inlined,
     run_tool,
 )
-from sam4mllm_tool.tools import Toolbox
+from sam4mllm_tool.tools.toolbox import Toolbox
 
 try:
     from openai.types.chat import (

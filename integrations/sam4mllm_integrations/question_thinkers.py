@@ -14,9 +14,9 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, System
 from pydantic import BaseModel, Field, ValidationError
 
 from sam4mllm_integrations._shared import Picture
-from sam4mllm_tool.dialogue import Turn
 from sam4mllm_tool.errors import DialogueError
-from sam4mllm_tool.tools import Toolbox
+from sam4mllm_tool.protocols import Turn
+from sam4mllm_tool.tools.toolbox import Toolbox
 
 MAX_CANDIDATES = 5
 _MAX_WORDS = 8

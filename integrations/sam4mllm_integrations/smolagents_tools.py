@@ -14,8 +14,8 @@ from PIL import Image
 
 from sam4mllm_integrations._shared import arguments_schema, inlined, run_tool, without_null
 from sam4mllm_tool.errors import BackendError, Sam4MllmError
-from sam4mllm_tool.tool_models import ViewResult
-from sam4mllm_tool.tools import Toolbox, ToolSpec
+from sam4mllm_tool.tools.schemas import ViewResult
+from sam4mllm_tool.tools.toolbox import Toolbox, ToolSpec
 
 try:
     from smolagents import ActionStep, Tool

@@ -42,9 +42,9 @@ def annotate(
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Annotate a folder of pictures; run it again to go on after a stop."""
-    from sam4mllm_tool.evaluation.annotate import annotate as run
-    from sam4mllm_tool.evaluation.annotate import plan, read_expressions
-    from sam4mllm_tool.load import load
+    from sam4mllm_tool.annotate import annotate as run
+    from sam4mllm_tool.annotate import plan, read_expressions
+    from sam4mllm_tool.pipeline.model import load
 
     texts = read_expressions(expressions)
     total = len(plan(folder, texts))

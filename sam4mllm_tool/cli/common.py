@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sam4mllm_tool.errors import BackendError, DialogueError, Sam4MllmError
-from sam4mllm_tool.pipeline import Segmentation
+from sam4mllm_tool.pipeline.results import Segmentation
 from sam4mllm_tool.types import PromptPoint
 
 console = Console()

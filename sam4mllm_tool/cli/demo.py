@@ -19,8 +19,8 @@ def demo(
 ) -> None:
     """Segment an object in the shipped picture and show the whole dialogue."""
     from sam4mllm_tool import embedded
-    from sam4mllm_tool.images import load_image
-    from sam4mllm_tool.load import load
+    from sam4mllm_tool.images.loading import load_image
+    from sam4mllm_tool.pipeline.model import load
 
     question = json.loads((embedded.DEMO / "demo.json").read_text(encoding="utf-8"))
     picture = load_image(embedded.DEMO / question["picture"]).image

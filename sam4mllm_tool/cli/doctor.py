@@ -67,7 +67,7 @@ def _self_check() -> dict[str, Any]:
     """The main job on a plain picture: does it run, and how long does it take?"""
     from PIL import Image, ImageDraw
 
-    from sam4mllm_tool.load import load
+    from sam4mllm_tool.pipeline.model import load
     from sam4mllm_tool.types import RgbImage
 
     picture = Image.new("RGB", (256, 256), "white")

@@ -23,7 +23,7 @@ from sam4mllm_tool.cli.common import (
     counted,
     print_json,
 )
-from sam4mllm_tool.pipeline import Settings
+from sam4mllm_tool.pipeline.results import Settings
 from sam4mllm_tool.types import Strategy
 
 if TYPE_CHECKING:
@@ -45,9 +45,9 @@ def sam_command(
 ) -> None:
     """Mask quality of the segmenter alone, by number and kind of prompts."""
     from sam4mllm_tool.evaluation.sam import evaluate_sam
-    from sam4mllm_tool.load import load_sam
+    from sam4mllm_tool.segmenter import load_segmenter
 
-    drawn, segmenter = _world(world), load_sam(sam, device=device)
+    drawn, segmenter = _world(world), load_segmenter(sam, device=device)
     with nullcontext() if as_json else console.status("measuring …"):
         report = evaluate_sam(segmenter, seed=seed, objects=objects, world=drawn).to_json()
     if as_json:
@@ -132,8 +132,8 @@ def _benchmark_command(name: str, splits: tuple[str, ...]) -> Callable[..., None
         shard: ShardOption = None,
         as_json: JsonOption = False,
     ) -> None:
+        from sam4mllm_tool.datasets import check_present
         from sam4mllm_tool.evaluation.benchmark import evaluate_benchmark
-        from sam4mllm_tool.evaluation.datasets import check_present
 
         check_present(name, data, split)
         model = _load(mllm, adapter, format, sam, device, points)
@@ -164,7 +164,7 @@ for _name, _splits in _BENCHMARKS.items():
 def _load(
     mllm: str, adapter: str | None, format: str | None, sam: str, device: str, points: int
 ) -> Any:
-    from sam4mllm_tool.load import load
+    from sam4mllm_tool.pipeline.model import load
 
     settings = Settings(points=points, budget=points)
     return load(

@@ -59,11 +59,11 @@ def mcp(
     """Serve the tools to MCP clients (needs the extra 'mcp')."""
     from sam4mllm_integrations.mcp_server import serve
 
-    from sam4mllm_tool.access import ImagePolicy
-    from sam4mllm_tool.pipeline import Sam4MLLM
+    from sam4mllm_tool.images.access import ImagePolicy
+    from sam4mllm_tool.pipeline.model import Sam4MLLM
 
     def load_models() -> Sam4MLLM:
-        from sam4mllm_tool.load import load
+        from sam4mllm_tool.pipeline.model import load
 
         return load(mllm, adapter=adapter, format=format, segmenter=sam, device=device)
 

@@ -36,8 +36,8 @@ def probe(
     as_json: JsonOption = False,
 ) -> None:
     """Ask whether points lie on the object EXPRESSION describes."""
-    from sam4mllm_tool.images import load_image
-    from sam4mllm_tool.load import load
+    from sam4mllm_tool.images.loading import load_image
+    from sam4mllm_tool.pipeline.model import load
 
     picture = load_image(image).image
     points = [_point(text) for text in point] if point else None

@@ -7,7 +7,7 @@ from sam4mllm_tool.cli.common import print_json
 
 def tools() -> None:
     """Print every tool with its description and schemas. Loads no model."""
-    from sam4mllm_tool.tools import REGISTRY
+    from sam4mllm_tool.tools.toolbox import REGISTRY
 
     print_json(
         [

@@ -20,7 +20,7 @@ from sam4mllm_tool.cli.common import (
     show_outcome,
 )
 from sam4mllm_tool.errors import InputError
-from sam4mllm_tool.pipeline import Segmentation, Settings
+from sam4mllm_tool.pipeline.results import Segmentation, Settings
 from sam4mllm_tool.types import RgbImage, Strategy, TargetCount
 
 
@@ -47,9 +47,9 @@ def segment(
     as_json: JsonOption = False,
 ) -> None:
     """Segment what EXPRESSION describes in IMAGE."""
-    from sam4mllm_tool.access import ImagePolicy
-    from sam4mllm_tool.images import load_image
-    from sam4mllm_tool.load import load
+    from sam4mllm_tool.images.access import ImagePolicy
+    from sam4mllm_tool.images.loading import load_image
+    from sam4mllm_tool.pipeline.model import load
 
     if trace is not None and trace.suffix not in {".html", ".json"}:
         raise InputError(
@@ -75,7 +75,7 @@ def segment(
 
 def write_files(found: Segmentation, image: RgbImage, folder: Path) -> list[Path]:
     """One mask PNG an object, and an overlay."""
-    from sam4mllm_tool.render import overlay
+    from sam4mllm_tool.drawing.overlay import overlay
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def write_files(found: Segmentation, image: RgbImage, folder: Path) -> list[Path
 
 def write_trace(found: Segmentation, image: RgbImage, path: Path) -> Path:
     """The run as a self-contained page, or as JSON."""
-    from sam4mllm_tool.page import trace_page
+    from sam4mllm_tool.drawing.html import trace_page
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

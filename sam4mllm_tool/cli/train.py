@@ -16,9 +16,9 @@ from sam4mllm_tool.errors import DatasetError, InputError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from sam4mllm_tool.evaluation.datasets import ReferringExample
+    from sam4mllm_tool.datasets import ReferringExample
+    from sam4mllm_tool.datasets.vqa import VqaExample
     from sam4mllm_tool.training.dialogues import Conversation, Recipe
-    from sam4mllm_tool.training.vqa import VqaExample
 
 SCENES, SMALL = "scenes", "small"
 VQA_SCENES = 400
@@ -75,11 +75,11 @@ def dialogues(
     sam: SamOption = "embedded",
 ) -> None:
     """Show the conversations a data set becomes, and draw their points."""
-    from sam4mllm_tool.load import load_sam
+    from sam4mllm_tool.segmenter import load_segmenter
     from sam4mllm_tool.training.dialogues import conversations
 
     recipe = _recipe(data, seed, ppg, references, points, grids, vqa_share)
-    judge = load_sam(sam) if ppg else None
+    judge = load_segmenter(sam) if ppg else None
     found = conversations(
         _examples(data, world, folder, split, count, seed),
         recipe,
@@ -143,7 +143,7 @@ def train(
     """Train a LoRA adapter on referring dialogues."""
     from sam4mllm_tool import embedded
     from sam4mllm_tool.evaluation.cases import cases_of
-    from sam4mllm_tool.load import EMBEDDED, load_sam
+    from sam4mllm_tool.segmenter import load_segmenter
     from sam4mllm_tool.training.dialogues import Conversations, chunks
     from sam4mllm_tool.training.lora import PRESETS
     from sam4mllm_tool.training.lora import train as run
@@ -164,7 +164,7 @@ def train(
         bf16=kept.bf16 if bf16 is None else bf16,
     )
     how = _recipe(data, seed, ppg, references, points, grids, vqa_share)
-    judge = load_sam(sam) if ppg or held_out else None
+    judge = load_segmenter(sam) if ppg or held_out else None
     about = chunks(
         _examples(data, world, folder, split, count, seed),
         how,
@@ -173,7 +173,7 @@ def train(
     )
     learnt = Conversations(about, how, judge if ppg else None)
     asked = list(_examples(data, world, folder, held_out_split, held_out, seed)) if held_out else []
-    place = str(embedded.MLLM) if base == EMBEDDED else base
+    place = str(embedded.MLLM) if base == embedded.NAME else base
     console.print(f"{len(learnt)} conversations", highlight=False)
     run(
         place,
@@ -220,7 +220,7 @@ def _vqa(
     data: str, recipe: Recipe, file: Path | None, images: Path | None, split: str
 ) -> list[VqaExample]:
     """What is mixed in, if anything is."""
-    from sam4mllm_tool.training.vqa import llava_vqa, scene_vqa
+    from sam4mllm_tool.datasets.vqa import llava_vqa, scene_vqa
 
     if file is not None:
         return llava_vqa(file, images or file.parent)
@@ -238,7 +238,7 @@ def _excluded(data: str, folder: Path | None, split: str, others: list[str]) -> 
 
     A split of the data set itself that is not there is told and passed over.
     """
-    from sam4mllm_tool.evaluation.datasets import DATASETS, load_examples
+    from sam4mllm_tool.datasets import DATASETS, load_examples
 
     if data == SCENES or folder is None or split != "train":
         return frozenset()
@@ -261,8 +261,8 @@ def _examples(
     data: str, worlds: Sequence[str], folder: Path | None, split: str, count: int, seed: int
 ) -> Iterator[ReferringExample]:
     if data == SCENES:
+        from sam4mllm_tool.datasets.scenes import scene_examples
         from sam4mllm_tool.scenes.world import WORLDS
-        from sam4mllm_tool.training.scene_examples import scene_examples
 
         if unknown := set(worlds) - set(WORLDS):
             raise InputError(
@@ -272,7 +272,7 @@ def _examples(
             for name in worlds:
                 yield from scene_examples(WORLDS[name], split, seed, 1, first=index)
         return
-    from sam4mllm_tool.evaluation.datasets import load_examples
+    from sam4mllm_tool.datasets import load_examples
 
     if folder is None:
         raise InputError("no folder given", hint=f"Say where {data} lies with --folder.")

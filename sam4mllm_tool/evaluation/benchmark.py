@@ -9,13 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sam4mllm_tool.datasets import load_examples
 from sam4mllm_tool.evaluation.cases import Case, cases_of
-from sam4mllm_tool.evaluation.datasets import load_examples
 from sam4mllm_tool.evaluation.pictures import report_page
 from sam4mllm_tool.evaluation.published import Published, published_for
 from sam4mllm_tool.evaluation.report import Document, build_report, to_markdown
 from sam4mllm_tool.evaluation.run import Shard, measure, read_lines
-from sam4mllm_tool.pipeline import Sam4MLLM
+from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.types import Strategy
 
 Cases = Callable[[], Iterator[Case]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from sam4mllm_tool.evaluation.datasets import ReferringExample
+from sam4mllm_tool.datasets import ReferringExample
 from sam4mllm_tool.types import Box, Mask, RgbImage, TargetCount
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from sam4mllm_tool.errors import DialogueError
 from sam4mllm_tool.evaluation.cases import Case
 from sam4mllm_tool.evaluation.metrics import Outcome, PointOutcome, compare_masks, match_boxes
-from sam4mllm_tool.pipeline import Sam4MLLM, Segmentation
+from sam4mllm_tool.pipeline.model import Sam4MLLM
+from sam4mllm_tool.pipeline.results import Segmentation
 from sam4mllm_tool.types import Mask, RgbImage, TargetCount
 
 

@@ -21,7 +21,7 @@ from sam4mllm_tool.types import Mask, RgbImage
 # Okabe and Ito's palette: right, missed, too much.
 HIT, MISSED, EXTRA = (0, 158, 115), (0, 114, 178), (213, 94, 0)
 MAX_SIDE = 420
-_TEMPLATES = Path(__file__).parents[1] / "templates"
+_TEMPLATES = Path(__file__).parents[1] / "drawing" / "templates"
 
 
 def choose_lines(lines: Sequence[Line], each: int = 4) -> dict[str, list[Line]]:

@@ -19,7 +19,8 @@ from sam4mllm_tool.errors import InputError
 from sam4mllm_tool.evaluation.cases import Case
 from sam4mllm_tool.evaluation.judge import Judged, judge
 from sam4mllm_tool.evaluation.metrics import Outcome
-from sam4mllm_tool.pipeline import Sam4MLLM
+from sam4mllm_tool.journal import open_journal, read_journal
+from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.types import RgbImage, Strategy
 
 
@@ -56,15 +57,15 @@ class Line:
     strategy: str
     judged: Judged
 
-    def to_json(self) -> str:
-        """One line of JSON."""
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready data."""
         judged = vars(self.judged) | {"outcome": self.judged.outcome.to_json()}
-        return json.dumps({"number": self.number, "strategy": self.strategy, **judged})
+        return {"number": self.number, "strategy": self.strategy, **judged}
 
     @classmethod
-    def from_json(cls, text: str) -> Line:
+    def from_json(cls, data: dict[str, Any]) -> Line:
         """The inverse of :meth:`to_json`."""
-        data: dict[str, Any] = json.loads(text)
+        data = dict(data)
         number, strategy = data.pop("number"), data.pop("strategy")
         data["outcome"] = Outcome.from_json(data["outcome"])
         data["masks"] = tuple(data["masks"])
@@ -97,10 +98,8 @@ def measure(
     models = {s.value: replace(model, settings=replace(model.settings, strategy=s))
               for s in strategies}  # fmt: skip
     file = folder / f"outcomes-{share.index}-of-{share.total}.jsonl"
-    if file.exists():
-        os.truncate(file, len(_whole_lines(file)))
     opened: tuple[str, RgbImage] | None = None
-    with file.open("a", encoding="utf-8") as lines:
+    with open_journal(file) as lines:
         for number, case in _share_of(cases, share):
             missing = [name for name in models if (number, name) not in done]
             if missing and (opened is None or opened[0] != case.image):
@@ -108,8 +107,7 @@ def measure(
             for name in missing:
                 assert opened is not None
                 line = Line(number, name, judge(models[name], case, opened[1]))
-                lines.write(line.to_json() + "\n")
-                lines.flush()
+                lines.add(line.to_json())
             on_case(case)
 
 
@@ -120,15 +118,10 @@ def read_lines(folder: Path) -> list[Line]:
     """
     found: dict[tuple[int, str], Line] = {}
     for file in sorted(folder.glob("outcomes-*.jsonl")):
-        for text in _whole_lines(file).decode("utf-8").splitlines():
-            line = Line.from_json(text)
+        for data in read_journal(file):
+            line = Line.from_json(data)
             found.setdefault((line.number, line.strategy), line)
     return [found[key] for key in sorted(found)]
-
-
-def _whole_lines(file: Path) -> bytes:
-    data = file.read_bytes()
-    return data[: data.rfind(b"\n") + 1]
 
 
 def _share_of(cases: Iterable[Case], shard: Shard) -> Iterator[tuple[int, Case]]:

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from sam4mllm_tool.evaluation.sam_prompts import conditions, error_point, true_prompts
+from sam4mllm_tool.masks.relations import mask_iou
 from sam4mllm_tool.protocols import MaskCandidate, Segmenter, SegmentPrompt
-from sam4mllm_tool.relations import mask_iou
 from sam4mllm_tool.scenes.render import SceneObject, render_scene
 from sam4mllm_tool.scenes.world import HELD_OUT_WORLD, SAM_WORLD, World
 from sam4mllm_tool.types import Mask, RgbImage

@@ -21,7 +21,7 @@ from sam4mllm_tool.evaluation.cases import Case
 from sam4mllm_tool.evaluation.metrics import Outcome
 from sam4mllm_tool.evaluation.report import Document
 from sam4mllm_tool.evaluation.run import Shard, read_lines
-from sam4mllm_tool.pipeline import Sam4MLLM
+from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.scenes.expressions import ReferringExpression, expressions
 from sam4mllm_tool.scenes.render import Scene, render_scene
 from sam4mllm_tool.scenes.world import SMALL_WORLD, World

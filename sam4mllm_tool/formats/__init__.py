@@ -8,10 +8,10 @@ from typing import Any
 
 from sam4mllm_tool.errors import CheckpointError
 from sam4mllm_tool.formats.base import BoxesRead, DialogueFormat, PromptsRead
-from sam4mllm_tool.formats.frames import ResizedPixelFrame
 from sam4mllm_tool.formats.gemma3 import Gemma3Format
 from sam4mllm_tool.formats.generic import GenericFormat
 from sam4mllm_tool.formats.glm4v import Glm4vFormat
+from sam4mllm_tool.formats.grids import ResizedPixelFrame
 from sam4mllm_tool.formats.internvl import InternVlFormat
 from sam4mllm_tool.formats.molmo import MolmoFormat
 from sam4mllm_tool.formats.paligemma import PaliGemmaFormat

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
-from sam4mllm_tool.dialogue import YesNoWords
 from sam4mllm_tool.grammar import Grammar
+from sam4mllm_tool.protocols import YesNoWords
 from sam4mllm_tool.types import Box, Point, PromptPoint, TargetCount
 
 PointAsking = Literal["coordinates", "marks"]

@@ -13,12 +13,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sam4mllm_tool.dialogue import YesNoWords
 from sam4mllm_tool.errors import DialogueError
 from sam4mllm_tool.formats import reading
 from sam4mllm_tool.formats.base import BoxesRead, PointAsking, PromptsRead, Size
-from sam4mllm_tool.formats.frames import PER_MILLE, Frame
+from sam4mllm_tool.formats.grids import PER_MILLE, Frame
 from sam4mllm_tool.grammar import Grammar
+from sam4mllm_tool.protocols import YesNoWords
 from sam4mllm_tool.types import Box, Point, PointLabel, PromptPoint, TargetCount
 
 _YES_NO = YesNoWords(
@@ -85,7 +85,7 @@ class GenericFormat:
         )
 
     def ask_marks(self, expression: str, marks: Sequence[int]) -> str:
-        """Round 2 by numbered marks drawn on the picture (see :mod:`sam4mllm_tool.marks`)."""
+        """Round 2 by numbered marks on the picture, see :mod:`sam4mllm_tool.drawing.marks`."""
         about = f"the object described as {quoted(expression)}"
         drawn = (
             "The picture shows numbered marks, each a red dot with its number beside it; "

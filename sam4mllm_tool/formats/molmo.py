@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from sam4mllm_tool.errors import DialogueError
 from sam4mllm_tool.formats import reading
 from sam4mllm_tool.formats.base import BoxesRead, PromptsRead, Size
-from sam4mllm_tool.formats.frames import PER_MILLE, Frame
 from sam4mllm_tool.formats.generic import GenericFormat, quoted
+from sam4mllm_tool.formats.grids import PER_MILLE, Frame
 from sam4mllm_tool.types import Box, Point, PointLabel, PromptPoint, TargetCount
 
 _NUMBER = r"(\d{1,3}(?:\.\d{1,6})?)"

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from sam4mllm_tool.formats import reading
 from sam4mllm_tool.formats.base import BoxesRead, Size
-from sam4mllm_tool.formats.frames import Frame, RelativeFrame
 from sam4mllm_tool.formats.generic import GenericFormat
+from sam4mllm_tool.formats.grids import Frame, RelativeFrame
 from sam4mllm_tool.types import Box, Point, TargetCount
 
 _BINS = RelativeFrame(1024)

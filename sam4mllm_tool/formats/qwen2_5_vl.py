@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sam4mllm_tool.formats.base import Size
-from sam4mllm_tool.formats.frames import DEFAULT_RESIZED, Frame
 from sam4mllm_tool.formats.generic import GenericFormat, quoted
+from sam4mllm_tool.formats.grids import DEFAULT_RESIZED, Frame
 from sam4mllm_tool.types import TargetCount
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from sam4mllm_tool.errors import DialogueError
 from sam4mllm_tool.formats.base import BoxesRead
-from sam4mllm_tool.formats.frames import Frame, Size
+from sam4mllm_tool.formats.grids import Frame, Size
 from sam4mllm_tool.types import Box, Point
 
 Numbers = tuple[float, ...]

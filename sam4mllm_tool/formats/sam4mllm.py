@@ -11,11 +11,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sam4mllm_tool.dialogue import YesNoWords
 from sam4mllm_tool.errors import DialogueError
 from sam4mllm_tool.formats.base import BoxesRead, PointAsking, PromptsRead, Size
 from sam4mllm_tool.geometry import from_grid, to_grid
 from sam4mllm_tool.grammar import Choice, Grammar, Literal, Number, Repeat
+from sam4mllm_tool.protocols import YesNoWords
 from sam4mllm_tool.types import Box, Point, PointLabel, PromptPoint, TargetCount
 
 STEPS = 1000

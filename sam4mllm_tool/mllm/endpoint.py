@@ -18,12 +18,11 @@ from functools import lru_cache
 from io import BytesIO
 from typing import Any, Literal
 
-from sam4mllm_tool.calls import check_cancelled
-from sam4mllm_tool.dialogue import Dialogue, YesNoWords
+from sam4mllm_tool.concurrency import check_cancelled
 from sam4mllm_tool.errors import DialogueError, EndpointError, ProbabilitiesMissing
 from sam4mllm_tool.formats import DialogueFormat
 from sam4mllm_tool.grammar import Grammar, grammar_regex
-from sam4mllm_tool.protocols import Reply
+from sam4mllm_tool.protocols import Dialogue, Reply, YesNoWords
 from sam4mllm_tool.types import RgbImage, YesNo
 
 try:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from sam4mllm_tool.concurrency import FairTurn
 from sam4mllm_tool.errors import DeviceOutOfMemory
-from sam4mllm_tool.mllm.conversation import Encoded, ImageInputs
+from sam4mllm_tool.mllm.encoding import Encoded, ImageInputs
 from sam4mllm_tool.mllm.prefix import Prefix
 from sam4mllm_tool.mllm.store import ImageKey, PrefixStore
-from sam4mllm_tool.turns import FairTurn
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sam4mllm_tool.errors import CheckpointError
 from sam4mllm_tool.grammar import Choice, Grammar, Literal, Number, Part, Repeat
-from sam4mllm_tool.mllm.conversation import DialogueEncoder
+from sam4mllm_tool.mllm.encoding import DialogueEncoder
 
 
 @dataclass(frozen=True)

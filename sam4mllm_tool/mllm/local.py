@@ -6,16 +6,14 @@ import json
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
-from sam4mllm_tool.dialogue import Dialogue, YesNoWords
 from sam4mllm_tool.errors import CheckpointError
 from sam4mllm_tool.formats import DialogueFormat, format_for
 from sam4mllm_tool.grammar import Grammar
 from sam4mllm_tool.mllm import loading
-from sam4mllm_tool.mllm.conversation import DialogueEncoder, ImageInputs
 from sam4mllm_tool.mllm.decoding import (
     Spoken,
     answer_slots,
@@ -23,9 +21,10 @@ from sam4mllm_tool.mllm.decoding import (
     speak_alternates,
     speak_freely,
 )
+from sam4mllm_tool.mllm.encoding import DialogueEncoder, ImageInputs
 from sam4mllm_tool.mllm.engine import Engine, Spot
 from sam4mllm_tool.mllm.grammar_tokens import TokenGrammar, YesNoTokens, yes_no_tokens
-from sam4mllm_tool.protocols import Reply
+from sam4mllm_tool.protocols import Dialogue, Reply, YesNoWords
 from sam4mllm_tool.types import RgbImage, YesNo
 
 _GIBIBYTE = 1 << 30
@@ -89,9 +88,8 @@ class LocalMllm:
         merge_adapter: bool = False,
         compile: bool = False,
         cache_bytes: int = 4 * _GIBIBYTE,
-        recompute: bool = False,
         name: str | None = None,
-    ) -> LocalMllm:
+    ) -> Self:
         """Load a checkpoint directory or hub id, with an optional PEFT adapter.
 
         Args:
@@ -105,7 +103,6 @@ class LocalMllm:
             merge_adapter: fold the adapter into the weights (faster, same within rounding).
             compile: run forward passes through ``torch.compile``.
             cache_bytes: bound for kept keys and values of images and dialogues.
-            recompute: read everything anew in each call (the oracle; slow).
             name: what reports call it, instead of checkpoint and adapter.
 
         Raises:
@@ -132,12 +129,7 @@ class LocalMllm:
             notes = {"format": "sam4mllm", **notes, **_read_notes(Path(adapter))}
         words = notes.get("vocabulary")
         stock = format_for(model.config.model_type, _read_json(folder / PREPROCESSOR_FILE))
-        kind: type[LocalMllm] = cls
-        if recompute:
-            from sam4mllm_tool.mllm.oracle import RecomputeMllm
-
-            kind = RecomputeMllm
-        found = kind(
+        found = cls(
             model.eval(),
             processor,
             name=name or str(checkpoint) + (f" + {adapter}" if adapter is not None else ""),

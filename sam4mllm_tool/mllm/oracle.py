@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from sam4mllm_tool.dialogue import Dialogue, YesNoWords
 from sam4mllm_tool.grammar import Grammar
 from sam4mllm_tool.mllm.decoding import Fork, other_ways
 from sam4mllm_tool.mllm.grammar_tokens import Place, TokenGrammar
 from sam4mllm_tool.mllm.local import LONGEST_REPLY, LocalMllm
-from sam4mllm_tool.protocols import Reply
+from sam4mllm_tool.protocols import Dialogue, Reply, YesNoWords
 from sam4mllm_tool.types import RgbImage, YesNo
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from sam4mllm_tool.errors import InputError
+from sam4mllm_tool.masks.coco import CocoPicture, coco_annotation, coco_document
 from sam4mllm_tool.scenes.expressions import ReferringExpression, expressions
 from sam4mllm_tool.scenes.render import Mask, Scene, render_scene
 from sam4mllm_tool.scenes.sheet import contact_sheet
@@ -202,32 +203,23 @@ def rectangles(mask: Mask) -> list[list[list[int]]]:
 
 def _instances(scenes: Sequence[Scene], names: dict[int, str]) -> Row:
     """A COCO instances file: images, annotations with RLE masks, categories."""
-    images = [
-        {
-            "id": _image_id(scene),
-            "file_name": names[scene.index],
-            "width": scene.image.width,
-            "height": scene.image.height,
-        }
+    pictures = [
+        CocoPicture(
+            names[scene.index],
+            scene.image.width,
+            scene.image.height,
+            [
+                (
+                    thing.name,
+                    coco_annotation(RleMask(thing.mask), id=_annotation_id(scene, number)),
+                )
+                for number, thing in enumerate(scene.objects)
+            ],
+            _image_id(scene),
+        )
         for scene in scenes
     ]
-    annotations = []
-    for scene in scenes:
-        for number, thing in enumerate(scene.objects):
-            x_min, y_min, x_max, y_max = thing.box
-            annotations.append(
-                {
-                    "id": _annotation_id(scene, number),
-                    "image_id": _image_id(scene),
-                    "category_id": CATEGORIES[thing.name],
-                    "bbox": [x_min, y_min, x_max - x_min, y_max - y_min],
-                    "area": thing.area,
-                    "iscrowd": 0,
-                    "segmentation": RleMask(thing.mask).to_rle(),
-                }
-            )
-    categories = [{"id": number, "name": name} for name, number in CATEGORIES.items()]
-    return {"images": images, "annotations": annotations, "categories": categories}
+    return coco_document(pictures, CATEGORIES)
 
 
 def _image_id(scene: Scene) -> int:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sam4mllm_tool import embedded
 from sam4mllm_tool.protocols import Segmenter
 
 __all__ = ["load_segmenter"]
 
 
 def load_segmenter(
-    name_or_path: str | Path, *, device: str = "auto", dtype: str = "float32"
+    name_or_path: str | Path = embedded.NAME, *, device: str = "auto", dtype: str = "float32"
 ) -> Segmenter:
     """The segmenter of that checkpoint.
 
     Args:
-        name_or_path: a segment_anything checkpoint file (``.pth``, ``.safetensors``), the
-            directory of a small SAM, or a directory or hub id of a transformers SAM family.
+        name_or_path: ``"embedded"``, a segment_anything checkpoint file (``.pth``,
+            ``.safetensors``), the directory of a small SAM, or a directory or hub id of a
+            transformers SAM family.
         device: ``"auto"`` (CUDA, then MPS, then CPU), or a torch device.
         dtype: of the transformers families; segment_anything runs in float32.
 
@@ -24,6 +26,8 @@ def load_segmenter(
         CheckpointError: missing, corrupt or of the wrong kind.
         DeviceOutOfMemory: the device is too small for it.
     """
+    if name_or_path == embedded.NAME:
+        name_or_path = embedded.SAM
     path = Path(name_or_path).expanduser()
     if path.is_file() or path.suffix in {".pth", ".pt", ".safetensors"} or _is_small(path):
         from sam4mllm_tool.segmenter.segment_anything import SegmentAnythingSegmenter

@@ -14,10 +14,9 @@ from cachetools import LRUCache
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sam4mllm_tool.calls import check_cancelled
+from sam4mllm_tool.concurrency import FairTurn, check_cancelled
 from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory, ImageError, PromptError
 from sam4mllm_tool.protocols import MaskCandidate, SegmentPrompt
-from sam4mllm_tool.turns import FairTurn
 from sam4mllm_tool.types import Mask, PointLabel, PromptPoint, RgbImage
 
 DEFAULT_CACHE_BYTES = 256 * 1024**2

@@ -16,14 +16,13 @@ from typing import overload
 
 import numpy as np
 
-from sam4mllm_tool.dialogue import Turn
-from sam4mllm_tool.evaluation.datasets.record import ReferringExample
+from sam4mllm_tool.datasets.record import ReferringExample
+from sam4mllm_tool.datasets.vqa import VqaExample
 from sam4mllm_tool.formats import get_format
 from sam4mllm_tool.formats.base import DialogueFormat
-from sam4mllm_tool.points import grid_points, poisson_disk_points
-from sam4mllm_tool.protocols import Segmenter, SegmentPrompt
-from sam4mllm_tool.relations import mask_iou
-from sam4mllm_tool.training.vqa import VqaExample
+from sam4mllm_tool.masks.relations import mask_iou
+from sam4mllm_tool.pipeline.points import grid_points, poisson_disk_points
+from sam4mllm_tool.protocols import Segmenter, SegmentPrompt, Turn
 from sam4mllm_tool.types import Box, Mask, Point, PointLabel, PromptPoint, RgbImage, TargetCount
 
 

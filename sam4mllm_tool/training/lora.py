@@ -26,7 +26,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from sam4mllm_tool import embedded
 from sam4mllm_tool.errors import CheckpointError, InputError
 from sam4mllm_tool.formats import get_format
-from sam4mllm_tool.load import EMBEDDED
 from sam4mllm_tool.mllm.loading import choose_placement, load_model, load_processor
 from sam4mllm_tool.training.dialogues import Conversation, Recipe
 from sam4mllm_tool.training.progress import HeldOut
@@ -409,7 +408,7 @@ def save_adapter(
 ) -> Path:
     """Write the adapter and ``sam4mllm.json``: format, base model and recipes."""
     # Where the embedded base lies differs from machine to machine.
-    named = EMBEDDED if Path(base) == embedded.MLLM else str(base)
+    named = embedded.NAME if Path(base) == embedded.MLLM else str(base)
     for config in model.peft_config.values():
         config.base_model_name_or_path = named
     model.save_pretrained(str(out), save_embedding_layers=False)  # they are not trained

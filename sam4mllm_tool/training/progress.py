@@ -11,7 +11,7 @@ from sam4mllm_tool.evaluation.cases import Case
 from sam4mllm_tool.evaluation.judge import judge
 from sam4mllm_tool.evaluation.metrics import METRICS
 from sam4mllm_tool.mllm.local import LocalMllm
-from sam4mllm_tool.pipeline import Sam4MLLM
+from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.protocols import Segmenter
 
 SHOWN = ("box_acc50", "point_accuracy", "cIoU", "n_acc", "t_acc")

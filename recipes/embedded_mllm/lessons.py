@@ -1,0 +1,273 @@
+"""Stage 2's lessons: questions about a scene, in the dialogue's own strings, with their replies."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from recipes.embedded_mllm.scenes import BaseScene, Reference
+from sam4mllm_tool.datasets.vqa import BACKGROUND
+from sam4mllm_tool.formats.sam4mllm import Sam4MllmFormat
+from sam4mllm_tool.geometry import box_iou
+from sam4mllm_tool.pipeline.points import grid_points, poisson_disk_points
+from sam4mllm_tool.types import Box, Point, TargetCount
+
+UNIT = (1, 1)
+"""Scenes keep places as shares of the sides, so every picture is one by one."""
+FORMAT = Sam4MllmFormat()
+EDGE = 1 - 1e-6
+PPG_POINTS = ((1, 0), (2, 1), (3, 1), (3, 2))
+"""Points on and off the object that PPG lessons ask for."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and its reply; ``taught`` says whether the reply is under loss."""
+
+    question: str
+    reply: str
+    taught: bool = True
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A short conversation about one picture; ``topic`` names it in logs and measurements."""
+
+    topic: str
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many lessons of each topic a picture gets (fractions are chances)."""
+
+    boxes: float = 4
+    absent: float = 1
+    what: float = 1
+    what_lists: float = 1
+    points: float = 2
+    verify: float = 1
+    ppg: float = 0
+    list_sizes: tuple[int, ...] = (2, 3, 5)
+    kinds: dict[str, float] = field(
+        default_factory=lambda: {
+            "category": 1.0, "colour": 1.0, "function": 0.8, "size": 3.0, "position": 2.5,
+            "ordinal": 3.5, "relation": 1.5, "plural": 3.0,
+        }
+    )  # fmt: skip
+
+
+class Teacher:
+    """Draws lessons about scenes; the same random stream gives the same lessons."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+
+    def lessons(self, scene: BaseScene, plan: Plan) -> list[Lesson]:
+        """Lessons about one scene, in random order."""
+        makers: list[tuple[float, Callable[[BaseScene, Plan], Lesson | None]]] = [
+            (plan.boxes, self.box),
+            (plan.absent, self.absent),
+            (plan.what, self.what),
+            (plan.what_lists, self.what_list),
+            (plan.points, self.points),
+            (plan.verify, self.verify),
+            (plan.ppg, self.ppg),
+        ]
+        made = []
+        for count, make in makers:
+            whole = int(count) + (self.rng.random() < count % 1)
+            made += [lesson for _ in range(whole) if (lesson := make(scene, plan))]
+        self.rng.shuffle(made)
+        return made
+
+    def box(self, scene: BaseScene, plan: Plan) -> Lesson | None:
+        """Round 1 about something that is there."""
+        reference = self._reference(scene, plan)
+        if reference is None:
+            return None
+        return Lesson(
+            reference.kind, (Turn(self._where(reference), boxes_reply(scene, reference)),)
+        )
+
+    def absent(self, scene: BaseScene, plan: Plan) -> Lesson | None:
+        """Round 1 about something that is not there."""
+        missing = [r for r in scene.references if not r.targets]
+        if not missing:
+            return None
+        question = FORMAT.ask_boxes(self.rng.choice(missing).text, TargetCount.ZERO_OR_MORE, UNIT)
+        return Lesson("absent", (Turn(question, FORMAT.write_boxes([], UNIT)),))
+
+    def what(self, scene: BaseScene, plan: Plan) -> Lesson:
+        """What is at one place: a name's last word, or "background"."""
+        point, word = self._place(scene)
+        return Lesson("what", (Turn(f"What is at {_written([point])}?", "\n" + word),))
+
+    def what_list(self, scene: BaseScene, plan: Plan) -> Lesson:
+        """The same for several places at once."""
+        drawn = [self._place(scene) for _ in range(self.rng.choice(plan.list_sizes))]
+        question = f"What is at each point:\n{_written([point for point, _ in drawn])}"
+        return Lesson("what list", (Turn(question, "\n" + " ".join(word for _, word in drawn)),))
+
+    def points(self, scene: BaseScene, plan: Plan) -> Lesson | None:
+        """Both rounds, the second about one of the boxes of the first."""
+        reference = self._reference(scene, plan)
+        if reference is None:
+            return None
+        targets = left_to_right(scene, reference)
+        chosen = self.rng.randrange(len(targets))
+        boxes = [box_of(scene, target) for target in targets]
+        exact = self.rng.random() < 0.4
+        if not exact:
+            boxes = [self._jitter(box) for box in boxes]
+        asked = self._candidates(scene, targets[chosen], boxes[chosen], plan)
+        inside = [scene.object_at(point.x, point.y) == targets[chosen] for point in asked]
+        first = Turn(self._where(reference), FORMAT.write_boxes(boxes, UNIT), taught=exact)
+        question = FORMAT.ask_points(reference.text, boxes[chosen], asked, UNIT)
+        reply = "\n" + "".join("Yes" if one else "No" for one in inside)
+        return Lesson("points", (first, Turn(question, reply)))
+
+    def verify(self, scene: BaseScene, plan: Plan) -> Lesson | None:
+        """Does this box show what the expression says? Half of the time it does not."""
+        reference = self._reference(scene, plan)
+        if reference is None or len(reference.targets) != 1:
+            return None
+        right = box_of(scene, reference.targets[0])
+        box, answer = self._jitter(right), "Yes"
+        if self.rng.random() < 0.5:
+            box, answer = self._wrong_box(scene, reference), "No"
+            if box_iou(box, right) > 0.4:
+                return None
+        question = FORMAT.ask_verification(reference.text, box, UNIT)
+        return Lesson("verify", (Turn(question, "\n" + answer),))
+
+    def ppg(self, scene: BaseScene, plan: Plan) -> Lesson | None:
+        """Box and prompt points in one reply: points well inside, and off it but near.
+
+        Of a thing that is absent (one in four) the reply says so.
+        """
+        missing = [r for r in scene.references if not r.targets]
+        if missing and self.rng.random() < 0.25:
+            text, count = self.rng.choice(missing).text, TargetCount.ZERO_OR_MORE
+            question = FORMAT.ask_box_and_points(text, count, *self.rng.choice(PPG_POINTS), UNIT)
+            return Lesson("ppg", (Turn(question, FORMAT.write_boxes([], UNIT)),))
+        reference = self._reference(scene, plan)
+        if reference is None or len(reference.targets) != 1:
+            return None
+        target = reference.targets[0]
+        box = box_of(scene, target)
+        on, off = self.rng.choice(PPG_POINTS)
+        spread = poisson_disk_points(_inside_picture(box), 60, self.rng, 0.12)
+        inside = [p for p in spread if self._depth(scene, target, p) == 1]
+        outside = [p for p in spread if self._depth(scene, target, p) == 0]
+        if len(inside) < on or len(outside) < off:
+            return None
+        points = in_rows(inside[:on]) + in_rows(outside[:off])
+        count = self._count(reference)
+        question = FORMAT.ask_box_and_points(reference.text, count, on, off, UNIT)
+        reply = FORMAT.write_boxes([box], UNIT)
+        return Lesson("ppg", (Turn(question, f"{reply} {_written(points)}"),))
+
+    def _reference(self, scene: BaseScene, plan: Plan) -> Reference | None:
+        """An expression for something there: first the kind by weight, then one of the kind."""
+        kinds = sorted({r.kind for r in scene.references if r.targets})
+        if not kinds:
+            return None
+        kind = self.rng.choices(kinds, [plan.kinds.get(kind, 0.0) for kind in kinds])[0]
+        return self.rng.choice([r for r in scene.references if r.kind == kind])
+
+    def _where(self, reference: Reference) -> str:
+        return FORMAT.ask_boxes(reference.text, self._count(reference), UNIT)
+
+    def _count(self, reference: Reference) -> TargetCount:
+        counts = [TargetCount.ONE, TargetCount.ONE_OR_MORE, TargetCount.ZERO_OR_MORE]
+        several = len(reference.targets) > 1
+        return self.rng.choices(counts, [0.0 if several else 0.3, 0.3, 0.4])[0]
+
+    def _jitter(self, box: Box) -> Box:
+        """The box with its edges moved by up to a tenth of its size."""
+
+        def move(size: float) -> float:
+            return self.rng.triangular(-0.1, 0.1) * size
+
+        return Box(
+            min(max(box.x_min + move(box.width), 0.0), EDGE),
+            min(max(box.y_min + move(box.height), 0.0), EDGE),
+            min(max(box.x_max + move(box.width), 0.0), EDGE),
+            min(max(box.y_max + move(box.height), 0.0), EDGE),
+        )
+
+    def _wrong_box(self, scene: BaseScene, reference: Reference) -> Box:
+        others = [n for n in range(len(scene.things)) if n not in reference.targets]
+        if others and self.rng.random() < 0.7:
+            return self._jitter(box_of(scene, self.rng.choice(others)))
+        right = box_of(scene, reference.targets[0])
+        x, y = self.rng.uniform(0, 1 - right.width), self.rng.uniform(0, 1 - right.height)
+        return Box(x, y, min(x + right.width, EDGE), min(y + right.height, EDGE))
+
+    def _candidates(self, scene: BaseScene, target: int, box: Box, plan: Plan) -> list[Point]:
+        """Points as the pipeline spreads them, or random ones."""
+        count = self.rng.choice(plan.list_sizes)
+        draw = self.rng.random()
+        if draw < 0.55:
+            return [_clamped(point) for point in grid_points(box, count)]
+        points = [_clamped(p) for p in poisson_disk_points(box, count, self.rng, 0.1)]
+        if draw < 0.7:
+            points = in_rows(points)
+        return points or [_clamped(point) for point in grid_points(box, 1)]
+
+    def _place(self, scene: BaseScene) -> tuple[Point, str]:
+        """A place and its word: seven in ten in some object's box, the rest anywhere."""
+        x, y = self.rng.random(), self.rng.random()
+        if self.rng.random() < 0.7:
+            box = self.rng.choice(scene.things).box
+            x, y = box[0] + x * (box[2] - box[0]), box[1] + y * (box[3] - box[1])
+        found = scene.object_at(x, y)
+        word = scene.things[found].name.split()[-1] if found >= 0 else BACKGROUND
+        return _clamped(Point(x, y)), word
+
+    def _depth(self, scene: BaseScene, target: int, point: Point) -> float:
+        """Share of a small cross around the point that lies on the target."""
+        reach = 0.012
+        around = [(0, 0), (reach, 0), (-reach, 0), (0, reach), (0, -reach)]
+        near = [_clamped(Point(point.x + dx, point.y + dy)) for dx, dy in around]
+        return sum(scene.object_at(*place) == target for place in near) / len(near)
+
+
+def box_of(scene: BaseScene, number: int) -> Box:
+    """Box of an object, shares of the sides."""
+    return Box(*scene.things[number].box)
+
+
+def left_to_right(scene: BaseScene, reference: Reference) -> list[int]:
+    """The targets in the order in which replies list them."""
+    return sorted(reference.targets, key=lambda n: (scene.things[n].box[0], scene.things[n].box[1]))
+
+
+def boxes_reply(scene: BaseScene, reference: Reference) -> str:
+    """Round 1's reply: the targets' boxes from left to right."""
+    return FORMAT.write_boxes([box_of(scene, n) for n in left_to_right(scene, reference)], UNIT)
+
+
+def in_rows(points: Sequence[Point]) -> list[Point]:
+    """Points from top to bottom in bands, each band from left to right."""
+    return sorted(points, key=lambda p: (math.floor(p.y * 8), p.x))
+
+
+def _written(points: Sequence[Point]) -> str:
+    """Points as round 2 lists them."""
+    return FORMAT.ask_points("", Box(0, 0, 1, 1), points, UNIT).split("\n", 1)[1]
+
+
+def _inside_picture(box: Box) -> Box:
+    pad_x, pad_y = 0.08 * box.width, 0.08 * box.height
+    return Box(
+        max(box.x_min - pad_x, 0.0), max(box.y_min - pad_y, 0.0),
+        min(box.x_max + pad_x, EDGE), min(box.y_max + pad_y, EDGE),
+    )  # fmt: skip
+
+
+def _clamped(point: Point) -> Point:
+    return Point(min(max(point.x, 0.0), EDGE), min(max(point.y, 0.0), EDGE))

@@ -1,0 +1,101 @@
+"""Many lessons about a picture in one sequence, exactly as if each were asked alone.
+
+The picture's prefix (system prompt and image) comes once and stays causal; every lesson sees the
+prefix and itself, and its positions go on from the prefix. A plain ``generate`` therefore gives
+what the packed pass gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from recipes.embedded_mllm.lessons import Lesson
+from recipes.embedded_mllm.model import ASSISTANT, END, IMAGE, START, USER
+from sam4mllm_tool.formats.sam4mllm import SYSTEM_PROMPT
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch of sequences, padded on the right; B x L unless said otherwise.
+
+    Attributes:
+        tokens: input ids.
+        targets: the next token where it is under loss, else -100 (already shifted).
+        topics: index of the lesson's topic at each target, -1 elsewhere.
+        positions: position ids.
+        mask: bool B x 1 x L x L, True where a token may look.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    topics: Tensor
+    positions: Tensor
+    mask: Tensor
+
+
+class Packer:
+    """Turns lessons into token sequences."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, patches: int, topics: Sequence[str]
+    ) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        self._id = tokenizer.convert_tokens_to_ids
+        self._topics = {topic: index for index, topic in enumerate(topics)}
+        self._patches = patches
+        self.prefix = [self._id(START), *self.encode(SYSTEM_PROMPT), self._id(USER)]
+        self.prefix += [self._id(IMAGE)] * patches
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text in which special tokens do not occur."""
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def lesson(self, lesson: Lesson) -> tuple[list[int], list[int]]:
+        """Tokens after the prefix, and the same where they are under loss (else -100)."""
+        tokens: list[int] = []
+        taught: list[int] = []
+        for number, turn in enumerate(lesson.turns):
+            asked = ([self._id(USER)] if number else []) + self.encode(turn.question)
+            asked.append(self._id(ASSISTANT))
+            reply = [*self.encode(turn.reply), self._id(END)]
+            tokens += asked + reply
+            taught += [IGNORED] * len(asked) + (reply if turn.taught else [IGNORED] * len(reply))
+        return tokens, taught
+
+    def pack(self, batch: Sequence[Sequence[Lesson]], longest: int = 4096) -> Packed:
+        """Sequences for a batch of pictures; lessons that no longer fit are left out."""
+        made = [self._sequence(lessons, longest) for lessons in batch]
+        length = -(-max(len(tokens) for tokens, *_ in made) // 16) * 16
+        columns = []
+        for column, filler in enumerate((0, IGNORED, -1, 0, -1)):
+            rows = [one[column] + [filler] * (length - len(one[column])) for one in made]
+            columns.append(torch.tensor(rows))
+        tokens, taught, topics, positions, lesson = columns
+        targets, topics = taught.roll(-1, 1), topics.roll(-1, 1)
+        targets[:, -1], topics[:, -1] = IGNORED, -1
+        same = lesson[:, :, None] == lesson[:, None, :]
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        mask = causal & (same | (lesson == 0)[:, None, :])
+        return Packed(tokens, targets, topics, positions, mask[:, None])
+
+    def _sequence(self, lessons: Sequence[Lesson], longest: int) -> tuple[list[int], ...]:
+        start = len(self.prefix)
+        tokens, taught = list(self.prefix), [IGNORED] * start
+        topics, positions, numbers = [-1] * start, list(range(start)), [0] * start
+        for number, lesson in enumerate(lessons, 1):
+            said, under_loss = self.lesson(lesson)
+            if len(tokens) + len(said) > longest:
+                continue
+            tokens += said
+            taught += under_loss
+            topics += [self._topics[lesson.topic]] * len(said)
+            positions += range(start, start + len(said))
+            numbers += [number] * len(said)
+        return tokens, taught, topics, positions, numbers

@@ -1,0 +1,264 @@
+"""Stage 2 of base training: ``python -m recipes.embedded_mllm.train FOLDER``.
+
+Starts from the tower of stage 1, folds its heads into the projector, and teaches the dialogue.
+Checkpoints every few minutes; started again it goes on from the last one. Lessons get harder when
+measurements say so, not when a clock does (:data:`COURSE`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from recipes.embedded_mllm.forward import forward, to_pixels, tower_features
+from recipes.embedded_mllm.init import init_language, place_codes
+from recipes.embedded_mllm.layout import Layout, make_meanings
+from recipes.embedded_mllm.lessons import Plan, Teacher
+from recipes.embedded_mllm.measure import Examination
+from recipes.embedded_mllm.model import (
+    BaseShape,
+    build_model,
+    build_processor,
+    build_tokenizer,
+    save_base,
+)
+from recipes.embedded_mllm.optimizer import Optimizers, make_optimizers
+from recipes.embedded_mllm.packing import Packed, Packer
+from recipes.embedded_mllm.projector import fold_projector
+from recipes.embedded_mllm.scenes import BaseScene, SceneShards
+from recipes.embedded_mllm.vision import DenseHeads, dense_loss, patch_answers
+from recipes.embedded_mllm.vision_train import fit_heads
+from recipes.embedded_mllm.world import known_words, questions_of, words_of
+from sam4mllm_tool.scenes.world import WORLDS
+from sam4mllm_tool.training.token_loss import TokenLoss
+
+TOPICS = (
+    "category", "colour", "function", "size", "position", "ordinal", "relation", "plural",
+    "absent", "what", "what list", "points", "verify", "ppg",
+)  # fmt: skip
+COURSE = (
+    Plan(boxes=5, absent=1.5, what=4, what_lists=1, points=1, verify=1, list_sizes=(2, 3, 4, 5)),
+    Plan(boxes=5, absent=1.5, what=2, what_lists=1, points=3, verify=1, list_sizes=(2, 4, 6, 9)),
+    Plan(boxes=5, absent=1.5, what=0.5, what_lists=0.5, points=3, verify=0.5, ppg=0.7,
+         list_sizes=(4, 6, 9, 9, 10, 12, 16)),
+)  # fmt: skip
+"""Lesson plans, easy to hard."""
+GATES = ({"what": 0.7, "lists": 0.55}, {"points": 0.72})
+"""What an examination must show before the next plan."""
+Batch = tuple[Tensor, Packed, Tensor, Tensor]
+
+
+class LessonBatches(IterableDataset[Batch]):
+    """Endless batches (pictures, packed lessons, dense answers, boxes) from cached scenes."""
+
+    def __init__(self, folder: Path, packer: Packer, shape: BaseShape, size: int, seed: int,
+                 longest: int, world: str) -> None:  # fmt: skip
+        self.folder, self.packer, self.shape = folder, packer, shape
+        self.size, self.seed, self.longest = size, seed, longest
+        self.questions = questions_of(WORLDS[world])
+
+    def __iter__(self) -> Iterator[Batch]:
+        torch.set_num_threads(1)
+        shards, rng = SceneShards(self.folder / "scenes", "train"), random.Random(self.seed)
+        teacher = Teacher(rng)
+        while True:
+            order = list(range(len(shards)))
+            rng.shuffle(order)
+            while len(order) >= 3 * self.size:
+                stage = int((self.folder / "stage").read_text() or 0)
+                scenes: list[BaseScene] = []
+                while len(scenes) < self.size and order:
+                    scene = shards[order.pop()]
+                    if len(scene.things) > 1 or rng.random() < 0.4:
+                        scenes.append(scene)
+                lessons = [teacher.lessons(scene, COURSE[stage]) for scene in scenes]
+                dense = [patch_answers(s, self.questions, self.shape.grid) for s in scenes]
+                answers, boxes = (np.stack(part) for part in zip(*dense, strict=True))
+                pictures = torch.from_numpy(np.stack([scene.image for scene in scenes]))
+                packed = self.packer.pack(lessons, self.longest)
+                yield pictures, packed, torch.from_numpy(answers), torch.from_numpy(boxes)
+
+
+def gentle(name: str) -> float:
+    """Learning-rate factors: low for what was built in, so that training does not wash it out."""
+    if "vision_tower" in name:
+        return 0.6
+    if "lm_head" in name:
+        return 0.5
+    if "projector" in name or "embed_tokens" in name:
+        return 0.2
+    if any(f"layers.{n}.self_attn" in name or f"layers.{n}.input" in name for n in (0, 1)):
+        return 0.1
+    return 0.3 if "layers.2.self_attn" in name else 1.0
+
+
+def start_model(
+    folder: Path, world: str, shape: BaseShape, seed: int
+) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerFast, DenseHeads]:
+    """The tower and heads of stage 1 in a model whose decoder has its circuits built in."""
+    torch.manual_seed(seed)
+    questions = questions_of(WORLDS[world])
+    tokenizer = build_tokenizer(words_of(WORLDS[world]))
+    model = build_model(tokenizer, shape)
+    heads = DenseHeads(shape.vision_width, questions)
+    stored = load_file(folder / "vision.safetensors")
+    for module, prefix in ((model.model.vision_tower, "tower."), (heads, "heads.")):
+        own = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+        module.load_state_dict(own)
+    meanings = make_meanings(questions, seed)
+    init_language(model, tokenizer, questions, meanings)
+    shards = SceneShards(folder / "scenes", "train")
+    pictures = torch.from_numpy(np.stack([shards[n].image for n in range(200)]))
+    with torch.no_grad():
+        features = tower_features(model.model.vision_tower, to_pixels(pictures))
+    print(fold_projector(model, heads, questions, meanings, features, shape), flush=True)
+    return model, tokenizer, heads
+
+
+def earlier_model(
+    folder: Path, start: Path, world: str, shape: BaseShape
+) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerFast, DenseHeads]:
+    """A saved base to go on with, and stage 1's heads read anew off its tower."""
+    tokenizer = build_tokenizer(words_of(WORLDS[world]))
+    model = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+    heads = DenseHeads(shape.vision_width, questions_of(WORLDS[world]))
+    print("heads", fit_heads(folder / "scenes", model.model.vision_tower, heads, shape), flush=True)
+    return model, tokenizer, heads
+
+
+def main() -> None:
+    """Train until the minutes are over."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--world", default="small", choices=sorted(WORLDS))
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--longest", type=int, default=448)
+    parser.add_argument("--dense", type=float, default=0.3, help="weight of stage 1's loss")
+    parser.add_argument("--optimizer", default="adamw", choices=["muon", "adamw"])
+    parser.add_argument("--examine", type=float, default=8, help="minutes between examinations")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="a saved base to go on with, at the last plan")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    shape, folder = BaseShape(), options.folder
+    if options.start is None:
+        model, tokenizer, heads = start_model(folder, options.world, shape, options.seed)
+    else:
+        model, tokenizer, heads = earlier_model(folder, options.start, options.world, shape)
+    heads.requires_grad_(False)
+    optimizers = make_optimizers(model.named_parameters(), options.rate, options.optimizer, gentle)
+    state = {"step": 0, "seconds": 0.0, "pictures": 0}
+    state["stage"] = 0 if options.start is None else len(GATES)
+    if (folder / "resume.pt").exists():
+        state = resume(folder, model, optimizers)
+    (folder / "stage").write_text(str(state["stage"]))
+    packer = Packer(tokenizer, shape.grid**2, TOPICS)
+    batches = LessonBatches(folder, packer, shape, options.batch, options.seed + state["step"],
+                            options.longest, options.world)  # fmt: skip
+    loader = iter(DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=6))
+    examination = Examination(folder, model, tokenizer, packer, build_processor(tokenizer, shape))
+    loss_of, parameters = TokenLoss(tokenizer), list(model.parameters())
+    weights = torch.ones(heads.answers.out_features)
+    weights[questions_of(WORLDS[options.world]).groups["flags"]] = 3.0  # ranks come hardest
+    places = place_codes(shape)  # a patch must go on knowing where it is
+    clock = time.time() - state["seconds"]
+    next_exam = state["seconds"] + (options.examine * 60 if state["step"] else 0)
+    sums = np.zeros((len(TOPICS), 3))
+    while True:
+        state["seconds"] = time.time() - clock
+        share = state["seconds"] / (options.minutes * 60)
+        if state["seconds"] >= next_exam or share >= 1:
+            examine(state, examination, folder, model, optimizers, options, shape)
+            clock = time.time() - state["seconds"]
+            next_exam = state["seconds"] + options.examine * 60
+            if share >= 1:
+                break
+        optimizers.set_scale(
+            min(1, (state["step"] + 1) / 60) * min(1, max(0.02, (1 - share) / 0.35))
+        )
+        pictures, packed, answers, boxes = next(loader)
+        with torch.autocast("cpu", torch.bfloat16):
+            features, hidden = forward(model, pictures, packed)
+            chosen = packed.targets != -100
+            logits = model.lm_head(hidden[chosen])
+        targets = packed.targets[chosen]
+        loss, each = loss_of(logits, targets)
+        dense, _ = dense_loss(heads, features.float(), answers, boxes, weights)
+        seen = model.model.multi_modal_projector(features.float())[..., Layout.place]
+        lost = functional.mse_loss(seen, places.expand_as(seen))
+        optimizers.step(loss + options.dense * dense + lost, parameters)
+        state["step"] += 1
+        state["pictures"] += len(pictures)
+        topics, right = packed.topics[chosen].numpy(), (logits.argmax(-1) == targets).numpy()
+        decisive = (loss_of.weights[targets] > 0.3).numpy()
+        for topic in range(len(TOPICS)):
+            mine = (topics == topic) & decisive
+            sums[topic] += mine.sum(), right[mine].sum(), each.numpy()[mine].sum()
+        if state["step"] % 50 == 0:
+            said = " ".join(
+                f"{topic} {hits / n:.2f}/{total / n:.2f}"
+                for topic, (n, hits, total) in zip(TOPICS, sums, strict=True) if n
+            )  # fmt: skip
+            print(
+                f"{state['seconds'] / 60:.1f} min step {state['step']} dense {dense:.2f} "
+                f"place {lost:.2f} tokens {packed.tokens.shape[1]} {said}",
+                flush=True,
+            )
+            sums[:] = 0
+
+
+def examine(
+    state: dict[str, Any],
+    examination: Examination,
+    folder: Path,
+    model: LlavaForConditionalGeneration,
+    optimizers: Optimizers,
+    options: argparse.Namespace,
+    shape: BaseShape,
+) -> None:
+    """Measure, pass the gate if it is open, write checkpoint, model and learning curve."""
+    found = examination.run()
+    gate = GATES[state["stage"]] if state["stage"] < len(GATES) else None
+    if gate and all(found[key] >= value for key, value in gate.items()):
+        state["stage"] += 1
+        (folder / "stage").write_text(str(state["stage"]))
+    line = {"minutes": round(state["seconds"] / 60, 1), "pictures": state["pictures"],
+            "stage": state["stage"], **found}  # fmt: skip
+    print("EXAM", json.dumps(line), flush=True)
+    with (folder / "curve.jsonl").open("a") as curve:
+        curve.write(json.dumps(line) + "\n")
+    save_base(folder / "model", model, examination.processor, known_words(WORLDS[options.world]),
+              options.world, shape)  # fmt: skip
+    save_file(
+        {k: v.contiguous() for k, v in model.state_dict().items()}, folder / "last.safetensors"
+    )
+    torch.save({"state": state, "optimizers": optimizers.state_dict()}, folder / "resume.pt")
+
+
+def resume(
+    folder: Path, model: LlavaForConditionalGeneration, optimizers: Optimizers
+) -> dict[str, Any]:
+    """Take up weights, optimiser and clock of the last checkpoint."""
+    model.load_state_dict(load_file(folder / "last.safetensors"))
+    stored = torch.load(folder / "resume.pt", weights_only=True)
+    optimizers.load_state_dict(stored["optimizers"])
+    return dict(stored["state"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""A folder of pictures and a list of expressions → COCO JSON.
+
+Each finished picture is one line of ``OUT.journal.jsonl``, written to disk at once; a run that was
+killed goes on with the pictures that have none. The COCO file is made from the journal, so nothing
+is lost or doubled however often a run is broken off. Pictures that failed are listed, stop
+nothing, and are tried again by the next run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sam4mllm_tool.errors import DeviceOutOfMemory, DialogueError, InputError
+from sam4mllm_tool.images.loading import load_image
+from sam4mllm_tool.journal import open_journal, read_journal
+from sam4mllm_tool.masks.coco import CocoPicture, coco_annotation, coco_document
+from sam4mllm_tool.pipeline.model import Sam4MLLM
+from sam4mllm_tool.types import TargetCount
+
+PICTURES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm"}
+)
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """What an annotation run came to.
+
+    Attributes:
+        document: the COCO JSON document.
+        failures: picture (or "picture: expression") → what went wrong.
+        done_before: pictures that an earlier run had finished.
+    """
+
+    document: dict[str, Any]
+    failures: dict[str, str]
+    done_before: int
+
+
+def annotate(
+    model: Sam4MLLM,
+    folder: Path,
+    expressions: Mapping[str, Sequence[str]] | Sequence[str],
+    out: Path,
+    *,
+    count: TargetCount = TargetCount.ZERO_OR_MORE,
+    on_picture: Callable[[str], None] = lambda _: None,
+) -> Annotated:
+    """Annotate every picture below ``folder`` and write the COCO document to ``out``.
+
+    Args:
+        expressions: for every picture, or by picture (path below the folder).
+        count: what the model is told about the number of objects an expression means.
+        on_picture: called with each picture's path once it is done.
+
+    Raises:
+        InputError: no pictures, an expression for a picture that is not there, or a journal of
+            another run.
+        BackendError: a model failed in a way that the next picture would not mend.
+    """
+    wanted = plan(folder, expressions)
+    journal = out.with_name(out.name + ".journal.jsonl")
+    about = {"expressions": _plain(expressions), "count": count.value, "mllm": model.mllm.name,
+             "segmenter": model.segmenter.name}  # fmt: skip
+    done = {name: entry for name, entry in _open(journal, about).items()
+            if not entry["failures"]}  # fmt: skip
+    done_before = len(done)
+    with open_journal(journal) as lines:
+        for name, texts in wanted.items():
+            if name not in done:
+                done[name] = entry = _annotate_picture(model, folder, name, texts, count)
+                lines.add(entry)
+            on_picture(name)
+    document = _coco(done, wanted)
+    scratch = out.with_name(out.name + ".part")
+    scratch.write_text(json.dumps(document), encoding="utf-8")
+    scratch.replace(out)  # at once: a reader never sees half a document
+    failures = {k: v for name in wanted for k, v in done[name]["failures"].items()}
+    return Annotated(document, failures, done_before)
+
+
+def plan(
+    folder: Path, expressions: Mapping[str, Sequence[str]] | Sequence[str]
+) -> dict[str, list[str]]:
+    """Picture → its expressions, each once, pictures in the order of their paths."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder", hint="Give a folder with pictures.")
+    pictures = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.suffix.lower() in PICTURES and path.is_file()
+    )
+    if not pictures:
+        raise InputError(
+            f"{folder} holds no pictures", hint=f"Known: {', '.join(sorted(PICTURES))}."
+        )
+    if not isinstance(expressions, Mapping):
+        return {name: list(dict.fromkeys(expressions)) for name in pictures}
+    strange = sorted(set(expressions) - set(pictures))
+    if strange:
+        raise InputError(
+            f"there are expressions for {strange[0]!r}, which is not below {folder}",
+            hint="Name pictures by their path below the folder.",
+        )
+    return {n: list(dict.fromkeys(expressions[n])) for n in pictures if expressions.get(n)}
+
+
+def read_expressions(file: Path) -> dict[str, list[str]] | list[str]:
+    """A text file (one expression a line, for every picture) or JSON: a list of expressions, or an
+    object {picture: [expressions]}.
+
+    Raises:
+        InputError: missing, or neither.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        content: Any = json.loads(text) if file.suffix == ".json" else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{file} cannot be read: {error}", hint="Give a .txt or .json file in UTF-8."
+        ) from error
+    if isinstance(content, dict):
+        found = {name: _texts(some, file) for name, some in content.items()}
+        return {name: some for name, some in found.items() if some}
+    texts = _texts(content, file)
+    if not texts:
+        raise InputError(f"{file} holds no expression", hint="Write one expression a line.")
+    return texts
+
+
+def _texts(content: Any, file: Path) -> list[str]:
+    listed = [content] if isinstance(content, str) else content
+    if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
+        raise InputError(
+            f"{file} holds something other than expressions",
+            hint='JSON is ["the dog", …] or {"picture.jpg": ["the dog", …], …}.',
+        )
+    return [text.strip() for text in listed if text.strip()]
+
+
+def _annotate_picture(
+    model: Sam4MLLM, folder: Path, name: str, texts: Sequence[str], count: TargetCount
+) -> dict[str, Any]:
+    """The journal's entry of a picture: its size, what was found, what failed."""
+    entry: dict[str, Any] = {"picture": name, "size": None, "found": [], "failures": {}}
+    try:
+        image = load_image(folder / name).image
+    except InputError as error:
+        return entry | {"failures": {name: str(error)}}
+    entry["size"] = list(image.size)
+    for text in texts:
+        try:
+            objects = model.segment(image, text, count=count, source=name).objects
+        except (InputError, DialogueError, DeviceOutOfMemory) as error:
+            entry["failures"][f"{name}: {text}"] = str(error)
+            continue
+        entry["found"] += [
+            (text, coco_annotation(one.mask, score=one.drawn.predicted_iou)) for one in objects
+        ]
+    return entry
+
+
+def _plain(expressions: Mapping[str, Sequence[str]] | Sequence[str]) -> Any:
+    """JSON-ready: the same run may find more pictures in its folder later."""
+    if isinstance(expressions, Mapping):
+        return {name: list(texts) for name, texts in expressions.items()}
+    return list(expressions)
+
+
+def _open(journal: Path, about: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The entries of an earlier run, the last one of each picture.
+
+    The first line says what the run is about; a new journal gets it.
+    """
+    about = json.loads(json.dumps(about))
+    first, *entries = read_journal(journal) or [about]
+    if first != about:
+        raise InputError(
+            f"{journal} belongs to a run with other expressions or models",
+            hint="Choose another output file, or delete the journal.",
+        )
+    if not entries:
+        journal.unlink(missing_ok=True)
+        with open_journal(journal) as lines:
+            lines.add(about)
+    return {entry["picture"]: entry for entry in entries}
+
+
+def _coco(
+    done: Mapping[str, dict[str, Any]], wanted: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """The COCO document: one category per expression, one annotation per object."""
+    names = dict.fromkeys(text for texts in wanted.values() for text in texts)
+    sizes = {name: done[name]["size"] for name in wanted if done[name]["size"]}
+    pictures = [
+        CocoPicture(name, width, height, done[name]["found"])
+        for name, (width, height) in sizes.items()
+    ]
+    return coco_document(pictures, {text: number for number, text in enumerate(names, 1)})

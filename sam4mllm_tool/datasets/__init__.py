@@ -1,0 +1,94 @@
+"""Referring data sets, each as a stream of :class:`ReferringExample`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from sam4mllm_tool.datasets import hub, reasonseg
+from sam4mllm_tool.datasets.record import ReferringExample
+from sam4mllm_tool.datasets.refer import ReferFiles
+from sam4mllm_tool.errors import DatasetError
+from sam4mllm_tool.types import TargetCount
+
+__all__ = ["DATASETS", "Dataset", "ReferringExample", "check_present", "load_examples"]
+
+Reader = Callable[[Path, str], Iterator[ReferringExample]]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set's name, its splits and its reader."""
+
+    name: str
+    splits: tuple[str, ...]
+    read: Reader
+
+
+_REFER = "https://github.com/lichengunc/refer (refcoco.zip, refcoco+.zip, refcocog.zip)"
+_GREFER = "https://github.com/henghuiding/gRefCOCO (grefs(unc).json, instances.json)"
+_UNC = ("train", "val", "testA", "testB")
+
+DATASETS: dict[str, Dataset] = {
+    known.name: known
+    for known in (
+        Dataset("refcoco", _UNC, ReferFiles("refcoco", "refcoco", "refs(unc)", _REFER).examples),
+        Dataset("refcoco+", _UNC, ReferFiles("refcoco+", "refcoco+", "refs(unc)", _REFER).examples),
+        Dataset(
+            "refcocog",
+            ("train", "val", "test"),
+            ReferFiles("refcocog", "refcocog", "refs(umd)", _REFER).examples,
+        ),
+        Dataset(
+            "refcocog-google",
+            ("train", "val"),
+            ReferFiles("refcocog-google", "refcocog", "refs(google)", _REFER).examples,
+        ),
+        Dataset(
+            "grefcoco",
+            _UNC,
+            ReferFiles(
+                "grefcoco", "grefcoco", "grefs(unc)", _GREFER, TargetCount.ZERO_OR_MORE
+            ).examples,
+        ),
+        Dataset("reasonseg", ("train", "val", "test"), reasonseg.examples),
+    )
+}
+
+
+def load_examples(
+    name: str, data: str | Path, split: str, limit: int | None = None
+) -> Iterator[ReferringExample]:
+    """The records of a split, in the order of the files, from the makers' or the hub's layout.
+
+    Args:
+        name: a key of ``DATASETS``.
+        data: the folder that holds the data set.
+        split: one of the data set's splits.
+        limit: at most this many records.
+
+    Raises:
+        DatasetError: unknown name or split; a file is missing (the hint says what to download and
+            where to put it) or not in its layout.
+    """
+    if name not in DATASETS:
+        raise DatasetError(f"unknown data set {name!r}", hint=f"Known ones: {', '.join(DATASETS)}.")
+    dataset, folder = DATASETS[name], Path(data).expanduser()
+    if split not in dataset.splits:
+        raise DatasetError(
+            f"{name} has no split {split!r}", hint=f"Its splits: {', '.join(dataset.splits)}."
+        )
+    packed = hub.parquet_files(folder, split)
+    records = hub.examples(packed, name, split) if packed else dataset.read(folder, split)
+    return islice(records, limit)
+
+
+def check_present(name: str, data: str | Path, split: str) -> None:
+    """Read one record, so that a missing file is told before any model is loaded.
+
+    Raises:
+        DatasetError: as :func:`load_examples`.
+    """
+    next(load_examples(name, data, split, limit=1), None)

@@ -1,0 +1,92 @@
+"""The one record that every data set becomes."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sam4mllm_tool.errors import DatasetError
+from sam4mllm_tool.images.loading import load_image
+from sam4mllm_tool.types import Box, Mask, RgbImage, TargetCount
+
+
+def need_extra(module: str) -> Any:
+    """A module that only readers of published data sets need.
+
+    Raises:
+        DatasetError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise DatasetError(
+            f"reading this data set needs {module.partition('.')[0]}",
+            hint="Install it: pip install 'sam4mllm-tool[eval]'.",
+        ) from error
+
+
+Rle = dict[str, Any]
+"""COCO run-length encoding: ``{"size": [height, width], "counts": str}``."""
+
+
+@dataclass(frozen=True)
+class ReferringExample:
+    """Expressions that all mean the same object(s) of one image.
+
+    Attributes:
+        dataset, split: where it is from.
+        example_id: unique within the data set's split (a ``ref_id``, a file name).
+        image_id: of the picture, to keep expressions on one image together.
+        image: a file, or the encoded bytes where the data set holds them inside.
+        expressions: each is judged by itself.
+        masks: one a target object; empty means that the expressions have no target here.
+        boxes: one a mask, pixels of the image, as the data set's makers give them.
+        ignore: pixels that count neither for nor against a prediction.
+        count: how many targets the data set lets an expression have.
+        kind: of expression, where the data set tells.
+    """
+
+    dataset: str
+    split: str
+    example_id: str
+    image_id: str
+    image: Path | bytes
+    expressions: tuple[str, ...]
+    masks: tuple[Rle, ...]
+    boxes: tuple[Box, ...]
+    ignore: Rle | None = None
+    count: TargetCount = TargetCount.ONE
+    kind: str = ""
+
+    def open_image(self) -> RgbImage:
+        """The picture.
+
+        Raises:
+            DatasetError: its size is not that of the masks.
+            ImageError: it cannot be read.
+        """
+        image = load_image(self.image).image
+        for rle in self.masks:
+            if list(rle["size"]) != [image.height, image.width]:
+                raise DatasetError(
+                    f"{self.example_id}: the image is {image.width}×{image.height}, its mask "
+                    f"{rle['size'][1]}×{rle['size'][0]}",
+                    hint="The image folder does not belong to these annotations.",
+                )
+        return image
+
+    def truth(self) -> list[Mask]:
+        """The targets' masks, decoded."""
+        return [Mask.from_rle(rle) for rle in self.masks]
+
+    def ignored(self) -> Mask | None:
+        """The region that does not count, decoded."""
+        return Mask.from_rle(self.ignore) if self.ignore else None
+
+    def cases(self) -> Iterator[tuple[str, str]]:
+        """(id, expression) of each expression; the id is unique within the split."""
+        for number, expression in enumerate(self.expressions):
+            yield f"{self.example_id}:{number}", expression

@@ -1,0 +1,1 @@
+"""Masks of one image: relations, polygons, files, and other libraries' values."""

@@ -1,0 +1,82 @@
+"""Masks of one picture as files: PNG, COCO JSON, LabelMe, an overlay."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from PIL import Image
+
+from sam4mllm_tool.drawing.overlay import overlay_masks
+from sam4mllm_tool.errors import AccessDenied
+from sam4mllm_tool.images.access import ImagePolicy, safe_output_path
+from sam4mllm_tool.masks.coco import CocoPicture, coco_annotation, coco_document
+from sam4mllm_tool.masks.interop import LabelledMask
+from sam4mllm_tool.types import RgbImage
+
+FileFormat = Literal["png", "coco_rle", "coco_polygons", "overlay"]
+FILE_FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
+
+
+def masks_to_coco(
+    masks: Sequence[LabelledMask], image: RgbImage, file_name: str, *, polygons: bool = False
+) -> dict[str, Any]:
+    """A COCO document of one picture: one category per name, one annotation per mask."""
+    annotations = [
+        (one.name, coco_annotation(one.mask, polygons=polygons, object_id=one.object_id))
+        for one in masks
+    ]
+    return coco_document([CocoPicture(file_name, image.width, image.height, annotations)])
+
+
+def save_masks(
+    masks: Sequence[LabelledMask],
+    image: RgbImage,
+    folder: str | Path,
+    formats: Sequence[FileFormat],
+    policy: ImagePolicy,
+    *,
+    stem: str,
+    file_name: str,
+    overlay: Image.Image | None = None,
+) -> list[Path]:
+    """Write masks to a folder; returns the paths. Existing files of the same name are replaced.
+
+    Args:
+        masks: of one image; ``object_id`` is part of the names of the PNG files.
+        image: the picture they belong to.
+        folder: is made if it does not exist.
+        formats: any of ``FILE_FORMATS``.
+        policy: says which folders may be written to.
+        stem: what the file names begin with.
+        file_name: what COCO calls the picture.
+        overlay: drawn instead of the plain one.
+
+    Raises:
+        AccessDenied: the folder may not be written to, or the disk is full.
+    """
+    written: list[Path] = []
+
+    def target(name: str) -> Path:
+        written.append(safe_output_path(folder, f"{stem}_{name}", policy))
+        return written[-1]
+
+    try:
+        if "png" in formats:
+            for one in masks:
+                one.mask.to_pil().save(target(f"{one.object_id}.png"))
+        for kind in ("coco_rle", "coco_polygons"):
+            if kind in formats:
+                document = masks_to_coco(masks, image, file_name, polygons=kind == "coco_polygons")
+                target(f"{kind}.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+        if "overlay" in formats:
+            numbered = {n: one.mask for n, one in enumerate(masks, 1)}
+            (overlay or overlay_masks(image, numbered)).save(target("overlay.png"))
+    except OSError as error:
+        raise AccessDenied(
+            f"cannot write to {folder}: {error.strerror or error}",
+            hint="Choose a folder with free space that you may write to.",
+        ) from error
+    return written

@@ -1,0 +1,250 @@
+"""A dialogue as token ids, in which nothing but the chat template writes control tokens.
+
+For harmless text the ids are those of ``processor.apply_chat_template``. Text that spells a
+control token (``</s>``, ``<image>``, ``<|im_end|>``, …) would end the turn or ask for an image
+there; such text is encoded in pieces in which no control token can be found.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sam4mllm_tool.errors import CheckpointError
+from sam4mllm_tool.protocols import Dialogue, Turn
+from sam4mllm_tool.types import RgbImage
+
+_MARK = "\ue0a5{}\ue0a6"  # private-use characters: survive templates, belong to no vocabulary
+_PER_TOKEN_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """What the processor makes of one image.
+
+    Attributes:
+        ids: the tokens that take the place of the template's one image token.
+        tensors: the model's other arguments (``pixel_values``, sizes, grids), on the CPU.
+        token_types: one value a token of ``ids`` for models that ask for ``mm_token_type_ids``.
+    """
+
+    ids: tuple[int, ...]
+    tensors: dict[str, torch.Tensor]
+    token_types: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A dialogue up to the place where the reply begins.
+
+    Attributes:
+        ids: all token ids, the image's tokens included.
+        image_end: number of leading ids up to and including the image's last token.
+    """
+
+    ids: tuple[int, ...]
+    image_end: int
+
+
+class DialogueEncoder:
+    """Turns dialogues into ids with a processor's own chat template. Safe from many threads."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        # A fast tokenizer must not be entered twice at once ("Already borrowed").
+        self._lock = threading.RLock()
+        self._skeletons: dict[tuple[str, ...], list[int]] = {}
+        self.image_token_id = self._find_image_token()
+        self.control_ids = self._find_control_ids()
+
+    def encode(self, dialogue: Dialogue, image: ImageInputs) -> Encoded:
+        """Ids of a dialogue about one image, ready for the reply."""
+        ids = self.text_ids(dialogue)
+        at = ids.index(self.image_token_id)
+        before, after = tuple(ids[:at]), tuple(ids[at + 1 :])
+        return Encoded(before + image.ids + after, at + len(image.ids))
+
+    def text_ids(self, dialogue: Dialogue) -> list[int]:
+        """Ids of a dialogue in which a single token stands for the image."""
+        with self._lock:
+            ids = self._tokenize(self._render(dialogue))
+            if self._controls(ids) == self._skeleton(dialogue):
+                return ids
+            return self._encode_guarded(dialogue)
+
+    def image_inputs(self, image: RgbImage) -> ImageInputs:
+        """Process an image's pixels, and find out which tokens it takes."""
+        turn = (Turn("user", _MARK.format(0)),)
+        with self._lock:
+            plain = self._tokenize(self._render(turn))
+            conversation = _as_messages(turn, image=image.pil)
+            inputs = self.processor.apply_chat_template(
+                conversation,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        full = inputs["input_ids"][0].tolist()
+        at = plain.index(self.image_token_id)
+        behind = len(plain) - at - 1
+        end = len(full) - behind
+        if full[:at] != plain[:at] or full[end:] != plain[at + 1 :]:
+            raise CheckpointError(
+                "the processor rewrites the text around the image",
+                hint="This family is not supported by the local engine; serve it behind an "
+                "OpenAI-compatible endpoint instead.",
+            )
+        types = inputs.get("mm_token_type_ids")
+        return ImageInputs(
+            ids=tuple(full[at:end]),
+            tensors={k: v for k, v in inputs.items() if k not in _PER_TOKEN_INPUTS},
+            token_types=None if types is None else tuple(types[0, at:end].tolist()),
+        )
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of reply text, as they come in the middle of a reply (no start token or space)."""
+        with self._lock:
+            anchor = self.tokenizer.encode("0", add_special_tokens=False)
+            ids = self.tokenizer.encode("0" + text, add_special_tokens=False)
+            if ids[: len(anchor)] == anchor:
+                return list(ids[len(anchor) :])
+            return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def decode_continuation(self, ids: Sequence[int]) -> str:
+        """Text of reply ids, the space that a first token may carry included."""
+        with self._lock:
+            anchor = self.tokenizer.encode("0", add_special_tokens=False)
+            options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+            start = self.tokenizer.decode(anchor, **options)
+            text: str = self.tokenizer.decode([*anchor, *ids], **options)
+            return text[len(start) :]
+
+    def end_of_turn_ids(self) -> list[int]:
+        """Control tokens that the template writes right behind a reply."""
+        turns = (Turn("user", "a"), Turn("assistant", _MARK.format(1)), Turn("user", "b"))
+        with self._lock:
+            tail = self._render(turns).split(_MARK.format(1))[1]
+            ids = self.tokenizer.encode(tail, add_special_tokens=False)
+        first = ids[:1]
+        return [i for i in first if i in self._special_ids()]
+
+    def _render(self, dialogue: Dialogue) -> str:
+        text: str = self.processor.apply_chat_template(
+            _as_messages(dialogue), add_generation_prompt=True, tokenize=False
+        )
+        return text
+
+    def _tokenize(self, text: str) -> list[int]:
+        start = self.tokenizer.bos_token
+        add = not (start and text.startswith(start))  # as processors do
+        return list(self.tokenizer(text, add_special_tokens=add)["input_ids"])
+
+    def _encode_guarded(self, dialogue: Dialogue) -> list[int]:
+        """Template and text encoded apart, so that text cannot reach the template's tokens."""
+        marked = _marked(dialogue)
+        rendered = self._render(marked)
+        ids: list[int] = []
+        for index, turn in enumerate(marked):
+            before, rendered = rendered.split(turn.text, 1)
+            ids += self._tokenize(before) if index == 0 else self._encode_fixed(before)
+            ids += self._encode_plain(dialogue[index].text)
+        return ids + self._encode_fixed(rendered)
+
+    def _encode_fixed(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _encode_plain(self, text: str) -> list[int]:
+        """Ids of text without any control token: pieces too short to spell one, where it must."""
+        spelled = [self.tokenizer.convert_ids_to_tokens(i) for i in sorted(self.control_ids)]
+        pieces = [text]
+        for token in spelled:
+            pieces = [part for piece in pieces for part in _cut_inside(piece, token)]
+        return [i for piece in pieces for i in self._encode_piece(piece)]
+
+    def _encode_piece(self, piece: str) -> list[int]:
+        ids = self._encode_fixed(piece)
+        if not self._controls(ids):
+            return ids
+        # A tokenizer that normalises may still find one (full-width brackets, say).
+        by_letter = [self._encode_fixed(letter) for letter in piece]
+        return [i for ids in by_letter for i in ids if i not in self.control_ids]
+
+    def _controls(self, ids: Iterable[int]) -> list[int]:
+        return [i for i in ids if i in self.control_ids]
+
+    def _skeleton(self, dialogue: Dialogue) -> list[int]:
+        """The control tokens that the template alone writes for turns of these roles."""
+        roles = tuple(turn.role for turn in dialogue)
+        if roles not in self._skeletons:
+            self._skeletons[roles] = self._controls(self._tokenize(self._render(_marked(dialogue))))
+        return self._skeletons[roles]
+
+    def _special_ids(self) -> set[int]:
+        added = self.tokenizer.added_tokens_decoder
+        return {i for i, t in added.items() if t.special} | set(self.tokenizer.all_special_ids)
+
+    def _find_control_ids(self) -> frozenset[int]:
+        """Special tokens, and other added tokens that the template itself writes."""
+        turns = (Turn("system", "a"), Turn("user", "b"), Turn("assistant", "c"), Turn("user", "d"))
+        written: set[int] = set()
+        for dialogue in (turns, turns[1:]):
+            written |= set(self._tokenize(self._render(dialogue)))
+        added = self.tokenizer.added_tokens_decoder
+        visible = {i for i, t in added.items() if not t.content.isspace()}
+        return frozenset(self._special_ids() | (written & visible))
+
+    def _find_image_token(self) -> int:
+        image_id = getattr(self.processor, "image_token_id", None)
+        if image_id is None:
+            token = getattr(self.processor, "image_token", None)
+            image_id = None if token is None else self.tokenizer.convert_tokens_to_ids(token)
+        try:
+            found = self._tokenize(self._render((Turn("user", "a"),)))
+        except Exception as error:
+            raise CheckpointError(
+                f"the checkpoint's chat template cannot be used: {error}",
+                hint="The folder needs the processor's files with a chat template for images.",
+            ) from error
+        if image_id is None or found.count(image_id) != 1:
+            raise CheckpointError(
+                "the chat template does not place one image token",
+                hint="The checkpoint must be an image-text-to-text chat model.",
+            )
+        return int(image_id)
+
+
+def _as_messages(dialogue: Dialogue, image: Any = None) -> list[dict[str, Any]]:
+    """Messages in the form chat templates expect, the image first in the first user turn."""
+    messages: list[dict[str, Any]] = []
+    placed = False
+    for turn in dialogue:
+        content: list[dict[str, Any]] = []
+        if turn.role == "user" and not placed:
+            content.append(
+                {"type": "image"} if image is None else {"type": "image", "image": image}
+            )
+            placed = True
+        content.append({"type": "text", "text": turn.text})
+        messages.append({"role": turn.role, "content": content})
+    return messages
+
+
+def _marked(dialogue: Dialogue) -> Dialogue:
+    return tuple(Turn(turn.role, _MARK.format(i)) for i, turn in enumerate(dialogue))
+
+
+def _cut_inside(text: str, token: str) -> list[str]:
+    """``text`` cut behind the first character of every ``token`` in it."""
+    first, rest = token[:1], token[1:]
+    parts = text.split(token)
+    if not rest or len(parts) == 1:
+        return [text]
+    middle = [rest + part for part in parts[1:]]
+    whole = [parts[0], *middle]
+    return [piece + first for piece in whole[:-1]] + [whole[-1]]

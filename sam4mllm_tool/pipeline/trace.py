@@ -1,0 +1,300 @@
+"""What happened in a run, as data: written as JSON, replayed without the MLLM, drawn as a page.
+
+Recording is done by wrappers around the two backends, so the flow itself knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field
+
+from sam4mllm_tool.errors import InputError
+from sam4mllm_tool.grammar import Grammar
+from sam4mllm_tool.protocols import (
+    Dialogue,
+    MaskCandidate,
+    Mllm,
+    Reply,
+    Segmenter,
+    SegmentPrompt,
+    YesNoWords,
+)
+from sam4mllm_tool.types import RgbImage, YesNo
+
+T = TypeVar("T")
+
+
+class Exchange(BaseModel):
+    """One question to the MLLM and what came back."""
+
+    kind: Literal["generate", "alternates", "yes_no"]
+    image: str = Field(description="digest of the picture that was asked about")
+    dialogue: list[tuple[str, str]] = Field(description="(role, text) turns, the question last")
+    count: int = Field(1, description="answers or alternates asked for")
+    replies: list[tuple[str, float | None, int]] = Field(
+        default=[], description="(text, log-probability, free tokens) of each reply"
+    )
+    answers: list[YesNo] = Field(default=[], description="p_yes and p_no a point")
+    seconds: float = 0.0
+
+
+class MaskCall(BaseModel):
+    """One call of the segmenter: its prompts and the predicted IoU of each candidate mask."""
+
+    prompts: list[dict[str, Any]]
+    predicted_ious: list[list[float]]
+    seconds: float
+
+
+class Trace(BaseModel):
+    """A whole run. ``objects`` hold masks as COCO RLE; coordinates are pixels."""
+
+    version: Literal[1] = 1
+    expression: str
+    count: str
+    strategy: str
+    status: str = "not_found"
+    image: dict[str, Any]
+    models: dict[str, str]
+    settings: dict[str, Any] = {}
+    exchanges: list[Exchange] = []
+    mask_calls: list[MaskCall] = []
+    objects: list[dict[str, Any]] = []
+    timings: dict[str, float] = {}
+    notes: list[str] = []
+
+    @property
+    def questions(self) -> int:
+        """How many questions the MLLM was asked."""
+        return len(self.exchanges)
+
+    def save(self, path: str | Path) -> Path:
+        """Write as JSON; :meth:`load` reads it back equal."""
+        target = Path(path)
+        target.write_text(self.model_dump_json(indent=1), encoding="utf-8")
+        return target
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """Read a trace written by :meth:`save`.
+
+        Raises:
+            InputError: the file is missing or is not a trace.
+        """
+        try:
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{path} is not a trace: {error}", hint="Give a file written by --trace or save()."
+            ) from error
+
+    def page_data(self) -> dict[str, Any]:
+        """The plain dictionary that :func:`sam4mllm_tool.drawing.overlay.trace_page` draws."""
+        data = self.model_dump(mode="json", exclude={"exchanges", "mask_calls"})
+        data["dialogue"] = self.conversation()
+        data["events"] = [
+            {"kind": "mask", "detail": call.model_dump(mode="json")} for call in self.mask_calls
+        ]
+        return data
+
+    def conversation(self) -> list[dict[str, str]]:
+        """What was said, each turn once, as ``{"role", "text"}``."""
+        said: list[dict[str, str]] = []
+        seen: set[tuple[tuple[str, str], ...]] = set()
+        for exchange in self.exchanges:
+            turns = [*exchange.dialogue, ("assistant", _answer_text(exchange))]
+            for end in range(1, len(turns) + 1):
+                start = tuple((role, text.strip()) for role, text in turns[:end])
+                if start not in seen:
+                    seen.add(start)
+                    role, text = turns[end - 1]
+                    said.append({"role": role, "text": text.strip()})
+        return said
+
+
+def _answer_text(exchange: Exchange) -> str:
+    if exchange.kind == "yes_no":
+        return "".join("Yes" if a.p_yes >= a.p_no else "No" for a in exchange.answers)
+    return "\n".join(text for text, *_ in exchange.replies).strip()
+
+
+class Recorder:
+    """Collects the exchanges, mask calls and stage times of one run."""
+
+    def __init__(self) -> None:
+        self.exchanges: list[Exchange] = []
+        self.mask_calls: list[MaskCall] = []
+        self.timings: dict[str, float] = {}
+
+    def timed(self, name: str, call: Callable[[], T]) -> tuple[T, float]:
+        """Run ``call``, add its seconds to stage ``name``."""
+        start = time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - start
+        self.timings[name] = self.timings.get(name, 0.0) + seconds
+        return result, seconds
+
+
+class RecordingMllm:
+    """An MLLM that notes what passes through it."""
+
+    def __init__(self, mllm: Mllm, recorder: Recorder) -> None:
+        self._mllm, self._recorder = mllm, recorder
+        self.name, self.format_name = mllm.name, mllm.format_name
+        self.known_words = mllm.known_words
+
+    def generate(
+        self,
+        image: RgbImage,
+        dialogue: Dialogue,
+        *,
+        grammar: Grammar | None = None,
+        max_new_tokens: int = 256,
+    ) -> Reply:
+        """As the wrapped MLLM, noted as stage *locate*."""
+        reply, seconds = self._recorder.timed(
+            "locate",
+            lambda: self._mllm.generate(
+                image, dialogue, grammar=grammar, max_new_tokens=max_new_tokens
+            ),
+        )
+        self._note("generate", image, dialogue, 1, seconds, replies=[reply])
+        return reply
+
+    def alternates(
+        self, image: RgbImage, dialogue: Dialogue, *, grammar: Grammar, count: int
+    ) -> list[Reply]:
+        """As the wrapped MLLM, noted as stage *locate*."""
+        replies, seconds = self._recorder.timed(
+            "locate",
+            lambda: self._mllm.alternates(image, dialogue, grammar=grammar, count=count),
+        )
+        self._note("alternates", image, dialogue, count, seconds, replies=replies)
+        return replies
+
+    def answer_yes_no(
+        self, image: RgbImage, dialogue: Dialogue, *, words: YesNoWords, count: int
+    ) -> list[YesNo]:
+        """As the wrapped MLLM, noted as stage *points*."""
+        answers, seconds = self._recorder.timed(
+            "points",
+            lambda: self._mllm.answer_yes_no(image, dialogue, words=words, count=count),
+        )
+        self._note("yes_no", image, dialogue, count, seconds, answers=answers)
+        return answers
+
+    def _note(
+        self,
+        kind: Literal["generate", "alternates", "yes_no"],
+        image: RgbImage,
+        dialogue: Dialogue,
+        count: int,
+        seconds: float,
+        replies: Sequence[Reply] = (),
+        answers: Sequence[YesNo] = (),
+    ) -> None:
+        self._recorder.exchanges.append(
+            Exchange(
+                kind=kind,
+                image=image.digest,
+                dialogue=[(turn.role, turn.text) for turn in dialogue],
+                count=count,
+                replies=[(reply.text, reply.log_probability, reply.tokens) for reply in replies],
+                answers=list(answers),
+                seconds=seconds,
+            )
+        )
+
+
+class RecordingSegmenter:
+    """A segmenter that notes what passes through it."""
+
+    def __init__(self, segmenter: Segmenter, recorder: Recorder) -> None:
+        self._segmenter, self._recorder = segmenter, recorder
+        self.name = segmenter.name
+
+    def embed(self, image: RgbImage) -> None:
+        """As the wrapped segmenter, noted as stage *image embedding*."""
+        self._recorder.timed("image embedding", lambda: self._segmenter.embed(image))
+
+    def predict(
+        self, image: RgbImage, prompts: Sequence[SegmentPrompt]
+    ) -> list[tuple[MaskCandidate, ...]]:
+        """As the wrapped segmenter, noted as stage *mask*."""
+        masks, seconds = self._recorder.timed(
+            "mask", lambda: self._segmenter.predict(image, prompts)
+        )
+        self._recorder.mask_calls.append(
+            MaskCall(
+                prompts=[_prompt_data(prompt) for prompt in prompts],
+                predicted_ious=[[float(m.predicted_iou) for m in some] for some in masks],
+                seconds=seconds,
+            )
+        )
+        return masks
+
+    def logits_at_image_size(
+        self, image: RgbImage, logits: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """As the wrapped segmenter."""
+        return self._segmenter.logits_at_image_size(image, logits)
+
+
+def _prompt_data(prompt: SegmentPrompt) -> dict[str, Any]:
+    return {
+        "box": list(prompt.box) if prompt.box else None,
+        "points": [{"x": p.x, "y": p.y, "label": p.label.value} for p in prompt.points],
+        "former_mask": prompt.mask_logits is not None,
+    }
+
+
+class ReplayMllm:
+    """Answers from a trace: the same question on the same picture gets the recorded reply."""
+
+    def __init__(self, trace: Trace, format_name: str, known_words: frozenset[str] | None) -> None:
+        self.name = trace.models.get("mllm", "replay")
+        self.format_name = format_name
+        self.known_words = known_words
+        self._exchanges = {
+            (e.kind, e.image, tuple(e.dialogue), e.count): e for e in trace.exchanges
+        }
+
+    def generate(
+        self,
+        image: RgbImage,
+        dialogue: Dialogue,
+        *,
+        grammar: Grammar | None = None,
+        max_new_tokens: int = 256,
+    ) -> Reply:
+        """The recorded reply."""
+        return Reply(*self._find("generate", image, dialogue, 1).replies[0])
+
+    def alternates(
+        self, image: RgbImage, dialogue: Dialogue, *, grammar: Grammar, count: int
+    ) -> list[Reply]:
+        """The recorded replies."""
+        found = self._find("alternates", image, dialogue, count)
+        return [Reply(*reply) for reply in found.replies]
+
+    def answer_yes_no(
+        self, image: RgbImage, dialogue: Dialogue, *, words: YesNoWords, count: int
+    ) -> list[YesNo]:
+        """The recorded probabilities."""
+        return list(self._find("yes_no", image, dialogue, count).answers)
+
+    def _find(self, kind: str, image: RgbImage, dialogue: Dialogue, count: int) -> Exchange:
+        turns = tuple((turn.role, turn.text) for turn in dialogue)
+        found = self._exchanges.get((kind, image.digest, turns, count))  # type: ignore[arg-type]
+        if found is None:
+            raise InputError(
+                "the trace does not hold this question",
+                hint="Replay with the picture, settings and masks model of the recorded run.",
+            )
+        return found

@@ -1,0 +1,212 @@
+"""Handles: what tools give an agent instead of pixels, and what stands behind them.
+
+One workspace belongs to one user or client. It is bounded by bytes: what has not been used for
+longest is forgotten first, and asking for it then raises :class:`UnknownHandle`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cachetools import LRUCache
+
+from sam4mllm_tool.errors import InputError, UnknownHandle
+from sam4mllm_tool.images.access import ImagePolicy, readable_path
+from sam4mllm_tool.images.loading import load_image
+from sam4mllm_tool.masks.interop import LabelledMask
+from sam4mllm_tool.pipeline.results import Location
+from sam4mllm_tool.protocols import MaskCandidate
+from sam4mllm_tool.types import Box, Mask, PromptPoint, RgbImage
+
+R = TypeVar("R")
+
+DEFAULT_BYTES = 1024**3
+_OVERHEAD = 4096
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """An image an agent may refer to."""
+
+    image_id: str
+    image: RgbImage
+    source: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def file_name(self) -> str:
+        """What files about it call the picture."""
+        return Path(self.source).name if self.source else self.image_id
+
+
+@dataclass(frozen=True)
+class ObjectRecord:
+    """An object of an image: where it is, what was asked about it, and its mask if drawn.
+
+    Attributes:
+        location: round 1's dialogue, which round 2 goes on from; ``None`` for an object made from
+            prompts or from other objects' masks.
+        drawn: the chosen mask with its logits, ``None`` until a mask is drawn.
+        mask: the mask; without ``drawn`` for an object made by combining masks.
+    """
+
+    image_id: str
+    name: str
+    box: Box
+    object_id: str = ""
+    score: float | None = None
+    location: Location | None = None
+    points: tuple[PromptPoint, ...] = ()
+    drawn: MaskCandidate | None = None
+    mask: Mask | None = None
+
+
+def labelled_masks(objects: Iterable[ObjectRecord]) -> list[LabelledMask]:
+    """The masks of those objects that have one, as other libraries take them."""
+    return [
+        LabelledMask(one.name, one.mask, one.score, one.object_id)
+        for one in objects
+        if one.mask is not None
+    ]
+
+
+class Workspace:
+    """Images and objects by handle; safe to use from many threads.
+
+    Args:
+        policy: which sources may be opened.
+        max_bytes: bound on the pixels, masks and logits kept.
+    """
+
+    def __init__(
+        self, policy: ImagePolicy | None = None, *, max_bytes: int = DEFAULT_BYTES
+    ) -> None:
+        self.policy = policy or ImagePolicy()
+        self._lock = threading.RLock()
+        self._images: LRUCache[str, ImageRecord] = LRUCache(max_bytes // 2, _image_bytes)
+        self._objects: LRUCache[str, ObjectRecord] = LRUCache(max_bytes // 2, _object_bytes)
+        self._by_digest: LRUCache[str, str] = LRUCache(4096)
+        self._by_file: LRUCache[tuple[Any, ...], str] = LRUCache(4096)
+        self._numbers = {"img": 0, "obj": 0}
+
+    def open_image(self, source: Any) -> ImageRecord:
+        """The image behind a handle, path, URL, data URI, bytes, PIL image or array.
+
+        The same pixels get the same handle, and an unchanged file is not decoded twice.
+
+        Raises:
+            ImageError, AccessDenied, UnknownHandle: as :func:`sam4mllm_tool.load_image`.
+        """
+        if isinstance(source, str) and source.startswith("img_"):
+            return self.image(source)
+        key = self._file_key(source)
+        with self._lock:
+            known = self._by_file.get(key) if key else None
+            if known is not None and known in self._images:
+                return self._images[known]
+        loaded = load_image(source, self.policy)
+        label = str(source)[:200] if isinstance(source, str | Path) else type(source).__name__
+        label = "data URI" if label.startswith("data:") else label
+        with self._lock:
+            record = self._keep_image(loaded.image, label, loaded.notes)
+            if key:
+                self._by_file[key] = record.image_id
+        return record
+
+    def image(self, image_id: str) -> ImageRecord:
+        """The image of that handle.
+
+        Raises:
+            UnknownHandle: never given out, or forgotten since.
+        """
+        with self._lock:
+            if image_id not in self._images:
+                raise _unknown("image", image_id, list(self._images))
+            return self._images[image_id]
+
+    def object(self, object_id: str) -> ObjectRecord:
+        """The object of that handle.
+
+        Raises:
+            UnknownHandle: never given out, or forgotten since.
+        """
+        with self._lock:
+            if object_id not in self._objects:
+                raise _unknown("object", object_id, list(self._objects))
+            return self._objects[object_id]
+
+    def add_object(self, record: ObjectRecord) -> ObjectRecord:
+        """Keep a new object; returns it with its handle."""
+        with self._lock:
+            named = replace(record, object_id=self._next("obj"))
+            return _keep(self._objects, named.object_id, named)
+
+    def update_object(self, record: ObjectRecord) -> ObjectRecord:
+        """Put a new value behind the record's handle."""
+        with self._lock:
+            return _keep(self._objects, record.object_id, record)
+
+    def objects(self, image_id: str | None = None) -> list[ObjectRecord]:
+        """All objects (of an image), oldest handle first."""
+        with self._lock:
+            records = list(self._objects.values())
+        kept = [r for r in records if image_id is None or r.image_id == image_id]
+        return sorted(kept, key=lambda record: int(record.object_id.partition("_")[2]))
+
+    def _keep_image(self, image: RgbImage, source: str, notes: tuple[str, ...]) -> ImageRecord:
+        image_id = self._by_digest.get(image.digest)
+        if image_id is None:
+            image_id = self._by_digest[image.digest] = self._next("img")
+        if image_id not in self._images:
+            _keep(self._images, image_id, ImageRecord(image_id, image, source, notes))
+        return self._images[image_id]
+
+    def _file_key(self, source: Any) -> tuple[Any, ...] | None:
+        """What tells whether a file has changed; the policy is asked each time."""
+        if isinstance(source, str) and ":" in source:
+            return None
+        if not isinstance(source, str | Path):
+            return None
+        path = readable_path(Path(source).expanduser(), self.policy)
+        try:
+            status = path.stat()
+        except OSError:
+            return None
+        return path, status.st_ino, status.st_mtime_ns, status.st_size
+
+    def _next(self, kind: str) -> str:
+        self._numbers[kind] += 1
+        return f"{kind}_{self._numbers[kind]}"
+
+
+def _keep(cache: LRUCache[str, R], handle: str, record: R) -> R:
+    try:
+        cache[handle] = record
+    except ValueError as error:
+        raise InputError(
+            f"{handle} is too large for this workspace",
+            hint="Use a smaller picture, or a workspace with a larger max_bytes.",
+        ) from error
+    return record
+
+
+def _image_bytes(record: ImageRecord) -> int:
+    return record.image.width * record.image.height * 3 + _OVERHEAD
+
+
+def _object_bytes(record: ObjectRecord) -> int:
+    mask = record.mask.pixels.nbytes if record.mask else 0
+    logits = record.drawn.logits.nbytes if record.drawn else 0
+    return mask + logits + _OVERHEAD
+
+
+def _unknown(kind: str, handle: str, known: list[str]) -> UnknownHandle:
+    listed = ", ".join(known[-8:]) or "none yet"
+    return UnknownHandle(
+        f"there is no {kind} {handle[:60]!r}",
+        hint=f"Known {kind}s: {listed}. A handle may have been forgotten; make the {kind} again.",
+    )
