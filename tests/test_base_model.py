@@ -131,7 +131,7 @@ def test_lessons_tell_the_truth(scene: BaseScene) -> None:
             seen.add(lesson.topic)
             question, reply = lesson.turns[-1].question, lesson.turns[-1].reply
             if lesson.topic == "absent":
-                assert reply == "\nNo object found."
+                assert reply == "No object found."
             if lesson.topic == "plural":
                 boxes = FORMAT.read_boxes(reply, UNIT).boxes
                 assert [round(box.x_min * 8) for box in boxes] == [4, 4]

@@ -52,7 +52,7 @@ def endpoint(server, serving):
 def asked(demo_image):
     """The demo picture, and a dialogue up to round 2 about a grid of points."""
     image, expression = demo_image
-    box = FORMAT.read_boxes("\n[200,200,700,700]", image.size).boxes[0]
+    box = FORMAT.read_boxes("[200,200,700,700]", image.size).boxes[0]
     from sam4mllm_tool.pipeline.points import grid_points
 
     points = grid_points(box, 9)

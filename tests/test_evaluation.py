@@ -268,7 +268,7 @@ def test_presence_is_asked_apart_so_that_t_acc_can_fall(tmp_path):
 
     def denying(image, dialogue, **options):
         reply = generate(image, dialogue, **options)
-        return replace(reply, text="\nNo object found.") if "(0+)" in dialogue[-1].text else reply
+        return replace(reply, text="No object found.") if "(0+)" in dialogue[-1].text else reply
 
     model.mllm.generate = denying
     report = evaluate_scenes(model, tmp_path, seed=5, limit=8, strategies=[Strategy.BOX_ONLY])

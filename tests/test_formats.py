@@ -134,7 +134,7 @@ DOCUMENTED = {
         "Sure! The dog is at {'bbox_2d': [250, 500, 500, 1000], 'label': 'dog'}. Anything else?",
         [(160, 240, 320, 480)],
     ),
-    "sam4mllm": ("\n[250,500,500,999]", [(160.32, 240.24, 320.32, 479.76)]),
+    "sam4mllm": ("[250,500,500,999]", [(160.32, 240.24, 320.32, 479.76)]),
 }  # fmt: skip
 
 
@@ -341,9 +341,9 @@ def test_the_published_strings_of_sam4mllm():
         "Check if the points listed below are located on the object with bounding box "
         "[281,251,863,999]:\n(822,771) (005,040)"
     )
-    assert known.write_boxes([box, box], size) == "\n[281,251,863,999] [281,251,863,999]"
-    assert known.write_boxes([], size) == "\nNo object found."
-    assert known.yes_no.prefix == "\n" and known.yes_no.yes == ("Yes",)
+    assert known.write_boxes([box, box], size) == "[281,251,863,999] [281,251,863,999]"
+    assert known.write_boxes([], size) == "No object found."
+    assert known.yes_no.prefix == "" and known.yes_no.yes == ("Yes",)
     assert known.system_prompt == (
         "You are a helpful language and vision assistant. You are able to understand the visual "
         "content that the user provides, and assist the user with a variety of tasks using "

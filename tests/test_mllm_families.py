@@ -45,7 +45,7 @@ def test_round_two_branches_off_round_one(sides: Sides) -> None:
     image = picture(7)
     opening = ask_box("abc", image)
     reply = mllm.generate(image, opening, grammar=FORM.box_grammar(TargetCount.ONE)).text
-    other = "\n[001,002,998,999]"
+    other = "[001,002,998,999]"
     for said, seed in ((reply, 1), (other, 2), (reply, 3), (reply, 1)):
         question = ask_points(opening, said, image, 6, seed)
         check_same(*(answers(side, image, question, 6) for side in sides))
@@ -101,7 +101,7 @@ def test_ids_are_those_of_the_processor(sides: Sides) -> None:
     encoder = sides[0].encoder
     image = picture(11)
     dialogue = (
-        *ask_points(ask_box("a big bag", image), "\n[010,020,300,400]", image, 4, 0),
+        *ask_points(ask_box("a big bag", image), "[010,020,300,400]", image, 4, 0),
         Turn("assistant", "\nYesNoNoYes"),
         Turn("user", 'and "this", 50% of it?\nor ünïcödé 图'),
     )

@@ -100,7 +100,7 @@ def test_adaptive_stays_within_its_budget_and_stops_when_settled(model, blocks):
 
 
 def test_ppg_takes_box_and_points_from_one_reply(blocks, truth):
-    reply = "\n[101,251,401,751] (200,500) (300,400) (150,300) (900,900)"
+    reply = "[101,251,401,751] (200,500) (300,400) (150,300) (900,900)"
     model = Sam4MLLM(ScriptedMllm([reply]), ColourSegmenter(), Settings(strategy=Strategy.PPG))
     found = model.segment(blocks, "the red block")
     labels = [p.label.value for p in found.objects[0].points]
@@ -118,9 +118,9 @@ def test_alternates_are_other_boxes_with_scores(model, blocks, truth):
 @pytest.mark.parametrize(
     ("reply", "box", "note"),
     [
-        ("\n[401,751,101,251]", Box(20.3, 30.18, 80.3, 90.18), "swapped"),
-        ("\n[101,251,1401,751]", Box(20.3, 30.18, 199.9, 90.18), "clamped"),
-        ("\n[101,251,101,251]", Box(20.2, 30.12, 20.4, 30.24), "widened"),
+        ("[401,751,101,251]", Box(20.3, 30.18, 80.3, 90.18), "swapped"),
+        ("[101,251,1401,751]", Box(20.3, 30.18, 199.9, 90.18), "clamped"),
+        ("[101,251,101,251]", Box(20.2, 30.12, 20.4, 30.24), "widened"),
     ],
 )
 def test_odd_boxes_are_mended_and_said_so(blocks, reply, box, note):
@@ -130,7 +130,7 @@ def test_odd_boxes_are_mended_and_said_so(blocks, reply, box, note):
     assert note in location.notes[-1]
 
 
-@pytest.mark.parametrize("reply", ["", "I see a dog.", "[1,2,3]", "[a,b,c,d]", "\n[12,13"])
+@pytest.mark.parametrize("reply", ["", "I see a dog.", "[1,2,3]", "[a,b,c,d]", "[12,13"])
 def test_replies_without_a_box_are_dialogue_errors_with_the_reply(blocks, reply):
     model = Sam4MLLM(ScriptedMllm([reply]), ColourSegmenter())
     with pytest.raises(DialogueError) as caught:
@@ -141,13 +141,13 @@ def test_replies_without_a_box_are_dialogue_errors_with_the_reply(blocks, reply)
 
 def test_too_few_ppg_points_are_a_dialogue_error(blocks):
     settings = Settings(strategy=Strategy.PPG)
-    model = Sam4MLLM(ScriptedMllm(["\n[101,251,401,751] (1,1)"]), ColourSegmenter(), settings)
+    model = Sam4MLLM(ScriptedMllm(["[101,251,401,751] (1,1)"]), ColourSegmenter(), settings)
     with pytest.raises(DialogueError, match="1 points instead of 4"):
         model.segment(blocks, "x")
 
 
 def test_too_few_answers_are_a_dialogue_error(blocks):
-    mllm = ScriptedMllm(["\n[101,251,401,751]"], [[YesNo(0.9, 0.05)] * 4])
+    mllm = ScriptedMllm(["[101,251,401,751]"], [[YesNo(0.9, 0.05)] * 4])
     with pytest.raises(DialogueError, match="4 answers came back for 9 points") as caught:
         Sam4MLLM(mllm, ColourSegmenter()).segment(blocks, "x")
     assert caught.value.raw_reply == "YesYesYesYes"
@@ -204,7 +204,7 @@ def test_many_points_are_asked_in_several_questions(model, blocks):
 
 def test_points_can_be_asked_by_marks_on_a_copy_of_the_picture(blocks):
     answers = [[YesNo(0.9, 0.05)] * 9]
-    mllm = ScriptedMllm(["\n[100,250,400,750]"], answers)
+    mllm = ScriptedMllm(["[100,250,400,750]"], answers)
     settings = Settings(point_asking="marks")
     found = Sam4MLLM(mllm, ColourSegmenter(), settings).segment(blocks, "the red block")
     first, second = found.trace.exchanges
@@ -215,7 +215,7 @@ def test_points_can_be_asked_by_marks_on_a_copy_of_the_picture(blocks):
 
 def test_verification_overrules_a_wrong_first_box(blocks, truth):
     """The model's first box is wrong and its second right; asked to look, it sees that."""
-    wrong, right = "\n[600,166,900,500]", "\n[100,250,400,750]"
+    wrong, right = "[600,166,900,500]", "[100,250,400,750]"
     mllm = ScriptedMllm([wrong, right], [[YesNo(0.1, 0.9)], [YesNo(0.8, 0.1)]])
     settings = Settings(strategy=Strategy.BOX_ONLY, verified_boxes=2)
     found = Sam4MLLM(mllm, ColourSegmenter(), settings).segment(blocks, "the red block")
@@ -276,7 +276,7 @@ def test_the_shipped_models_run_the_whole_dialogue(embedded_model, demo_image):
 
 def test_scripted_answers_count_by_threshold(blocks):
     answers = [YesNo(0.9, 0.05)] * 4 + [YesNo(0.02, 0.95)] * 4 + [YesNo(0.4, 0.5)]
-    model = Sam4MLLM(ScriptedMllm(["\n[101,251,401,751]"], [answers]), ColourSegmenter())
+    model = Sam4MLLM(ScriptedMllm(["[101,251,401,751]"], [answers]), ColourSegmenter())
     points = model.segment(blocks, "x").objects[0].points
     labels = [p.label.value for p in points]
     assert labels == ["foreground"] * 4 + ["background"] * 4 + ["undecided"]

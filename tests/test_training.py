@@ -111,18 +111,17 @@ def test_conversations_are_the_published_strings() -> None:
     found = {c.image_id: _asked(c) for c in conversations(_examples(), PQPP)}
     flat = [pair for pairs in found.values() for pair in pairs]
     where = "Please provide the bounding box coordinate of the region this sentence describes"
-    assert (f'{where} (1):\n"thing 0".', "\n[250,125,750,625]") in flat
+    assert (f'{where} (1):\n"thing 0".', "[250,125,750,625]") in flat
     # Two targets, from left to right.
-    both = "\n[050,750,300,950] [250,125,750,625]"
+    both = "[050,750,300,950] [250,125,750,625]"
     assert (f'{where} (0+):\n"thing 1".', both) in flat
-    assert (f'{where} (0+):\n"thing 2".', "\nNo object found.") in flat
+    assert (f'{where} (0+):\n"thing 2".', "No object found.") in flat
     second = [pair for pair in flat if pair[0].startswith("Check if the points listed below are")]
     assert len(second) == 3  # one for each reference that has a target
     for question, reply in second:
         assert 3 <= question.count("(") <= 6
-        assert reply.startswith("\n")
         assert reply.count("Yes") + reply.count("No") == question.count("(")
-        assert set(reply[1:].replace("Yes", "").replace("No", "")) == set()
+        assert reply.replace("Yes", "").replace("No", "") == ""
 
 
 def test_point_labels_are_those_of_the_mask() -> None:
@@ -137,7 +136,7 @@ def test_point_labels_are_those_of_the_mask() -> None:
                 asked = form.read_boxes(question, (SIDE, SIDE)).boxes[0]
                 centre = ((asked.x_min + asked.x_max) / 2, (asked.y_min + asked.y_max) / 2)
                 mask = next(m for m in example.truth() if m.contains(*centre))
-                said = reply[1:].replace("Yes", "Y").replace("No", "N")
+                said = reply.replace("Yes", "Y").replace("No", "N")
                 assert said == "".join("Y" if mask.contains(p.x, p.y) else "N" for p in points)
                 labelled += len(points)
     assert labelled > 40
@@ -206,7 +205,7 @@ def test_ppg_keeps_the_groups_the_segmenter_does_best_with() -> None:
         (conversation,) = conversations([example], recipe, segmenter)
         (pair,) = _asked(conversation)
         assert pair[0].startswith("Please provide the bounding box and prompt points, 2 on the")
-        assert pair[1].startswith("\n[250,125,750,625] (")
+        assert pair[1].startswith("[250,125,750,625] (")
         points = conversation.points[0]
         assert [mask.contains(p.x, p.y) for p in points] == [True, True, False]
         drawn = [segmenter.draw(prompt) for prompt in segmenter.asked]
@@ -227,7 +226,7 @@ def test_ppg_about_an_absent_thing_says_so() -> None:
     ((question, reply),) = _asked(conversation)
     assert question.startswith("Please provide the bounding box and prompt points, 2 on the")
     assert "(0+)" in question
-    assert reply == "\nNo object found."
+    assert reply == "No object found."
     grammar_reads = get_format("sam4mllm").read_box_and_points(reply, 2, 1, (SIDE, SIDE))
     assert grammar_reads == ()
 
@@ -260,9 +259,9 @@ def test_loss_is_on_the_assistants_words_only(base: Path) -> None:
     encoded = encoder.encode(conversation)
     tokens, labels = encoded.inputs["input_ids"][0], encoded.labels[0]
     under_loss = [processor.tokenizer.decode([t]) for t in labels[labels != -100]]
-    answers = conversation.turns[3].text[1:].replace("Yes", "Yes ").replace("No", "No ").split()
-    box = ["\n", "[", "250", ",", "125", ",", "750", ",", "625", "]", "</s>"]
-    assert under_loss == [*box, "\n", *answers, "</s>"]
+    answers = conversation.turns[3].text.replace("Yes", "Yes ").replace("No", "No ").split()
+    box = ["[", "250", ",", "125", ",", "750", ",", "625", "]", "</s>"]
+    assert under_loss == [*box, *answers, "</s>"]
     assert (tokens[labels != -100] == labels[labels != -100]).all()
     # Everything else, one by one: prefix, picture, questions, role marks.
     silent = processor.tokenizer.decode(tokens[labels == -100])

@@ -103,13 +103,13 @@ class Teacher:
     def what(self, scene: BaseScene, plan: Plan) -> Lesson:
         """What is at one place: a name's last word, or "background"."""
         point, word = self._place(scene)
-        return Lesson("what", (Turn(f"What is at {_written([point])}?", "\n" + word),))
+        return Lesson("what", (Turn(f"What is at {_written([point])}?", word),))
 
     def what_list(self, scene: BaseScene, plan: Plan) -> Lesson:
         """The same for several places at once."""
         drawn = [self._place(scene) for _ in range(self.rng.choice(plan.list_sizes))]
         question = f"What is at each point:\n{_written([point for point, _ in drawn])}"
-        return Lesson("what list", (Turn(question, "\n" + " ".join(word for _, word in drawn)),))
+        return Lesson("what list", (Turn(question, " ".join(word for _, word in drawn)),))
 
     def points(self, scene: BaseScene, plan: Plan) -> Lesson | None:
         """Both rounds, the second about one of the boxes of the first."""
@@ -126,7 +126,7 @@ class Teacher:
         inside = [scene.object_at(point.x, point.y) == targets[chosen] for point in asked]
         first = Turn(self._where(reference), FORMAT.write_boxes(boxes, UNIT), taught=exact)
         question = FORMAT.ask_points(reference.text, boxes[chosen], asked, UNIT)
-        reply = "\n" + "".join("Yes" if one else "No" for one in inside)
+        reply = "".join("Yes" if one else "No" for one in inside)
         return Lesson("points", (first, Turn(question, reply)))
 
     def verify(self, scene: BaseScene, plan: Plan) -> Lesson | None:
@@ -141,7 +141,7 @@ class Teacher:
             if box_iou(box, right) > 0.4:
                 return None
         question = FORMAT.ask_verification(reference.text, box, UNIT)
-        return Lesson("verify", (Turn(question, "\n" + answer),))
+        return Lesson("verify", (Turn(question, answer),))
 
     def ppg(self, scene: BaseScene, plan: Plan) -> Lesson | None:
         """Box and prompt points in one reply: points well inside, and off it but near.

@@ -106,9 +106,8 @@ class Examination:
         return list(self.tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True))
 
     def _prompt(self, question: str) -> list[int]:
-        tokens, _ = self.packer.lesson(Lesson("category", (Turn(question, "\n"),)))
-        newline_and_end = 2
-        return [*self.packer.prefix, *tokens[:-newline_and_end]]
+        tokens, _ = self.packer.lesson(Lesson("category", (Turn(question, ""),)))
+        return [*self.packer.prefix, *tokens[:-1]]  # without the end of the empty reply
 
     def _points(self) -> dict[str, float]:
         """Yes/no on grids over the true box; earlier answers are given as they should be.

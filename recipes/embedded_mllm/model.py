@@ -38,17 +38,18 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ '<|user|>' }}"
-    "{% elif message['role'] == 'assistant' %}{{ '<|assistant|>' }}{% endif %}"
+    "{% elif message['role'] == 'assistant' %}{{ '<|assistant|>\\n' }}{% endif %}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
     "{% endif %}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
 """``<s>SYSTEM<|user|><image>QUESTION<|assistant|>\\nREPLY</s><|user|>…``: the image stands before
-the text of its turn, and a reply brings its own newline."""
+the text of its turn. The newline before a reply belongs to the template (the weights were made
+with it); the text of a reply has none."""
 
 
 @dataclass(frozen=True)

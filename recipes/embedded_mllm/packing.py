@@ -63,7 +63,7 @@ class Packer:
         taught: list[int] = []
         for number, turn in enumerate(lesson.turns):
             asked = ([self._id(USER)] if number else []) + self.encode(turn.question)
-            asked.append(self._id(ASSISTANT))
+            asked += [self._id(ASSISTANT), *self.encode("\n")]
             reply = [*self.encode(turn.reply), self._id(END)]
             tokens += asked + reply
             taught += [IGNORED] * len(asked) + (reply if turn.taught else [IGNORED] * len(reply))

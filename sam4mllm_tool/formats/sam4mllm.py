@@ -34,7 +34,7 @@ _BOX_REST: Grammar = (
 )  # fmt: skip
 _POINT_PART: Grammar = (Literal(" ("), Number(3), _COMMA, Number(3), Literal(")"))
 
-_YES_NO = YesNoWords(yes=("Yes",), no=("No",), prefix="\n")
+_YES_NO = YesNoWords(yes=("Yes",), no=("No",))
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class Sam4MllmFormat:
         )
 
     def box_grammar(self, count: TargetCount) -> Grammar:
-        """``\\n[…]``, further boxes for 1+ and 0+, or the no-target sentence for 0+."""
+        """``[…]``, further boxes for 1+ and 0+, or the no-target sentence for 0+."""
         return self._targets(count, ())
 
     def write_boxes(self, boxes: Sequence[Box], size: Size) -> str:
         """Boxes in the reply's form, or the no-target sentence."""
-        return "\n" + (" ".join(_box_text(box, size) for box in boxes) if boxes else NO_TARGET)
+        return " ".join(_box_text(box, size) for box in boxes) if boxes else NO_TARGET
 
     def read_boxes(self, reply: str, size: Size) -> BoxesRead:
         """Every ``[a,b,c,d]`` of the reply; swapped, empty or off-scale ones are mended."""
@@ -121,11 +121,11 @@ class Sam4MllmFormat:
         """As many boxes as the count allows, each with ``behind`` after it."""
         box: Grammar = (Literal("["), *_BOX_REST, *behind)
         if count is TargetCount.ONE:
-            return (Literal("\n"), *box)
+            return box
         more = Repeat((Literal(" ["), *_BOX_REST, *behind), 0, self.max_boxes - 1)
         if count is TargetCount.ONE_OR_MORE:
-            return (Literal("\n"), *box, more)
-        return (Literal("\n"), Choice(((Literal(NO_TARGET),), (*box, more))))
+            return (*box, more)
+        return (Choice(((Literal(NO_TARGET),), (*box, more))),)
 
     def ask_verification(self, expression: str, box: Box, size: Size) -> str:
         """Box verification (our wording)."""

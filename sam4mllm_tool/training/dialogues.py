@@ -333,5 +333,5 @@ def _conversation(image_id: str, image: RgbImage, exchanges: Sequence[_Exchange]
 
 def _vqa_conversation(example: VqaExample, recipe: Recipe, rng: random.Random) -> Conversation:
     pairs = rng.sample(example.pairs, min(recipe.references, len(example.pairs)))
-    exchanges = [_Exchange("vqa", question, "\n" + answer) for question, answer in pairs]
+    exchanges = [_Exchange("vqa", question, answer) for question, answer in pairs]
     return _conversation(example.image_id, example.open_image(), exchanges)
