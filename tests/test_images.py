@@ -1,10 +1,8 @@
 """Every kind of picture gives exact pixels or a typed error; policies hold."""
 
 import base64
-import http.server
 import io
 import struct
-import threading
 import zlib
 from pathlib import Path
 
@@ -13,7 +11,6 @@ import pytest
 from PIL import Image
 
 from sam4mllm_tool.errors import AccessDenied, ImageError, InputError
-from sam4mllm_tool.images.access import _is_public, fetch
 from sam4mllm_tool.images.loading import ImagePolicy, load_image, safe_output_path
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -327,151 +324,3 @@ def test_output_paths(folders):
     assert safe_output_path(outside, "m.png", separate) == outside / "m.png"
     with pytest.raises(AccessDenied):
         safe_output_path(inside, "m.png", separate)
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.server.requests.append((self.path, self.headers["Host"]))
-        if self.path == "/a.png":
-            self.respond(200, encoded(picture()))
-        elif self.path.startswith("/to/"):
-            self.respond(302, b"", Location=self.path[4:])
-        elif self.path == "/slow":
-            self.respond(200, b"", **{"Content-Length": "1000000"})
-            while not self.server.stopped.wait(0.02):
-                self.wfile.write(b"x")
-        elif self.path == "/endless":
-            self.respond(200, b"x" * 100_000, **{"Content-Length": "100000000"})
-        else:
-            self.respond(404, b"")
-
-    def respond(self, status, body, **headers):
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | headers).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        running.requests, running.stopped, running.daemon_threads = [], threading.Event(), True
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield running
-        running.stopped.set()
-        running.shutdown()
-        thread.join()
-
-
-PRIVATE = ImagePolicy(allow_network=True, allow_private_network=True)
-
-
-def test_network_is_off_by_default_and_private_addresses_stay_refused(server):
-    port = server.server_port
-    for policy in (ImagePolicy(), ImagePolicy(allow_private_network=True)):
-        with pytest.raises(AccessDenied, match="off"):
-            load_image(f"http://127.0.0.1:{port}/a.png", policy)
-    for host in ("127.0.0.1", "localhost", "[::1]", "2130706433", "0x7f.1", "0.0.0.0"):
-        with pytest.raises(AccessDenied, match="private"):
-            load_image(f"http://{host}:{port}/a.png", ImagePolicy(allow_network=True))
-    assert server.requests == []
-
-
-@pytest.mark.parametrize(
-    ("address", "public"),
-    [
-        ("8.8.8.8", True),
-        ("2001:4860:4860::8888", True),
-        ("10.1.2.3", False),
-        ("172.16.0.1", False),
-        ("192.168.1.1", False),
-        ("169.254.169.254", False),
-        ("100.64.0.1", False),
-        ("224.0.0.1", False),
-        ("255.255.255.255", False),
-        ("::", False),
-        ("fe80::1", False),
-        ("fd00::1", False),
-        ("ff02::1", False),
-        ("::ffff:127.0.0.1", False),
-        ("::ffff:8.8.8.8", True),
-        ("64:ff9b::7f00:1", False),
-        ("2002:7f00:1::", False),
-        ("2001::1", False),
-    ],
-)
-def test_public_addresses(address, public):
-    assert _is_public(address) is public
-
-
-def test_a_public_server_may_not_redirect_to_a_private_one(server, monkeypatch):
-    """The first address passes as public; the one it redirects to is checked again."""
-    port = server.server_port
-    checked = []
-
-    def first_is_public(address):
-        checked.append(address)
-        return len(checked) == 1
-
-    monkeypatch.setattr("sam4mllm_tool.images.access._is_public", first_is_public)
-    with pytest.raises(AccessDenied, match="private"):
-        fetch(
-            f"http://127.0.0.1:{port}/to/http://127.0.0.1:{port}/a.png",
-            ImagePolicy(allow_network=True),
-        )
-    assert [path for path, _ in server.requests] == [f"/to/http://127.0.0.1:{port}/a.png"]
-
-
-def test_a_name_with_one_private_address_is_refused(monkeypatch):
-    answers = [(0, 0, 0, "", ("8.8.8.8", 80)), (0, 0, 0, "", ("127.0.0.1", 80))]
-    monkeypatch.setattr("socket.getaddrinfo", lambda *args, **kwargs: answers)
-    with pytest.raises(AccessDenied, match="private"):
-        fetch("http://both.example/a.png", ImagePolicy(allow_network=True))
-
-
-def test_download(server):
-    base = f"http://localhost:{server.server_port}"
-    assert pixels(f"{base}/a.png", PRIVATE) == PIXELS.tolist()
-    assert pixels(f"{base}/to//a.png", PRIVATE) == PIXELS.tolist()
-    # The connection is made to the checked address, the server still sees the name.
-    assert {host for _, host in server.requests} == {f"localhost:{server.server_port}"}
-
-
-@pytest.mark.parametrize(
-    ("path", "policy"),
-    [
-        ("/missing", PRIVATE),
-        ("/to/" * 9 + "/a.png", PRIVATE),
-        ("/endless", ImagePolicy(None, None, True, True, max_bytes=50_000)),
-        ("/slow", ImagePolicy(None, None, True, True, timeout_seconds=0.2)),
-    ],
-)
-def test_bad_downloads(server, path, policy):
-    with pytest.raises(ImageError) as caught:
-        load_image(f"http://127.0.0.1:{server.server_port}{path}", policy)
-    assert caught.value.hint
-
-
-@pytest.mark.parametrize(
-    "url", ["ftp://example.com/a.png", "file://host/a.png", "http://", "http://[", "gopher://x"]
-)
-def test_other_schemes(url):
-    with pytest.raises(InputError) as caught:
-        load_image(url, PRIVATE)
-    assert caught.value.hint
-
-
-def test_redirect_to_a_file_url_is_refused(server):
-    with pytest.raises(AccessDenied):
-        load_image(f"http://127.0.0.1:{server.server_port}/to/file:///etc/passwd", PRIVATE)
-
-
-def test_unreachable_host_is_retryable():
-    with pytest.raises(ImageError) as caught:
-        load_image("http://127.0.0.1:9/a.png", PRIVATE)
-    assert caught.value.retryable

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sam4mllm_tool.errors import AccessDenied, ImageError, InputError
-from sam4mllm_tool.images.access import ImagePolicy, fetch, readable_path, safe_output_path
+from sam4mllm_tool.images.access import ImagePolicy, readable_path, safe_output_path
 from sam4mllm_tool.types import RgbImage
 
 __all__ = ["ImagePolicy", "ImageSource", "LoadedImage", "load_image", "safe_output_path"]
@@ -81,6 +81,9 @@ def _read(source: str | Path, policy: ImagePolicy) -> bytes:
         case "data":
             return _read_data_uri(text, policy)
         case "http" | "https":
+            # Imported at need: most pictures are files.
+            from sam4mllm_tool.images.fetching import fetch
+
             return fetch(text, policy)
         case "file":
             return _read_file(_path_of_file_url(text), policy)
@@ -128,7 +131,12 @@ def _read_data_uri(uri: str, policy: ImagePolicy) -> bytes:
             "The data URI has no data.", hint="It looks like 'data:image/png;base64,iVBOR…'."
         )
     _check_bytes(len(payload) * 3 // 4, policy)
-    data = unquote_to_bytes(payload)
+    try:
+        data = unquote_to_bytes(payload)
+    except UnicodeEncodeError as error:
+        raise ImageError(
+            "The data URI holds characters that no URL has.", hint="Encode the file as base64."
+        ) from error
     if not header.lower().rstrip().endswith(";base64"):
         return data
     try:
