@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sam4mllm_tool.disk import exclusive, write_whole
 from sam4mllm_tool.errors import DeviceOutOfMemory, DialogueError, InputError
 from sam4mllm_tool.images.loading import load_image
 from sam4mllm_tool.journal import open_journal, read_journal
@@ -58,10 +59,23 @@ def annotate(
         on_picture: called with each picture's path once it is done.
 
     Raises:
-        InputError: no pictures, an expression for a picture that is not there, or a journal of
-            another run.
-        BackendError: a model failed in a way that the next picture would not mend.
+        InputError: no pictures, an expression for a picture that is not there, a journal of
+            another run, or another process at work on it.
+        BackendError: a model failed in a way that the next picture would not mend, or the disk is
+            full (:class:`StorageError`): what was done before is kept.
     """
+    with exclusive(out.with_name(out.name + ".lock"), str(out)):
+        return _annotate(model, folder, expressions, out, count, on_picture)
+
+
+def _annotate(
+    model: Sam4MLLM,
+    folder: Path,
+    expressions: Mapping[str, Sequence[str]] | Sequence[str],
+    out: Path,
+    count: TargetCount,
+    on_picture: Callable[[str], None],
+) -> Annotated:
     wanted = plan(folder, expressions)
     journal = out.with_name(out.name + ".journal.jsonl")
     about = {"expressions": _plain(expressions), "count": count.value, "mllm": model.mllm.name,
@@ -76,9 +90,7 @@ def annotate(
                 lines.add(entry)
             on_picture(name)
     document = _coco(done, wanted)
-    scratch = out.with_name(out.name + ".part")
-    scratch.write_text(json.dumps(document), encoding="utf-8")
-    scratch.replace(out)  # at once: a reader never sees half a document
+    write_whole(out, json.dumps(document))
     failures = {k: v for name in wanted for k, v in done[name]["failures"].items()}
     return Annotated(document, failures, done_before)
 

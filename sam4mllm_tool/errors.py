@@ -16,7 +16,8 @@
         ├── CheckpointError      missing, corrupt or wrong kind of checkpoint
         ├── DeviceOutOfMemory    the device is too small for the checkpoint or the picture
         ├── ProbabilitiesMissing an endpoint that does not return the logprobs we need
-        └── EndpointError        an endpoint that cannot be reached or answers with an error
+        ├── EndpointError        an endpoint that cannot be reached or answers with an error
+        └── StorageError         a full disk, or a folder that cannot be written
 """
 
 from __future__ import annotations
@@ -112,5 +113,11 @@ class ProbabilitiesMissing(BackendError):
 
 class EndpointError(BackendError):
     """An endpoint cannot be reached or answers with an error."""
+
+    retryable_by_default = True
+
+
+class StorageError(BackendError):
+    """A file cannot be written: the disk is full, or access is denied."""
 
     retryable_by_default = True

@@ -1,4 +1,4 @@
-"""Files of JSON lines that survive being killed in the middle of a write.
+"""Files of JSON lines that survive being killed, or out of space, in the middle of a write.
 
 Each entry is one line, on disk before :meth:`Journal.add` returns. A last line that was cut off
 is dropped when the file is opened again, so no entry is lost or read in half.
@@ -11,35 +11,66 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from sam4mllm_tool.disk import storing
+from sam4mllm_tool.errors import InputError, StorageError
 
 
 def read_journal(file: Path) -> list[Any]:
-    """The whole lines of a journal, nothing if it does not exist."""
-    return [json.loads(line) for line in _whole_lines(file).decode("utf-8").splitlines()]
+    """The whole lines of a journal, nothing if it does not exist.
+
+    Raises:
+        InputError: a line before the last is not JSON.
+    """
+    entries = []
+    for number, line in enumerate(_whole_lines(file).split(b"\n")[:-1], 1):
+        try:
+            entries.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(
+                f"{file}, line {number} is damaged: {error}",
+                hint="Delete that line: what it stood for is done again.",
+            ) from error
+    return entries
 
 
 class Journal:
     """An open journal; see :func:`open_journal`."""
 
-    def __init__(self, lines: TextIO) -> None:
-        self._lines = lines
+    def __init__(self, file: Path, descriptor: int) -> None:
+        self._file, self._descriptor = file, descriptor
 
     def add(self, entry: Any) -> None:
-        """Write one JSON-ready entry, and wait until it is on disk."""
-        self._lines.write(json.dumps(entry) + "\n")
-        self._lines.flush()
-        os.fsync(self._lines.fileno())
+        """Write one JSON-ready entry, and wait until it is on disk.
+
+        Raises:
+            StorageError: there is no room; the journal ends with its last whole entry.
+        """
+        rest = memoryview(json.dumps(entry).encode() + b"\n")
+        end = os.fstat(self._descriptor).st_size
+        try:
+            with storing(self._file):
+                while rest:
+                    rest = rest[os.write(self._descriptor, rest) :]
+                os.fsync(self._descriptor)
+        except StorageError:
+            os.ftruncate(self._descriptor, end)
+            raise
 
 
 @contextmanager
-def open_journal(file: Path) -> Iterator[Journal]:
-    """A journal to add to, behind its last whole line."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.exists():
-        os.truncate(file, len(_whole_lines(file)))
-    with file.open("a", encoding="utf-8") as lines:
-        yield Journal(lines)
+def open_journal(file: Path, *, fresh: bool = False) -> Iterator[Journal]:
+    """A journal to add to, behind its last whole line (``fresh``: emptied first)."""
+    with storing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            os.truncate(file, 0 if fresh else len(_whole_lines(file)))
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        yield Journal(file, descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _whole_lines(file: Path) -> bytes:

@@ -328,10 +328,10 @@ def test_a_broken_reasonseg_file_is_named(tmp_path):
     reasonseg_folder(tmp_path, [])
     (tmp_path / "val/a.json").write_text("{")
     with pytest.raises(DatasetError, match=r"a\.json"):
-        next(load_examples("reasonseg", tmp_path, "val"))
+        next(load_examples("reasonseg", tmp_path, "val")).open_image()
     (tmp_path / "val/a.jpg").unlink()
     with pytest.raises(DatasetError, match=r"a\.jpg is missing"):
-        next(load_examples("reasonseg", tmp_path, "val"))
+        next(load_examples("reasonseg", tmp_path, "val")).open_image()
 
 
 # --- the hub's layout ----------------------------------------------------------------------------

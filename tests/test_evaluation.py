@@ -18,10 +18,11 @@ from sam4mllm_tool.cli import app
 from sam4mllm_tool.datasets import load_examples
 from sam4mllm_tool.errors import BackendError, DatasetError, InputError
 from sam4mllm_tool.evaluation.benchmark import benchmark_cases, evaluate, evaluate_benchmark
+from sam4mllm_tool.evaluation.cases import sampled
 from sam4mllm_tool.evaluation.metrics import Outcome, PointOutcome
 from sam4mllm_tool.evaluation.pictures import EXTRA, HIT, MISSED, choose_lines, compared
 from sam4mllm_tool.evaluation.run import Line, Shard, measure, read_lines
-from sam4mllm_tool.evaluation.scenes import evaluate_scenes, position_baseline, scene_cases
+from sam4mllm_tool.evaluation.scenes import POOL, evaluate_scenes, position_baseline, scene_cases
 from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.protocols import MaskCandidate
 from sam4mllm_tool.scenes.export import export_scenes
@@ -198,7 +199,7 @@ def test_a_killed_run_goes_on_with_nothing_lost_or_doubled(miniatures, tmp_path)
         file.write_bytes(file.read_bytes()[:-40])  # killed while writing: half a line
     report = evaluate(model, cases, BOTH, folder, {"title": "x"})
     assert timeless(report) == timeless(whole)
-    assert len(file.read_text().splitlines()) == 24
+    assert len(read_lines(folder)) == 24
     asked = model.mllm.asked
     evaluate(model, cases, BOTH, folder, {"title": "x"})
     assert model.mllm.asked == asked, "a finished run asks nothing"
@@ -245,8 +246,9 @@ def test_a_folder_belongs_to_one_run(miniatures, tmp_path):
 
 
 def test_scenes_by_kind(tmp_path):
-    cases = scene_cases(seed=5, limit=120)
-    report = evaluate_scenes(knowing(cases), tmp_path, seed=5, limit=120)
+    pool = scene_cases(5, POOL * 120)
+    cases = sampled(pool, 120, 5)
+    report = evaluate_scenes(knowing(pool), tmp_path, seed=5, limit=120)
     for key in ("cIoU", "gIoU", "box_acc50", "point_accuracy", "n_acc", "t_acc", "ece",
                 "questions", "seconds"):  # fmt: skip
         assert report[key] is not None
@@ -257,11 +259,13 @@ def test_scenes_by_kind(tmp_path):
     assert sum(one["cases"] for one in report["by_kind"].values()) == 120
     assert report["by_kind"]["absent"]["t_acc"] is None
     assert 0.4 < report["point_baseline"] < 0.95
-    assert [case.case for case in cases()] == [case.case for case in scene_cases(5, 120)()]
+    judged = {line.case for line in read_lines(tmp_path)}
+    assert judged == {case.case for case in cases()}
+    assert report["about"]["asked with"] == "0+"
 
 
 def test_presence_is_asked_apart_so_that_t_acc_can_fall(tmp_path):
-    cases = scene_cases(seed=5, limit=8)
+    cases = scene_cases(seed=5, limit=8 * POOL)
     model = knowing(cases)
     texts = {case.expression for case in cases() if case.boxes}
     generate = model.mllm.generate
@@ -271,8 +275,12 @@ def test_presence_is_asked_apart_so_that_t_acc_can_fall(tmp_path):
         return replace(reply, text="No object found.") if "(0+)" in dialogue[-1].text else reply
 
     model.mllm.generate = denying
-    report = evaluate_scenes(model, tmp_path, seed=5, limit=8, strategies=[Strategy.BOX_ONLY])
+    once = [Strategy.BOX_ONLY]
+    report = evaluate_scenes(model, tmp_path / "a", seed=5, limit=8, strategies=once, ask=None)
     assert texts and report["t_acc"] == 0 and report["cIoU"] == 1
+    # Asked as the tools ask, the same model finds nothing: the question no longer helps it.
+    report = evaluate_scenes(model, tmp_path / "b", seed=5, limit=8, strategies=once)
+    assert report["t_acc"] == 0 and report["cIoU"] == 0 and report["questions"] == 1
 
 
 def test_the_position_baseline_finds_position_and_nothing_else():
@@ -312,15 +320,15 @@ def test_worst_median_and_best_never_share_a_case(number):
     from sam4mllm_tool.evaluation.judge import Judged
 
     lines = [
-        Line(n, "pqpp", Judged(Outcome(str(n), str(n), n, 100, n), "x", ()))
+        Line("pqpp", Judged(Outcome(str(n), str(n), n, 100, n), "x", ()))
         for n in np.random.default_rng(0).permutation(number).tolist()
     ]
     groups = choose_lines(lines)
-    shown = [line.number for group in groups.values() for line in group]
+    shown = [line.case for group in groups.values() for line in group]
     assert len(shown) == len(set(shown)) >= min(3, number)
-    assert groups["worst"][0].number == 0
+    assert groups["worst"][0].case == "0"
     if number > 1:
-        assert groups["best"][0].number == number - 1
+        assert groups["best"][0].case == str(number - 1)
 
 
 # --- annotation -----------------------------------------------------------------------------------
@@ -445,7 +453,7 @@ def test_another_runs_journal_is_refused(model, pictures, tmp_path):
 def run(*arguments):
     result = RUNNER.invoke(app, [str(a) for a in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
 
 
 def test_the_commands(miniatures, pictures, tmp_path):

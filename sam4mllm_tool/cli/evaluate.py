@@ -24,7 +24,7 @@ from sam4mllm_tool.cli.common import (
     print_json,
 )
 from sam4mllm_tool.pipeline.results import Settings
-from sam4mllm_tool.types import Strategy
+from sam4mllm_tool.types import Strategy, TargetCount
 
 if TYPE_CHECKING:
     from sam4mllm_tool.scenes.world import World
@@ -71,6 +71,14 @@ StrategyOption = Annotated[
     typer.Option(help="Repeatable: several are compared on the same expressions."),
 ]
 PointsOption = Annotated[int, typer.Option(min=1, max=100, help="Points a box.")]
+LimitOption = Annotated[
+    int | None, typer.Option(min=1, help="A sample of so many expressions, over as many pictures.")
+]
+SampleSeedOption = Annotated[int, typer.Option(help="Seed of the sample.")]
+UnreadableOption = Annotated[
+    int, typer.Option(min=0, help="More pictures than this that cannot be read end the run.")
+]
+_UNREADABLE = 20
 ShardOption = Annotated[
     str | None,
     typer.Option(help="I/N: this process's share; all shards use one --out. Under accelerate "
@@ -88,6 +96,9 @@ def scenes_command(
     strategy: StrategyOption = [Strategy.PQPP],  # noqa: B006
     points: PointsOption = _POINTS,
     world: Annotated[str, typer.Option(help="small, full, …")] = "small",
+    ask: Annotated[
+        str, typer.Option(help="Count in the questions: 0+ as the tools ask, 1+, 1, or true.")
+    ] = "0+",
     mllm: MllmOption = "embedded",
     adapter: AdapterOption = None,
     format: FormatOption = None,
@@ -109,7 +120,7 @@ def scenes_command(
     with _folder(out) as folder, counted("expressions", limit, quiet=as_json) as on_case:
         report = evaluate_scenes(
             model, folder, seed=seed, limit=limit, strategies=strategy, world=drawn,
-            per_kind=per_kind, shard=_shard(shard), on_case=on_case,
+            per_kind=per_kind, ask=_ask(ask, "true"), shard=_shard(shard), on_case=on_case,
         )  # fmt: skip
     _show_report(report, out, as_json)
 
@@ -118,7 +129,12 @@ def _benchmark_command(name: str, splits: tuple[str, ...]) -> Callable[..., None
     def benchmark(
         data: Annotated[Path, typer.Option(help="Folder of the data set.")],
         split: Annotated[str, typer.Option(help="A split of the data set, as named above.")],
-        limit: Annotated[int | None, typer.Option(min=1, help="Expressions.")] = None,
+        limit: LimitOption = None,
+        sample_seed: SampleSeedOption = 0,
+        ask: Annotated[
+            str, typer.Option(help="Count in the questions: data (what the set promises), 0+, …")
+        ] = "data",
+        unreadable_limit: UnreadableOption = _UNREADABLE,
         strategy: StrategyOption = [Strategy.PQPP],  # noqa: B006
         points: PointsOption = _POINTS,
         mllm: MllmOption = "embedded",
@@ -140,7 +156,8 @@ def _benchmark_command(name: str, splits: tuple[str, ...]) -> Callable[..., None
         folder = out or Path("runs") / f"{name}-{split}"
         with counted("expressions", limit, quiet=as_json) as on_case:
             report = evaluate_benchmark(
-                model, name, data, split, strategy, folder, limit=limit, shard=_shard(shard),
+                model, name, data, split, strategy, folder, limit=limit, sample_seed=sample_seed,
+                ask=_ask(ask, "data"), shard=_shard(shard), unreadable_limit=unreadable_limit,
                 on_case=on_case,
             )  # fmt: skip
         _show_report(report, folder, as_json)
@@ -178,6 +195,16 @@ def _world(name: str) -> World:
     if name not in WORLDS:
         raise typer.BadParameter(f"one of {', '.join(WORLDS)}", param_hint="--world")
     return WORLDS[name]
+
+
+def _ask(text: str, known: str) -> TargetCount | None:
+    """The count asked with; ``None`` for the word that stands for what is known of each case."""
+    if text == known:
+        return None
+    if text not in list(TargetCount):
+        words = ", ".join([*TargetCount, known])
+        raise typer.BadParameter(f"one of {words}", param_hint="--ask")
+    return TargetCount(text)
 
 
 def _shard(text: str | None) -> Any:

@@ -33,7 +33,7 @@ def parquet_files(data: Path, split: str) -> list[Path]:
 
 
 def examples(files: list[Path], dataset: str, split: str) -> Iterator[ReferringExample]:
-    """The rows in order, one record each.
+    """The rows in order, one record each; a row whose picture is broken gives one with a ``fault``.
 
     Raises:
         DatasetError: a column is missing, or a cell is not as described above.
@@ -45,7 +45,10 @@ def examples(files: list[Path], dataset: str, split: str) -> Iterator[ReferringE
             for row in batch.to_pylist():
                 try:
                     yield _record(row, dataset, split, number)
-                except (KeyError, TypeError, ValueError, OSError) as error:
+                except OSError as error:
+                    fault = DatasetError(f"{file}, row {number}: the picture is broken: {error}")
+                    yield ReferringExample.unreadable(dataset, split, f"row {number}", fault)
+                except (KeyError, TypeError, ValueError) as error:
                     raise DatasetError(
                         f"{file}, row {number} is not in the known layout: {error!r}",
                         hint="Use the makers' files, or a copy with the columns in the docs.",

@@ -29,8 +29,10 @@ _TARGET, _IGNORE = 1, 255
 def examples(data: Path, split: str) -> Iterator[ReferringExample]:
     """The split's pictures in the order of their names, one record each.
 
+    A pair of files that cannot be read gives a record with a ``fault``.
+
     Raises:
-        DatasetError: a missing or malformed file.
+        DatasetError: there are no files.
     """
     folder = next((f for f in (data / split, data / "ReasonSeg" / split) if f.is_dir()), None)
     files = sorted(folder.glob("*.json")) if folder else []
@@ -40,7 +42,10 @@ def examples(data: Path, split: str) -> Iterator[ReferringExample]:
             hint=f"Download {_SOURCE} and unpack it so that {data / split} holds .jpg and .json.",
         )
     for file in files:
-        yield _record(file, split)
+        try:
+            yield _record(file, split)
+        except DatasetError as fault:
+            yield ReferringExample.unreadable("reasonseg", split, file.stem, fault)
 
 
 def _record(file: Path, split: str) -> ReferringExample:

@@ -47,6 +47,8 @@ class ReferringExample:
         ignore: pixels that count neither for nor against a prediction.
         count: how many targets the data set lets an expression have.
         kind: of expression, where the data set tells.
+        fault: why the record cannot be read, where it cannot: :meth:`open_image` raises it, so
+            that a run over many records can pass over this one.
     """
 
     dataset: str
@@ -60,14 +62,24 @@ class ReferringExample:
     ignore: Rle | None = None
     count: TargetCount = TargetCount.ONE
     kind: str = ""
+    fault: DatasetError | None = None
+
+    @classmethod
+    def unreadable(
+        cls, dataset: str, split: str, example_id: str, fault: DatasetError
+    ) -> ReferringExample:
+        """A record of which no more than this is known; it stands as one case."""
+        return cls(dataset, split, example_id, example_id, b"", ("",), (), (), fault=fault)
 
     def open_image(self) -> RgbImage:
         """The picture.
 
         Raises:
-            DatasetError: its size is not that of the masks.
+            DatasetError: its size is not that of the masks, or the record cannot be read.
             ImageError: it cannot be read.
         """
+        if self.fault is not None:
+            raise self.fault
         image = load_image(self.image).image
         for rle in self.masks:
             if list(rle["size"]) != [image.height, image.width]:

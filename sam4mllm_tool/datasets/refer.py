@@ -128,14 +128,14 @@ class ReferFiles:
         return path
 
     def _image_folder(self, data: Path, images: Iterable[CocoImage]) -> Path:
-        """The folder that holds the first image; all must lie in one."""
-        first = next(iter(images)).file_name
+        """The folder that holds some of the images; all must lie in one."""
+        names = [image.file_name for image in images]
         folders = [data / name for name in (f"{self.folder}/images", *IMAGE_FOLDERS)]
         for folder in folders:
-            if (folder / first).exists():
+            if folder.is_dir() and any((folder / name).exists() for name in names):
                 return folder
         raise DatasetError(
-            f"{self.name}: the picture {first} is in none of the image folders",
+            f"{self.name}: the pictures, {names[0]} first, are in none of the image folders",
             hint=f"Download {_COCO} and unpack it to {data / IMAGE_FOLDERS[1]}.",
         )
 

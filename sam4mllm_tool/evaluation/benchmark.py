@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sam4mllm_tool.datasets import load_examples
-from sam4mllm_tool.evaluation.cases import Case, cases_of
+from sam4mllm_tool.disk import exclusive, write_whole
+from sam4mllm_tool.evaluation.cases import Case, Cases, asked_with, cases_of, sampled
 from sam4mllm_tool.evaluation.pictures import report_page
 from sam4mllm_tool.evaluation.published import Published, published_for
 from sam4mllm_tool.evaluation.report import Document, build_report, to_markdown
-from sam4mllm_tool.evaluation.run import Shard, measure, read_lines
+from sam4mllm_tool.evaluation.run import (
+    UNREADABLE_LIMIT,
+    Shard,
+    measure,
+    read_lines,
+    read_skipped,
+)
 from sam4mllm_tool.pipeline.model import Sam4MLLM
-from sam4mllm_tool.types import Strategy
-
-Cases = Callable[[], Iterator[Case]]
+from sam4mllm_tool.types import Strategy, TargetCount
 
 
 def evaluate(
@@ -30,6 +35,7 @@ def evaluate(
     *,
     published: Sequence[Published] = (),
     shard: Shard | None = None,
+    unreadable_limit: int = UNREADABLE_LIMIT,
     on_case: Callable[[Case], None] = lambda _: None,
 ) -> Document:
     """Measure what is missing in ``folder``, and write ``report.json``, ``.md`` and ``.html``.
@@ -46,7 +52,10 @@ def evaluate(
     """
     noted = {**about, "mllm": model.mllm.name, "segmenter": model.segmenter.name,
              "settings": _settings(model), "strategies": [s.value for s in strategies]}  # fmt: skip
-    measure(model, cases(), strategies, folder, noted, shard=shard, on_case=on_case)
+    measure(
+        model, cases(), strategies, folder, noted,
+        shard=shard, unreadable_limit=unreadable_limit, on_case=on_case,
+    )  # fmt: skip
     return write_report(folder, cases, noted, published)
 
 
@@ -55,27 +64,23 @@ def write_report(
 ) -> Document:
     """The three report files from the lines in ``folder``."""
     names = set(about["strategies"])
-    lines = [line for line in read_lines(folder) if line.strategy in names]
-    # A shard that is still running may have judged its last case by some strategies only.
-    judged = Counter(line.number for line in lines)
-    lines = [line for line in lines if judged[line.number] == len(names)]
-    report = build_report(lines, about, published=published)
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (folder / "report.md").write_text(to_markdown(report), encoding="utf-8")
-    (folder / "report.html").write_text(report_page(report, lines, cases()), encoding="utf-8")
+    with exclusive(folder / ".lock", str(folder), wait=True):
+        lines = [line for line in read_lines(folder) if line.strategy in names]
+        # A shard that is still running may have judged its last case by some strategies only.
+        judged = Counter(line.case for line in lines)
+        lines = [line for line in lines if judged[line.case] == len(names)]
+        report = build_report(lines, about, published=published, skipped=read_skipped(folder))
+        write_whole(folder / "report.json", json.dumps(report, indent=1) + "\n")
+        write_whole(folder / "report.md", to_markdown(report))
+        write_whole(folder / "report.html", report_page(report, lines, cases()))
     return report
 
 
-def benchmark_cases(name: str, data: Path, split: str, limit: int | None) -> Cases:
-    """The expressions of a data set's split, at most ``limit`` of them."""
-
-    def cases() -> Iterator[Case]:
-        for number, case in enumerate(cases_of(load_examples(name, data, split))):
-            if limit is not None and number >= limit:
-                return
-            yield case
-
-    return cases
+def benchmark_cases(
+    name: str, data: Path, split: str, limit: int | None = None, seed: int = 0
+) -> Cases:
+    """The expressions of a data set's split, or a sample of ``limit`` of them (:func:`sampled`)."""
+    return sampled(lambda: cases_of(load_examples(name, data, split)), limit, seed)
 
 
 def evaluate_benchmark(
@@ -87,19 +92,30 @@ def evaluate_benchmark(
     folder: Path,
     *,
     limit: int | None = None,
+    sample_seed: int = 0,
+    ask: TargetCount | None = None,
     shard: Shard | None = None,
+    unreadable_limit: int = UNREADABLE_LIMIT,
     on_case: Callable[[Case], None] = lambda _: None,
 ) -> Document:
-    """A published benchmark through the pipeline, the published numbers beside it."""
-    about = {"title": f"{name} {split}", "benchmark": name, "split": split, "limit": limit}
+    """A published benchmark through the pipeline, the published numbers beside it.
+
+    Args:
+        limit, sample_seed: measure a sample of so many expressions.
+        ask: the count every question has; ``None``: what the data set promises.
+    """
+    about = {"title": f"{name} {split}", "benchmark": name, "split": split, "limit": limit,
+             "sample seed": sample_seed if limit else None,
+             "asked with": ask.value if ask else "what the data set promises"}  # fmt: skip
     return evaluate(
         model,
-        benchmark_cases(name, data, split, limit),
+        asked_with(benchmark_cases(name, data, split, limit, sample_seed), ask),
         strategies,
         folder,
         about,
         published=published_for(name, split),
         shard=shard,
+        unreadable_limit=unreadable_limit,
         on_case=on_case,
     )
 

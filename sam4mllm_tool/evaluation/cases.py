@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TypeAlias
 
 from sam4mllm_tool.datasets import ReferringExample
 from sam4mllm_tool.types import Box, Mask, RgbImage, TargetCount
@@ -34,8 +38,12 @@ class Case:
     ask_presence: bool = False
 
 
+Cases: TypeAlias = "Callable[[], Iterator[Case]]"
+"""A run's cases from the start, each time it is called."""
+
+
 def cases_of(examples: Iterable[ReferringExample]) -> Iterator[Case]:
-    """A case an expression."""
+    """A case an expression; a record that cannot be read is one case, which fails when opened."""
     for example in examples:
         for name, expression in example.cases():
             yield Case(
@@ -49,3 +57,38 @@ def cases_of(examples: Iterable[ReferringExample]) -> Iterator[Case]:
                 count=example.count,
                 kind=example.kind,
             )
+
+
+def sampled(cases: Cases, limit: int | None, seed: int = 0) -> Cases:
+    """``limit`` cases drawn at random, from as many pictures as possible, in their order.
+
+    Every expression is as likely as any other, but that a second one of a picture is drawn only
+    when every picture has one, a third when every picture has two, and so on.
+
+    Args:
+        limit: ``None`` gives all cases.
+        seed: the same cases and seed give the same sample.
+    """
+    if limit is None:
+        return cases
+
+    @cache
+    def chosen() -> frozenset[str]:
+        keys = [(case.image, case.case) for case in cases()]
+        random.Random(seed).shuffle(keys)
+        before: Counter[str] = Counter()
+        ranked = []
+        for image, name in keys:
+            ranked.append((before[image], name))
+            before[image] += 1
+        ranked.sort(key=lambda one: one[0])
+        return frozenset(name for _, name in ranked[:limit])
+
+    return lambda: (case for case in cases() if case.case in chosen())
+
+
+def asked_with(cases: Cases, count: TargetCount | None) -> Cases:
+    """The cases asked with this count, whatever is known of them; ``None`` leaves them."""
+    if count is None:
+        return cases
+    return lambda: (replace(case, count=count) for case in cases())

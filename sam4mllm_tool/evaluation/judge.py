@@ -46,7 +46,7 @@ def judge(model: Sam4MLLM, case: Case, image: RgbImage) -> Judged:
         predicted_area=predicted_area,
         box_iou=match_boxes([one.located.box for one in objects], case.boxes),
         points=_points(found, truth) if found and truth else (),
-        said_target=_says_target(model, case, image) if case.ask_presence else None,
+        said_target=_says_target(model, case, image) if _apart(case) else None,
         questions=_questions(found) if found else 1,
         seconds=seconds,
         kind=case.kind,
@@ -71,6 +71,11 @@ def _points(found: Segmentation, truth: Sequence[Mask]) -> tuple[PointOutcome, .
 def _questions(found: Segmentation) -> int:
     """Each point asked about is a question, however many stand in one message."""
     return sum(one.count if one.kind == "yes_no" else 1 for one in found.trace.exchanges)
+
+
+def _apart(case: Case) -> bool:
+    """Whether presence is a question of its own; asked with "0+" the first one has said it."""
+    return case.ask_presence and case.count is not TargetCount.ZERO_OR_MORE
 
 
 def _says_target(model: Sam4MLLM, case: Case, image: RgbImage) -> bool:

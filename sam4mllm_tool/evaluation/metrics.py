@@ -297,10 +297,12 @@ class Bootstrap:
         return tail, 1 - tail
 
     def estimate(self, outcomes: Sequence[Outcome], metric: Metric) -> Estimate:
-        """The metric with its confidence interval."""
+        """The metric with its confidence interval; a single picture gives none."""
         value = metric(outcomes)
         if not np.isfinite(value):
             return Estimate(None)
+        if len({outcome.image for outcome in outcomes}) < 2:
+            return Estimate(value)
         samples = self._samples(outcomes, metric)
         low, high = np.nanquantile(samples, self._quantiles)
         return Estimate(value, float(low), float(high))

@@ -26,7 +26,7 @@ _TEMPLATES = Path(__file__).parents[1] / "drawing" / "templates"
 
 def choose_lines(lines: Sequence[Line], each: int = 4) -> dict[str, list[Line]]:
     """The worst, median and best cases of the first strategy; none twice."""
-    ranked = sorted(lines, key=lambda line: (line.judged.outcome.iou, line.number))
+    ranked = sorted(lines, key=lambda line: (line.judged.outcome.iou, line.case))
     each = max(1, min(each, len(ranked) // 3))
     worst, rest = ranked[:each], ranked[each:]
     best, rest = rest[::-1][:each], rest[:-each]
@@ -54,9 +54,9 @@ def report_page(report: Document, lines: Sequence[Line], cases: Iterable[Case]) 
     """
     first = [line for line in lines if line.strategy == next(iter(report["strategies"]))]
     chosen = choose_lines(first)
-    wanted = {line.number for group in chosen.values() for line in group}
-    found = {number: case for number, case in enumerate(cases) if number in wanted}
-    groups = {name: [_shown(line, found[line.number]) for line in group]
+    wanted = {line.case for group in chosen.values() for line in group}
+    found = {case.case: case for case in cases if case.case in wanted}
+    groups = {name: [_shown(line, found[line.case]) for line in group]
               for name, group in chosen.items()}  # fmt: skip
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined

@@ -8,7 +8,7 @@ from typing import Any
 
 from sam4mllm_tool.evaluation.metrics import METRICS, Bootstrap, Outcome, summarise
 from sam4mllm_tool.evaluation.published import Published
-from sam4mllm_tool.evaluation.run import Line
+from sam4mllm_tool.evaluation.run import Line, Skipped
 
 COMPARED = ("cIoU", "gIoU")
 BY_KIND = ("cIoU", "gIoU", "box_acc50", "point_accuracy", "ece", "n_acc", "t_acc")
@@ -22,6 +22,7 @@ def build_report(
     about: Document,
     *,
     published: Sequence[Published] = (),
+    skipped: Sequence[Skipped] = (),
     bootstrap: Bootstrap | None = None,
 ) -> Document:
     """The JSON document of a run.
@@ -29,7 +30,8 @@ def build_report(
     At the top level stand the metrics of the first strategy (``cIoU``, ``gIoU``, …; ``None`` where
     a metric is not defined), its ``intervals`` (95 %, resampling pictures), ``by_kind`` and
     ``cases``; ``strategies`` holds the same for each strategy, ``comparisons`` the paired bootstrap
-    of neighbours, ``published`` what others have published.
+    of neighbours, ``published`` what others have published, ``skipped`` the pictures that could not
+    be read, whose cases are in none of the numbers.
     """
     resampler = bootstrap or Bootstrap()
     names = list(about["strategies"])
@@ -47,6 +49,7 @@ def build_report(
             for a, b in pairwise(names) for metric in COMPARED if outcomes[a]
         ],
         "published": [vars(one) for one in published],
+        "skipped": [vars(one) for one in skipped],
         "about": about,
     }  # fmt: skip
 
@@ -97,6 +100,7 @@ def to_markdown(report: Document) -> str:
         if one["unreadable_replies"]:
             parts += ["", f"{one['unreadable_replies']} replies could not be read; they count as "
                       "nothing predicted."]  # fmt: skip
+    parts += _skipped_list(report)
     parts += _kind_table(report)
     if report["comparisons"]:
         parts += ["", "## Second minus first (paired bootstrap)", ""]
@@ -115,6 +119,16 @@ def to_markdown(report: Document) -> str:
     return "\n".join(parts) + "\n"
 
 
+def _skipped_list(report: Document) -> list[str]:
+    """The pictures that are in none of the numbers, by name."""
+    skipped = report["skipped"]
+    if not skipped:
+        return []
+    cases = sum(len(one["cases"]) for one in skipped)
+    head = f"{len(skipped)} pictures ({cases} cases) cannot be read; the numbers are without them"
+    return ["", f"**{head}:**", "", *(f"- {one['image']}: {one['error']}" for one in skipped)]
+
+
 def _kind_table(report: Document) -> list[str]:
     """The first strategy by kind."""
     if not report["by_kind"]:
@@ -130,10 +144,10 @@ def _kind_table(report: Document) -> list[str]:
 
 def metric_cell(metric: str, one: Document) -> str:
     """A strategy's metric with its interval, empty where it is not defined."""
-    if one[metric] is None:
-        return ""
-    low, high = one["intervals"].get(metric, (one[metric], one[metric]))
-    value, low, high = (metric_number(metric, number) for number in (one[metric], low, high))
+    value = metric_number(metric, one[metric])
+    if metric not in one["intervals"]:
+        return value
+    low, high = (metric_number(metric, number) for number in one["intervals"][metric])
     return f"{value} [{low}, {high}]"
 
 

@@ -1,9 +1,11 @@
-"""A run over many cases: resumable after a kill, in shards that merge exactly.
+"""A run over many cases: it survives kills, bad pictures and full disks; shards merge exactly.
 
-The folder of a run holds ``run.json`` (what is measured) and ``outcomes-I-of-N.jsonl`` files, one
-line a case and strategy, each line written at once. Whatever lines are there are not computed
-again, and a report is always made from all lines of the folder, in the order of the cases. So a
-run in one go, a resumed one and one of N shards give the same report (but for the seconds).
+The folder of a run holds ``run.json`` (what is measured), ``outcomes-I-of-N.jsonl`` (one line per
+case and strategy, each written at once) and ``skipped-I-of-N.jsonl`` (pictures that could not be
+read). Lines that are there are not computed again, and a report is always made from all lines of
+the folder. A picture whose lines are incomplete is asked again from its first case: what a model
+answers may depend, in the last digits, on what it was asked about the picture before. So a run in
+one go, a resumed one and one of N shards give the same report (but for the seconds).
 """
 
 from __future__ import annotations
@@ -11,17 +13,23 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from sam4mllm_tool.errors import InputError
+from sam4mllm_tool.disk import exclusive, write_whole
+from sam4mllm_tool.errors import DatasetError, ImageError, InputError
 from sam4mllm_tool.evaluation.cases import Case
 from sam4mllm_tool.evaluation.judge import Judged, judge
 from sam4mllm_tool.evaluation.metrics import Outcome
 from sam4mllm_tool.journal import open_journal, read_journal
 from sam4mllm_tool.pipeline.model import Sam4MLLM
-from sam4mllm_tool.types import RgbImage, Strategy
+from sam4mllm_tool.types import Strategy
+
+UNREADABLE_LIMIT = 20
+"""Pictures that may be unreadable before a run fails."""
 
 
 @dataclass(frozen=True)
@@ -48,28 +56,50 @@ class Shard:
             raise InputError(f"{text!r} is not a shard", hint="Write it as 0/8 … 7/8.")
         return cls(int(index), int(total))
 
+    def __str__(self) -> str:
+        return f"{self.index}-of-{self.total}"
+
 
 @dataclass(frozen=True)
 class Line:
-    """A judged case as it stands in a file; ``number`` is its place among the cases."""
+    """A judged case as it stands in a file."""
 
-    number: int
     strategy: str
     judged: Judged
+
+    @property
+    def case(self) -> str:
+        """The case's id."""
+        return self.judged.outcome.case
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready data."""
         judged = vars(self.judged) | {"outcome": self.judged.outcome.to_json()}
-        return {"number": self.number, "strategy": self.strategy, **judged}
+        return {"strategy": self.strategy, **judged}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Line:
         """The inverse of :meth:`to_json`."""
         data = dict(data)
-        number, strategy = data.pop("number"), data.pop("strategy")
+        strategy = data.pop("strategy")
         data["outcome"] = Outcome.from_json(data["outcome"])
         data["masks"] = tuple(data["masks"])
-        return cls(number, strategy, Judged(**data))
+        return cls(strategy, Judged(**data))
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A picture that could not be read.
+
+    Attributes:
+        image: id of the picture.
+        cases: ids of its cases.
+        error: why; names the file.
+    """
+
+    image: str
+    cases: tuple[str, ...]
+    error: str
 
 
 def measure(
@@ -80,68 +110,104 @@ def measure(
     about: dict[str, Any],
     *,
     shard: Shard | None = None,
+    unreadable_limit: int = UNREADABLE_LIMIT,
     on_case: Callable[[Case], None] = lambda _: None,
 ) -> None:
     """Judge every case of the shard by every strategy, and write the lines that are missing.
 
-    The strategies of a case follow each other, so that they share the picture's prefix.
+    The strategies of a case follow each other, so that they share the picture's prefix. Pictures
+    that cannot be read are noted and passed over; the next run tries them again.
 
     Args:
         about: what is measured, JSON-ready; a folder belongs to one such.
+        unreadable_limit: more unreadable pictures than this end the run.
 
     Raises:
-        InputError: the folder holds another run.
+        InputError: the folder holds another run, or another process is at work on this shard.
+        DatasetError: too many pictures cannot be read.
+        StorageError: there is no room; what was judged before is kept.
     """
     share = shard or Shard()
-    _claim(folder, about)
-    done = {(line.number, line.strategy) for line in read_lines(folder)}
     models = {s.value: replace(model, settings=replace(model.settings, strategy=s))
               for s in strategies}  # fmt: skip
-    file = folder / f"outcomes-{share.index}-of-{share.total}.jsonl"
-    opened: tuple[str, RgbImage] | None = None
-    with open_journal(file) as lines:
-        for number, case in _share_of(cases, share):
-            missing = [name for name in models if (number, name) not in done]
-            if missing and (opened is None or opened[0] != case.image):
-                opened = case.image, case.open_image()
-            for name in missing:
-                assert opened is not None
-                line = Line(number, name, judge(models[name], case, opened[1]))
-                lines.add(line.to_json())
-            on_case(case)
+    with _claimed(folder, about, share):
+        done = {(line.case, line.strategy) for line in read_lines(folder)}
+        skipped: list[Skipped] = []
+        with (
+            open_journal(folder / f"outcomes-{share}.jsonl") as lines,
+            open_journal(folder / f"skipped-{share}.jsonl", fresh=True) as unread,
+        ):
+            for group in _pictures(cases, share):
+                wanted = models
+                if all((case.case, name) in done for case in group for name in models):
+                    wanted = {}
+                try:
+                    image = group[0].open_image() if wanted else None
+                except (ImageError, DatasetError) as error:
+                    names = tuple(case.case for case in group)
+                    skipped.append(Skipped(group[0].image, names, error.message))
+                    unread.add(vars(skipped[-1]))
+                    _check_limit(skipped, unreadable_limit)
+                    continue
+                for case in group:
+                    for name, one in wanted.items():
+                        assert image is not None
+                        lines.add(Line(name, judge(one, case, image)).to_json())
+                    on_case(case)
 
 
 def read_lines(folder: Path) -> list[Line]:
-    """All lines of all shards, each case and strategy once, in the order of the cases.
+    """All lines of all shards, the last of each case and strategy, ordered by picture and case.
 
     A last line that is not whole (being written, or cut off by a kill) is left out.
     """
-    found: dict[tuple[int, str], Line] = {}
+    found: dict[tuple[str, str, str], Line] = {}
     for file in sorted(folder.glob("outcomes-*.jsonl")):
         for data in read_journal(file):
             line = Line.from_json(data)
-            found.setdefault((line.number, line.strategy), line)
+            found[line.judged.outcome.image, line.case, line.strategy] = line
     return [found[key] for key in sorted(found)]
 
 
-def _share_of(cases: Iterable[Case], shard: Shard) -> Iterator[tuple[int, Case]]:
-    """The shard's cases with their numbers; a picture's cases stay together."""
-    picture, last = -1, None
-    for number, case in enumerate(cases):
-        if case.image != last:
-            picture, last = picture + 1, case.image
-        if picture % shard.total == shard.index:
-            yield number, case
+def read_skipped(folder: Path) -> list[Skipped]:
+    """The unreadable pictures of all shards, each once, but for those judged since."""
+    judged = {line.case for line in read_lines(folder)}
+    found = {
+        data["image"]: Skipped(data["image"], tuple(data["cases"]), data["error"])
+        for file in sorted(folder.glob("skipped-*.jsonl"))
+        for data in read_journal(file)
+    }
+    return [found[image] for image in sorted(found) if not judged.intersection(found[image].cases)]
 
 
-def _claim(folder: Path, about: dict[str, Any]) -> None:
-    """Note what the folder's run is about, or make sure that it is this one."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _pictures(cases: Iterable[Case], shard: Shard) -> Iterator[list[Case]]:
+    """The shard's pictures, each as the cases on it that follow each other."""
+    for number, (_, group) in enumerate(groupby(cases, key=lambda case: case.image)):
+        if number % shard.total == shard.index:
+            yield list(group)
+
+
+def _check_limit(skipped: Sequence[Skipped], limit: int) -> None:
+    if len(skipped) > limit:
+        raise DatasetError(
+            f"{len(skipped)} pictures cannot be read, the last: {skipped[-1].error}",
+            hint="Download the pictures again, or allow more with --unreadable-limit; what was "
+            "judged is kept.",
+        )
+
+
+@contextmanager
+def _claimed(folder: Path, about: dict[str, Any], shard: Shard) -> Iterator[None]:
+    """Note what the folder's run is about, or make sure that it is this one; lock the shard."""
     file = folder / "run.json"
     wanted = json.dumps(about, indent=1, sort_keys=True) + "\n"
-    if not file.exists():
-        file.write_text(wanted, encoding="utf-8")
-    elif file.read_text(encoding="utf-8") != wanted:
-        raise InputError(
-            f"{folder} holds another run", hint="Choose another folder, or delete this one."
-        )
+    with exclusive(folder / f".lock-{shard}", f"shard {shard} in {folder}"):
+        with exclusive(folder / ".lock", str(folder), wait=True):
+            if not file.exists():
+                write_whole(file, wanted)
+            elif file.read_text(encoding="utf-8") != wanted:
+                raise InputError(
+                    f"{folder} holds another run",
+                    hint="Choose another folder, or delete this one.",
+                )
+        yield

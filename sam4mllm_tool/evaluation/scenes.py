@@ -1,9 +1,9 @@
 """The models on unseen synthetic scenes, through the real pipeline, by kind of expression.
 
-Each expression is asked as a user would: ``1`` for a single object, ``1+`` for a plural, ``0+``
-for one that is absent. Whether there is a target is also asked, with ``0+`` and as a question of
-its own, of the expressions that have one: asked with ``1`` the model must give a box, and T-acc
-would say nothing.
+Each expression is asked as the tools ask by default: with ``0+``, whatever is there. Asked with
+the true count (``ask=None``: ``1`` for a single object, ``1+`` for a plural, ``0+`` for an absent
+one) the question gives the answer away in part; whether there is a target is then asked again,
+with ``0+`` and as a question of its own, of the expressions that have one.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sam4mllm_tool.evaluation.benchmark import Cases, evaluate
-from sam4mllm_tool.evaluation.cases import Case
+from sam4mllm_tool.evaluation.benchmark import evaluate
+from sam4mllm_tool.evaluation.cases import Case, Cases, asked_with, sampled
 from sam4mllm_tool.evaluation.metrics import Outcome
 from sam4mllm_tool.evaluation.report import Document
 from sam4mllm_tool.evaluation.run import Shard, read_lines
@@ -28,6 +28,7 @@ from sam4mllm_tool.scenes.world import SMALL_WORLD, World
 from sam4mllm_tool.types import Box, Mask, RgbImage, Strategy, TargetCount
 
 MOST_SCENES = 20_000
+POOL = 4
 BASELINE_CELLS = 6
 """The position-only baseline sees a point's place in its box on so many cells a side."""
 
@@ -39,8 +40,9 @@ def scene_cases(
     world: World = SMALL_WORLD,
     split: str = "test",
     per_kind: int | None = None,
+    ask: TargetCount | None = TargetCount.ZERO_OR_MORE,
 ) -> Cases:
-    """The first ``limit`` expressions of a split's scenes.
+    """The first ``limit`` expressions of a split's scenes, asked with ``ask`` (or the true count).
 
     With ``per_kind`` at most so many of a kind are taken: some kinds are rare in the stream, and a
     handful of cases says nothing about them. ``MOST_SCENES`` are searched.
@@ -57,7 +59,7 @@ def scene_cases(
                     yield _case(scene, phrase, f"{index}:{taken.total()}")
                     taken[phrase.kind] += 1
 
-    return cases
+    return asked_with(cases, ask)
 
 
 def _case(scene: Scene, phrase: ReferringExpression, name: str) -> Case:
@@ -85,10 +87,14 @@ def evaluate_scenes(
     strategies: Sequence[Strategy] = (Strategy.PQPP,),
     world: World = SMALL_WORLD,
     per_kind: int | None = None,
+    ask: TargetCount | None = TargetCount.ZERO_OR_MORE,
     shard: Shard | None = None,
     on_case: Callable[[Case], None] = lambda _: None,
 ) -> Document:
     """Measure on ``limit`` expressions about unseen scenes of ``world``; see :func:`scene_cases`.
+
+    They are a sample of ``POOL`` times as many, so that they lie on more than a few scenes; with
+    ``per_kind`` the first of each kind.
 
     Returns:
         The report of :func:`~sam4mllm_tool.evaluation.report.build_report`, with
@@ -96,8 +102,11 @@ def evaluate_scenes(
         its box.
     """
     about = {"title": f"scenes of the {world.name} world", "seed": seed, "limit": limit,
-             "world": world.name, "split": "test", "per_kind": per_kind}  # fmt: skip
-    cases = scene_cases(seed, limit, world=world, per_kind=per_kind)
+             "world": world.name, "split": "test", "per_kind": per_kind,
+             "asked with": ask.value if ask else "the true count"}  # fmt: skip
+    drawn = limit if per_kind else POOL * limit
+    cases = scene_cases(seed, drawn, world=world, per_kind=per_kind, ask=ask)
+    cases = sampled(cases, limit, seed)
     report = evaluate(model, cases, strategies, folder, about, shard=shard, on_case=on_case)
     asked = next((s.value for s in strategies if s in (Strategy.PQPP, Strategy.ADAPTIVE)), None)
     outcomes = [one.judged.outcome for one in read_lines(folder) if one.strategy == asked]
