@@ -8,7 +8,7 @@ from __future__ import annotations
 from sam4mllm_tool import Sam4MLLM, Toolbox
 from sam4mllm_tool.scenes.render import Scene, render_scene
 from sam4mllm_tool.scenes.world import SMALL_WORLD
-from sam4mllm_tool.tools.schemas import ComparisonResult
+from sam4mllm_tool.tools.builtin.compare_objects import ComparisonResult
 
 SCENE = 812  # a dog between two apples
 

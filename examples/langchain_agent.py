@@ -46,7 +46,7 @@ def main() -> None:
                 ]
             )
         )
-        toolkit = Sam4MLLMToolkit.from_pretrained(allow_dirs=[embedded.DEMO, folder])
+        toolkit = Sam4MLLMToolkit.from_pretrained(allow_dirs=[embedded.DEMO], output_dirs=[folder])
         agent = create_agent(chat, toolkit.get_tools())
         state = agent.invoke({"messages": [("user", "Save a mask of the tree.")]})
 

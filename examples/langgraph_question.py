@@ -13,7 +13,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.types import Command
 from sam4mllm_integrations.langgraph_workflow import QuestionSettings, question_graph
 
-from sam4mllm_tool import Sam4MLLM, TargetCount, Toolbox, embedded
+from sam4mllm_tool import ImagePolicy, Sam4MLLM, TargetCount, Toolbox, Workspace, embedded
 
 QUESTION = "what wakes you up in the morning?"
 
@@ -22,12 +22,15 @@ def main() -> None:
     """Ask, watch the steps, agree to save."""
     # The picture is known to answer the question, so the MLLM has to point at something.
     settings = QuestionSettings(count=TargetCount.ONE, keep_best_above=0.0)
-    graph = question_graph(
-        Toolbox(Sam4MLLM.from_pretrained), settings=settings, checkpointer=InMemorySaver()
-    )
     thread = {"configurable": {"thread_id": "example"}}
 
     with tempfile.TemporaryDirectory() as folder:
+        workspace = Workspace(ImagePolicy(output_dirs=(Path(folder),)))
+        graph = question_graph(
+            Toolbox(Sam4MLLM.from_pretrained, workspace),
+            settings=settings,
+            checkpointer=InMemorySaver(),
+        )
         start = {
             "question": QUESTION,
             "image": str(embedded.DEMO / "demo.png"),

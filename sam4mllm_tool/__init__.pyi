@@ -28,7 +28,10 @@ from .pipeline.model import (
 from .pipeline.points import Thresholds
 from .pipeline.trace import Trace
 from .protocols import MaskCandidate, Mllm, Reply, Segmenter, SegmentPrompt
-from .tools.toolbox import Toolbox, ToolOutput, ToolSpec
+from .tools.builtin import BUILTIN_TOOLS
+from .tools.registry import ToolContext, ToolOutput, ToolSpec
+from .tools.schemas import ToolArguments, ToolResult
+from .tools.toolbox import Toolbox
 from .tools.workspace import Workspace
 from .types import (
     Box,
@@ -44,6 +47,7 @@ from .types import (
 )
 
 __all__ = [
+    "BUILTIN_TOOLS",
     "AccessDenied",
     "BackendError",
     "Box",
@@ -79,7 +83,10 @@ __all__ = [
     "Strategy",
     "TargetCount",
     "Thresholds",
+    "ToolArguments",
+    "ToolContext",
     "ToolOutput",
+    "ToolResult",
     "ToolSpec",
     "Toolbox",
     "Trace",

@@ -3,7 +3,7 @@
 ::
 
     Sam4MllmError            message, hint, retryable
-    ├── InputError           the caller can mend the call: told to the agent with the hint
+    ├── InputError           the caller can fix the call: shown to the agent with the hint
     │   ├── ImageError           not a picture we can read, or over a stated limit
     │   ├── ExpressionError      empty or overlong text
     │   ├── PromptError          box or points that make no sense (NaN, empty, too many)
@@ -21,6 +21,9 @@
 """
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class Sam4MllmError(Exception):
@@ -48,7 +51,7 @@ class Sam4MllmError(Exception):
 
 
 class InputError(Sam4MllmError):
-    """The call itself is wrong; the caller can mend it."""
+    """The call itself is wrong; the caller can fix it."""
 
 
 class ImageError(InputError):
@@ -121,3 +124,17 @@ class StorageError(BackendError):
     """A file cannot be written: the disk is full, or access is denied."""
 
     retryable_by_default = True
+
+
+def nearest(name: str, known: Iterable[str], what: str) -> str:
+    """A hint for a name that is not known: the nearest one that is, and all of them.
+
+    Args:
+        name: as it was written.
+        known: what could have been meant.
+        what: what they are, plural and capitalised ("Tools").
+    """
+    options = list(known)
+    similar = difflib.get_close_matches(name, options, n=1)
+    guess = f"Did you mean {similar[0]!r}? " if similar else ""
+    return f"{guess}{what}: {', '.join(options) or 'none'}."

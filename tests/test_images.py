@@ -300,7 +300,9 @@ def test_an_allowed_folder_may_itself_be_a_link(folders, tmp_path):
 
 def test_output_paths(folders):
     inside, outside = folders
-    policy = ImagePolicy(allowed_dirs=(inside,))
+    with pytest.raises(AccessDenied):  # what may be read may not be written
+        safe_output_path(inside, "m.png", ImagePolicy(allowed_dirs=(inside,)))
+    policy = ImagePolicy(output_dirs=(inside,))
     assert safe_output_path(inside / "new" / "er", "m.png", policy) == inside / "new/er/m.png"
     assert (inside / "new" / "er").is_dir()
     (inside / "out.png").symlink_to(outside / "a.png")

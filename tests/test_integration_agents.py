@@ -12,9 +12,10 @@ from PIL import Image
 from scripted_llm import Call, ScriptedLlm
 
 from sam4mllm_tool.errors import CheckpointError
-from sam4mllm_tool.tools.toolbox import REGISTRY, Toolbox
+from sam4mllm_tool.tools.builtin import BUILTIN_TOOLS
+from sam4mllm_tool.tools.toolbox import Toolbox
 
-NAMES = [spec.name for spec in REGISTRY]
+NAMES = [spec.name for spec in BUILTIN_TOOLS]
 
 
 @pytest.fixture
@@ -200,7 +201,7 @@ def test_llama_index_tools_by_hand(toolbox, blocks_file):
 
     by_name = {tool.metadata.name: tool for tool in tools(toolbox)}
     assert list(by_name) == NAMES
-    for tool, spec in zip(by_name.values(), REGISTRY, strict=True):
+    for tool, spec in zip(by_name.values(), BUILTIN_TOOLS, strict=True):
         told = tool.metadata.to_openai_tool()["function"]["parameters"]
         assert set(told["properties"]) == set(spec.arguments.model_fields)
     arguments = {"image": str(blocks_file), "expression": "the red block"}

@@ -20,9 +20,10 @@ from sam4mllm_integrations import anthropic_tools, openai_functions
 from scripted_llm import Call, ScriptedLlm
 
 from sam4mllm_tool.errors import CheckpointError
-from sam4mllm_tool.tools.toolbox import REGISTRY, Toolbox
+from sam4mllm_tool.tools.builtin import BUILTIN_TOOLS
+from sam4mllm_tool.tools.toolbox import Toolbox
 
-BY_NAME = pytest.mark.parametrize("spec", REGISTRY, ids=lambda spec: spec.name)
+BY_NAME = pytest.mark.parametrize("spec", BUILTIN_TOOLS, ids=lambda spec: spec.name)
 # Keywords the two APIs refuse in strict mode.
 OPENAI_REFUSES = {"default", "minLength", "maxLength", "$ref", "oneOf", "allOf", "not"}
 ANTHROPIC_REFUSES = {"minimum", "maximum", "minLength", "maxLength", "maxItems", "default", "not"}
@@ -81,7 +82,7 @@ def test_anthropic_schemas_are_strict(spec):
 
 
 def test_anthropic_limits_on_optional_fields_over_all_strict_tools():
-    schemas = [anthropic_tools.strict_schema(spec.arguments) for spec in REGISTRY]
+    schemas = [anthropic_tools.strict_schema(spec.arguments) for spec in BUILTIN_TOOLS]
     parts = [part for schema in schemas for part in objects(schema)]
     optional = sum(len(part["properties"]) - len(part.get("required", ())) for part in parts)
     assert optional <= 24
@@ -94,9 +95,11 @@ def test_definitions_are_what_the_sdks_declare(toolbox):
     TypeAdapter(list[ToolParam]).validate_python(anthropic_tools.tools(toolbox))
     assert all(tool["function"]["strict"] for tool in chat)
     assert not any(isinstance(tool["function"], PydanticFunctionTool) for tool in chat)
-    for text in (tool["function"]["description"] for tool in chat):
-        assert len(text) <= 1024
-        assert "pixels of the upright image" in text
+    texts = {tool["function"]["name"]: tool["function"]["description"] for tool in chat}
+    assert max(map(len, texts.values())) <= 1024
+    assert {name for name, text in texts.items() if "pixels of the upright image" in text} == {
+        spec.name for spec in BUILTIN_TOOLS if spec.has_coordinates
+    }
 
 
 # -- conversations -------------------------------------------------------------------------------

@@ -24,12 +24,13 @@ from sam4mllm_integrations.smolagents_tools import ToolCallError
 from sam4mllm_integrations.smolagents_tools import tools as smol_tools
 
 from sam4mllm_tool.images.access import ImagePolicy
-from sam4mllm_tool.tools.toolbox import REGISTRY, Toolbox
+from sam4mllm_tool.tools.builtin import BUILTIN_TOOLS
+from sam4mllm_tool.tools.toolbox import Toolbox
 from sam4mllm_tool.tools.workspace import Workspace
 from sam4mllm_tool.types import RgbImage
 
-SCHEMAS = {s.name: s.result.model_json_schema(mode="serialization") for s in REGISTRY}
-FIELDS = sorted({field for spec in REGISTRY for field in spec.arguments.model_fields})
+SCHEMAS = {s.name: s.result.model_json_schema(mode="serialization") for s in BUILTIN_TOOLS}
+FIELDS = sorted({field for spec in BUILTIN_TOOLS for field in spec.arguments.model_fields})
 
 
 def png_that_claims(width: int, height: int) -> str:
@@ -104,7 +105,7 @@ def plausible(tool: str, field: str) -> st.SearchStrategy:
 @st.composite
 def calls(draw) -> tuple[str, dict]:
     """A tool and a document for it, more or less fitting."""
-    spec = draw(st.sampled_from(REGISTRY))
+    spec = draw(st.sampled_from(BUILTIN_TOOLS))
     fields = spec.arguments.model_fields
     tame = draw(st.booleans())
     arguments = {}
@@ -317,7 +318,7 @@ def test_hostile_documents_over_mcp(model, place):
             check(name, text if result.is_error else result.structured_content)
 
         drive()
-        assert len(portal.call(client.list_tools).tools) == len(REGISTRY)
+        assert len(portal.call(client.list_tools).tools) == len(BUILTIN_TOOLS)
 
 
 @given(st.text(max_size=40) | st.recursive(values, st.lists, max_leaves=3).map(json.dumps))

@@ -12,10 +12,12 @@ from langgraph.types import Command
 from sam4mllm_integrations.langgraph_workflow import QuestionSettings, question_graph
 
 from sam4mllm_tool.errors import CheckpointError, DialogueError
+from sam4mllm_tool.images.access import ImagePolicy
 from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.protocols import Reply
 from sam4mllm_tool.testing import ColourSegmenter, TruthfulMllm
 from sam4mllm_tool.tools.toolbox import Toolbox
+from sam4mllm_tool.tools.workspace import Workspace
 
 THREAD = {"configurable": {"thread_id": "1"}}
 
@@ -62,8 +64,9 @@ def chat(*messages) -> ChatScript:
     return ChatScript(messages=iter(messages), bound=[], heard=[])
 
 
-def toolbox_of(truth, **options) -> Toolbox:
-    return Toolbox(Sam4MLLM(TalkingMllm(truth, **options), ColourSegmenter()))
+def toolbox_of(truth, output_dirs=(), **options) -> Toolbox:
+    model = Sam4MLLM(TalkingMllm(truth, **options), ColourSegmenter())
+    return Toolbox(model, Workspace(ImagePolicy(output_dirs=output_dirs)))
 
 
 def ask(graph, path, question="the red block", config=None, **more):
@@ -225,7 +228,8 @@ async def test_the_graph_runs_asynchronously(truth, blocks_file):
 
 @pytest.mark.parametrize("answer", [True, False, "elsewhere"])
 def test_a_human_is_asked_before_anything_is_saved(truth, blocks_file, tmp_path, answer):
-    graph = question_graph(toolbox_of(truth), checkpointer=InMemorySaver())
+    toolbox = toolbox_of(truth, output_dirs=(tmp_path,))
+    graph = question_graph(toolbox, checkpointer=InMemorySaver())
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     state = ask(graph, blocks_file, config=THREAD, save_to=str(out))
     (asked,) = state["__interrupt__"]

@@ -30,7 +30,7 @@ from sam4mllm_tool.errors import CheckpointError, InputError
 from sam4mllm_tool.images.access import ImagePolicy
 from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.testing import ColourSegmenter, ScriptedMllm, TruthfulMllm
-from sam4mllm_tool.tools.toolbox import REGISTRY
+from sam4mllm_tool.tools.builtin import BUILTIN_TOOLS
 
 HERE = Path(__file__).parent
 ERAS = pytest.mark.parametrize("era", ["legacy", "auto"])
@@ -83,9 +83,9 @@ def said(result) -> str:
 async def test_stdio_from_list_to_mask(era, blocks_file, truth):
     async with Client(over_stdio(blocks_file.parent), mode=era) as client:
         tools = (await client.list_tools()).tools
-        assert [tool.name for tool in tools] == [spec.name for spec in REGISTRY]
+        assert [tool.name for tool in tools] == [spec.name for spec in BUILTIN_TOOLS]
         assert {tool.name for tool in tools if tool.annotations.read_only_hint} == {
-            spec.name for spec in REGISTRY if spec.read_only
+            spec.name for spec in BUILTIN_TOOLS if spec.read_only
         }
         result = await client.call_tool("segment_object", {"image": str(blocks_file), **RED})
         assert not result.is_error
@@ -111,7 +111,7 @@ async def test_stdio_from_list_to_mask(era, blocks_file, truth):
 async def test_tools_are_listed_before_any_weights_are_loaded(era, blocks_file, tmp_path):
     gate = tmp_path / "gate"
     async with Client(over_stdio(tmp_path, gate), mode=era) as client:
-        assert len((await client.list_tools()).tools) == len(REGISTRY)
+        assert len((await client.list_tools()).tools) == len(BUILTIN_TOOLS)
         # What needs no model is not kept waiting either.
         seen = await client.call_tool("view_objects", {"image": str(blocks_file)})
         assert not seen.is_error
@@ -316,11 +316,11 @@ def _data_uri(folder: Path) -> str:
 
 
 @ERAS
-async def test_allow_dir_bounds_reading_and_writing(era, model, folders):
-    tools = ToolServer(lambda: model, [folders[0]])
+async def test_reading_and_writing_folders_are_separate(era, model, folders):
+    tools = ToolServer(lambda: model, [folders[0]], ImagePolicy(output_dirs=(folders[1],)))
     async with Client(tools.server, mode=era) as client:
-        assert await _allowed(client, folders[0]) == (True, True)
-        assert await _allowed(client, folders[1]) == (False, False)
+        assert await _allowed(client, folders[0]) == (True, False)
+        assert await _allowed(client, folders[1]) == (False, True)
 
 
 @ERAS
@@ -328,7 +328,7 @@ async def test_roots_are_enough_for_the_client_that_started_the_server(era, mode
     server, callback = ToolServer(lambda: model).server, roots(folders[1])
     async with Client(server, mode=era, list_roots_callback=callback) as client:
         assert await _allowed(client, folders[0]) == (False, False)
-        assert await _allowed(client, folders[1]) == (True, True)
+        assert await _allowed(client, folders[1]) == (True, False)
 
 
 @ERAS
@@ -342,11 +342,11 @@ async def test_roots_narrow_what_http_clients_may_reach_and_never_widen_it(era, 
     parent = folders[0].parent
     with over_http(lambda: model, allow_dirs=[parent]) as url:
         async with Client(url, mode=era, list_roots_callback=roots(folders[0])) as client:
-            assert await _allowed(client, folders[0]) == (True, True)
+            assert await _allowed(client, folders[0]) == (True, False)
             assert await _allowed(client, folders[1]) == (False, False)
     with over_http(lambda: model, allow_dirs=[folders[0]]) as url:
         async with Client(url, mode=era, list_roots_callback=roots(parent)) as client:
-            assert await _allowed(client, folders[0]) == (True, True)
+            assert await _allowed(client, folders[0]) == (True, False)
             assert await _allowed(client, folders[1]) == (False, False)
     with over_http(lambda: model) as url:
         async with Client(url, mode=era, list_roots_callback=roots(parent)) as client:
@@ -362,17 +362,17 @@ async def test_changed_roots_are_asked_for_again(model, folders):
 
     server = ToolServer(lambda: model).server
     async with Client(server, mode="legacy", list_roots_callback=answer) as client:
-        assert await _allowed(client, folders[0]) == (True, True)
+        assert await _allowed(client, folders[0]) == (True, False)
         now[0] = folders[1]
         await client.send_roots_list_changed()
-        assert await _allowed(client, folders[1]) == (True, True)
+        assert await _allowed(client, folders[1]) == (True, False)
         assert await _allowed(client, folders[0]) == (False, False)
 
 
 async def test_roots_over_stdio(folders):
     async with Client(over_stdio(), list_roots_callback=roots(folders[1])) as client:
         assert await _allowed(client, folders[0]) == (False, False)
-        assert await _allowed(client, folders[1]) == (True, True)
+        assert await _allowed(client, folders[1]) == (True, False)
 
 
 @asynccontextmanager
@@ -387,7 +387,7 @@ async def client_with(url: str, headers: dict[str, str]):
 async def test_a_token_is_asked_of_everyone(model):
     with over_http(lambda: model, token="secret") as url:
         async with client_with(url, {"Authorization": "Bearer secret"}) as client:
-            assert len((await client.list_tools()).tools) == len(REGISTRY)
+            assert len((await client.list_tools()).tools) == len(BUILTIN_TOOLS)
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
             answer = httpx2.post(url, json={}, headers=headers)
             assert answer.status_code == 401

@@ -1,6 +1,7 @@
 """The LangChain toolkit: LangChain's own test suites, and an agent that goes step by step."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,11 @@ from sam4mllm_integrations.langchain_tools import Sam4MLLMTool, Sam4MLLMToolkit
 
 from sam4mllm_tool import embedded
 from sam4mllm_tool.errors import CheckpointError
+from sam4mllm_tool.images.access import ImagePolicy
 from sam4mllm_tool.testing import ColourSegmenter, ScriptedMllm
-from sam4mllm_tool.tools.toolbox import REGISTRY, Toolbox, get_tool
+from sam4mllm_tool.tools.builtin import BUILTIN_TOOLS
+from sam4mllm_tool.tools.toolbox import Toolbox
+from sam4mllm_tool.tools.workspace import Workspace
 
 DEMO = str(embedded.DEMO / "demo.png")
 BOX = [10, 10, 100, 100]
@@ -29,9 +33,9 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 }
 
 
-def _toolbox(model: Any) -> Toolbox:
-    """A toolbox that already holds two objects with masks."""
-    toolbox = Toolbox(model)
+def _toolbox(model: Any, folder: Any) -> Toolbox:
+    """A toolbox that already holds two objects with masks, and may write to the folder."""
+    toolbox = Toolbox(model, Workspace(ImagePolicy(output_dirs=(Path(folder),))))
     for side in (100, 150):
         toolbox.call("segment_with_prompts", {"image": DEMO, "box": [10, 10, side, side]})
     return toolbox
@@ -47,7 +51,8 @@ def _suites(name: str) -> tuple[type, type]:
 
         @property
         def tool_constructor(self) -> Any:
-            return Sam4MLLMTool.from_spec(_toolbox(self.model), get_tool(name))
+            toolbox = _toolbox(self.model, self.folder)
+            return Sam4MLLMTool.from_spec(toolbox, toolbox.spec(name))
 
         @property
         def tool_invoke_params_example(self) -> dict[str, Any]:
@@ -61,7 +66,7 @@ def _suites(name: str) -> tuple[type, type]:
     return unit, integration
 
 
-for _spec in REGISTRY:
+for _spec in BUILTIN_TOOLS:
     for _suite in _suites(_spec.name):
         globals()[_suite.__name__] = _suite
 
@@ -90,7 +95,9 @@ async def test_an_agent_goes_step_by_step_and_its_history_stays_small(embedded_m
         ("compare_objects", {"object_ids": ["obj_1", "obj_2"]}),
         ("save_objects", {"object_ids": ["obj_1", "obj_2"], "folder": str(tmp_path)}),
     )
-    agent = create_agent(chat, Sam4MLLMToolkit(toolbox=Toolbox(embedded_model)).get_tools())
+    workspace = Workspace(ImagePolicy(output_dirs=(tmp_path,)))
+    toolkit = Sam4MLLMToolkit(toolbox=Toolbox(embedded_model, workspace))
+    agent = create_agent(chat, toolkit.get_tools())
     state = await agent.ainvoke({"messages": [("user", "Is the tree bigger than the clock?")]})
     told = [m for m in state["messages"] if isinstance(m, ToolMessage)]
     assert [m.status for m in told] == ["success"] * 6

@@ -27,7 +27,11 @@ def test_every_public_name_can_be_imported_and_is_documented():
 def test_errors_form_the_tree_their_docstring_draws():
     errors = importlib.import_module("sam4mllm_tool.errors")
     drawn = set(re.findall(r"[├└]── (\w+)", errors.__doc__)) | {"Sam4MllmError"}
-    defined = {n for n, v in vars(errors).items() if isinstance(v, type) and n[0].isupper()}
+    defined = {
+        n
+        for n, v in vars(errors).items()
+        if isinstance(v, type) and issubclass(v, errors.Sam4MllmError)
+    }
     assert drawn == defined
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from sam4mllm_tool.cli.mcp import named_tools
 from sam4mllm_tool.errors import (
     AccessDenied,
     BackendError,
@@ -22,8 +23,12 @@ from sam4mllm_tool.errors import (
 from sam4mllm_tool.images.access import ImagePolicy
 from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.testing import ColourSegmenter, ScriptedMllm
-from sam4mllm_tool.tools.toolbox import REGISTRY, Toolbox
+from sam4mllm_tool.tools.builtin import BUILTIN_TOOLS
+from sam4mllm_tool.tools.registry import ToolContext, ToolOutput, ToolSpec
+from sam4mllm_tool.tools.schemas import Expression, ImageSource, ToolArguments, ToolResult
+from sam4mllm_tool.tools.toolbox import Toolbox
 from sam4mllm_tool.tools.workspace import Workspace
+from sam4mllm_tool.types import TargetCount
 
 TOOLS = [
     "segment_object",
@@ -47,8 +52,8 @@ def segment(box, path, expression="the red block", **more):
 
 
 def test_the_registry_holds_the_seven_tools_with_closed_schemas():
-    assert [spec.name for spec in REGISTRY] == TOOLS
-    for spec in REGISTRY:
+    assert [spec.name for spec in BUILTIN_TOOLS] == TOOLS
+    for spec in BUILTIN_TOOLS:
         schema = spec.arguments.model_json_schema()
         assert schema["additionalProperties"] is False
         assert all(p.get("description") for p in schema["properties"].values()), spec.name
@@ -162,7 +167,8 @@ def test_view_is_bounded_and_numbered(box, blocks_file):
     assert cropped.picture.size == (448, 332)  # 77×57 pixels around the blue block, enlarged
 
 
-def test_saved_files_read_back_exactly(box, blocks_file, tmp_path, truth):
+def test_saved_files_read_back_exactly(model, blocks_file, tmp_path, truth):
+    box = Toolbox(model, Workspace(ImagePolicy(output_dirs=(tmp_path,))))
     segment(box, blocks_file, "all blocks")
     formats = ["png", "coco_rle", "coco_polygons", "overlay"]
     arguments = {"object_ids": ["obj_1", "obj_2"], "folder": str(tmp_path / "out")}
@@ -241,11 +247,12 @@ def test_bad_calls_are_input_errors_with_hints_and_nothing_is_lost(
 
 
 def test_saving_outside_the_allowed_folders_is_refused(model, blocks_file, tmp_path):
-    policy = ImagePolicy(allowed_dirs=(blocks_file.parent,))
+    policy = ImagePolicy(allowed_dirs=(blocks_file.parent,), output_dirs=(tmp_path / "out",))
     box = Toolbox(model, Workspace(policy))
     segment(box, blocks_file)
-    with pytest.raises(AccessDenied):
-        box.call("save_objects", {"object_ids": ["obj_1"], "folder": "/var/elsewhere"})
+    for folder in ("/var/elsewhere", blocks_file.parent):  # what may be read may not be written
+        with pytest.raises(AccessDenied):
+            box.call("save_objects", {"object_ids": ["obj_1"], "folder": str(folder)})
 
 
 def test_a_reply_that_does_not_parse_is_a_dialogue_error(blocks_file):
@@ -291,3 +298,107 @@ def test_the_shipped_models_behind_the_tools(embedded_model, demo_image):
     output = box.call("segment_object", arguments)
     assert output.result.status == "found"
     assert output.result.questions == 2
+
+
+# -- tools of one's own --------------------------------------------------------------------------
+
+
+class CountArguments(ToolArguments):
+    """Arguments of a user's tool."""
+
+    image: ImageSource
+    expression: Expression
+
+
+class CountResult(ToolResult):
+    """Result of a user's tool."""
+
+    number: int
+
+
+def count_objects(context: ToolContext, arguments: CountArguments) -> ToolOutput:
+    """How many objects match."""
+    record = context.workspace.open_image(arguments.image)
+    number = len(
+        context.model.segment(record.image, arguments.expression, count=TargetCount("0+")).objects
+    )
+    return ToolOutput(CountResult(text=f"{number} found", number=number))
+
+
+COUNT = ToolSpec("count_objects", "Count objects.", CountArguments, CountResult, count_objects)
+
+
+def test_tools_are_chosen_by_name_and_ones_own_are_added(model, blocks_file):
+    box = Toolbox(model, tools=["segment_object", "save_objects", COUNT], read_only=True)
+    assert [spec.name for spec in box.specs()] == ["segment_object", "count_objects"]
+    arguments = {"image": str(blocks_file), "expression": "all blocks"}
+    assert box.call("count_objects", arguments).result.number == 2
+    with pytest.raises(InputError, match="no tool 'save_objects'"):
+        box.call("save_objects", {})
+    with pytest.raises(InputError, match="no tool 'segment_objct'") as caught:
+        Toolbox(model, tools=["segment_objct"])
+    assert "Did you mean 'segment_object'?" in caught.value.hint
+    with pytest.raises(InputError, match="two tools are named 'count_objects'"):
+        Toolbox(model, tools=[COUNT, COUNT])
+
+
+async def test_a_tool_of_ones_own_reaches_every_framework(model, blocks_file):
+    from mcp import Client
+    from sam4mllm_integrations import openai_functions
+    from sam4mllm_integrations.langchain_tools import Sam4MLLMToolkit
+    from sam4mllm_integrations.mcp_server import ToolServer
+
+    arguments = {"image": str(blocks_file), "expression": "all blocks"}
+    box = Toolbox(model, tools=[COUNT])
+    (tool,) = Sam4MLLMToolkit(toolbox=box).get_tools()
+    assert tool.invoke(arguments) == "2 found"
+    (function,) = openai_functions.chat_tools(box)
+    assert function["function"]["name"] == "count_objects"
+    assert set(function["function"]["parameters"]["required"]) == {"image", "expression"}
+    server = ToolServer(lambda: model, [blocks_file.parent], tools=["view_objects", COUNT]).server
+    async with Client(server) as client:
+        assert [t.name for t in (await client.list_tools()).tools] == [
+            "view_objects",
+            "count_objects",
+        ]
+        reply = await client.call_tool("count_objects", arguments)
+        assert reply.structured_content == {
+            "status": "ok", "text": "2 found", "notes": [], "number": 2,
+        }  # fmt: skip
+
+
+def test_a_tool_of_ones_own_is_named_on_the_command_line(monkeypatch):
+    named = named_tools("segment_object, test_tools:COUNT")
+    assert [n if isinstance(n, str) else n.name for n in named] == [
+        "segment_object",
+        "count_objects",
+    ]
+    for wrong in ("test_tools:NOTHING", "no_such_module:X", "test_tools:TOOLS"):
+        with pytest.raises(InputError) as caught:
+            named_tools(wrong)
+        assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "name, arguments, nearest",
+    [
+        ("segment_object", {"image": "img_1", "expresion": "x"}, "expression"),
+        ("segment_object", {"image": "img_1", "expression": "x", "strategy": "pqp"}, "pqpp"),
+        ("segment_with_prompts", {"image": "i", "points": [{"x": 1, "y": 2, "label": "insde"}]},
+         "inside"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_argument_names_the_nearest_one(box, name, arguments, nearest):
+    with pytest.raises(InputError, match=f"Did you mean {nearest!r}"):
+        box.call(name, arguments)
+    with pytest.raises(InputError) as caught:
+        box.call("segment_objects", {})
+    assert "Did you mean 'segment_object'?" in caught.value.hint
+
+
+@pytest.mark.parametrize("labels", [("inside", "outside"), ("foreground", "background")])
+def test_both_words_for_a_label_are_understood(box, blocks_file, labels):
+    points = [{"x": 50, "y": 60, "label": labels[0]}, {"x": 130, "y": 60, "label": labels[1]}]
+    output = box.call("segment_with_prompts", {"image": str(blocks_file), "points": points})
+    (one,) = output.result.objects
+    assert (one.points_inside, one.points_outside) == (1, 1)

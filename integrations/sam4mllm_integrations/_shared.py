@@ -14,8 +14,9 @@ from PIL import Image
 from pydantic import BaseModel
 
 from sam4mllm_tool.errors import DialogueError, InputError
-from sam4mllm_tool.tools.schemas import ViewResult
-from sam4mllm_tool.tools.toolbox import Toolbox, ToolOutput
+from sam4mllm_tool.tools.builtin.view_objects import ViewResult
+from sam4mllm_tool.tools.registry import ToolOutput
+from sam4mllm_tool.tools.toolbox import Toolbox
 
 MAX_PICTURE_CHARACTERS = 900_000
 """Bound on a picture's base64 form; clients commonly refuse a tool result of 1 MB."""
@@ -60,7 +61,7 @@ class ToolReply:
 
     @property
     def is_error(self) -> bool:
-        """Whether the agent has to mend its call."""
+        """Whether the agent has to fix its call."""
         return self.output is None
 
 

@@ -6,7 +6,8 @@ message's artifact and never enters the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,9 @@ from sam4mllm_integrations._shared import ToolReply, arun_tool, run_tool
 from sam4mllm_tool.images.access import ImagePolicy
 from sam4mllm_tool.pipeline.model import load
 from sam4mllm_tool.tools.coordinates import Coordinates
-from sam4mllm_tool.tools.toolbox import Toolbox, ToolSpec
+from sam4mllm_tool.tools.registry import ToolSpec
+from sam4mllm_tool.tools.texts import complaint
+from sam4mllm_tool.tools.toolbox import Toolbox
 from sam4mllm_tool.tools.workspace import Workspace
 
 Content = str | list[str | dict[str, Any]]
@@ -47,7 +50,7 @@ class Sam4MLLMTool(BaseTool):
             description=spec.description,
             args_schema=spec.arguments,
             handle_tool_error=True,
-            handle_validation_error=_complaint,
+            handle_validation_error=partial(_complaint, spec),
         )
 
     def _run(
@@ -80,25 +83,40 @@ class Sam4MLLMToolkit(BaseToolkit):
         mllm: str = "embedded",
         *,
         allow_dirs: Iterable[str | Path] | None = None,
+        output_dirs: Iterable[str | Path] = (),
         allow_network: bool = False,
         coordinates: Coordinates = "pixels",
+        tools: Sequence[ToolSpec | str] | None = None,
+        read_only: bool = False,
         **options: Any,
     ) -> Sam4MLLMToolkit:
         """Tools over the named models, which are loaded at the first call that needs them.
 
         Args:
             mllm: see :meth:`sam4mllm_tool.Sam4MLLM.from_pretrained`, which also takes ``options``.
-            allow_dirs: folders that agents may read from and write to; any if left out.
+            allow_dirs: folders that agents may read from; any if left out.
+            output_dirs: folders that agents may write to; none if left out.
             allow_network: whether http(s) URLs may be opened.
             coordinates: ``"pixels"`` or ``"relative_1000"``.
+            tools, read_only: which tools, see :class:`~sam4mllm_tool.tools.toolbox.Toolbox`.
         """
         dirs = None if allow_dirs is None else tuple(Path(d) for d in allow_dirs)
-        policy = ImagePolicy(allowed_dirs=dirs, allow_network=allow_network)
-        toolbox = Toolbox(lambda: load(mllm, **options), Workspace(policy), coordinates=coordinates)
+        policy = ImagePolicy(
+            allowed_dirs=dirs,
+            output_dirs=tuple(Path(d) for d in output_dirs),
+            allow_network=allow_network,
+        )
+        toolbox = Toolbox(
+            lambda: load(mllm, **options),
+            Workspace(policy),
+            coordinates=coordinates,
+            tools=tools,
+            read_only=read_only,
+        )
         return cls(toolbox=toolbox)
 
     def get_tools(self) -> list[BaseTool]:
-        """The seven tools. Loads no model."""
+        """All tools of the toolbox. Loads no model."""
         return [Sam4MLLMTool.from_spec(self.toolbox, spec) for spec in self.toolbox.specs()]
 
 
@@ -117,15 +135,14 @@ def _told(reply: ToolReply) -> tuple[Content, dict[str, Any]]:
     return content, reply.output.artifact()
 
 
-def _complaint(error: ValidationError | Any) -> str:
+def _complaint(spec: ToolSpec, error: Any) -> str:
     """What a model should read when its arguments do not fit."""
-    if not isinstance(error, ValidationError):
-        return f"The arguments do not fit: {error}"
-    parts = [
-        f"{'.'.join(map(str, one['loc'])) or 'arguments'}: {one['msg']}"
-        for one in error.errors(include_url=False, include_input=False)[:5]
-    ]
-    return "The arguments do not fit: " + "; ".join(parts) + ". Hint: call again, mended."
+    problem = (
+        complaint(spec.name, spec.arguments, error)
+        if isinstance(error, ValidationError)
+        else f"arguments of {spec.name} do not fit: {error}"
+    )
+    return f"Error: {problem}. Hint: Fix the arguments and call again."
 
 
 __all__ = ["Sam4MLLMTool", "Sam4MLLMToolkit"]

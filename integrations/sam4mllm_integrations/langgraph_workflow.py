@@ -19,14 +19,13 @@ from typing import Annotated, Any, Literal, TypedDict
 from sam4mllm_integrations._shared import Picture, bounded_picture
 from sam4mllm_tool.concurrency import CallContext, call_context
 from sam4mllm_tool.errors import DialogueError
-from sam4mllm_tool.tools.schemas import (
-    LocateResult,
-    ObjectsResult,
-    PointsResult,
-    SaveResult,
-    ViewResult,
-)
-from sam4mllm_tool.tools.toolbox import Toolbox, ToolOutput
+from sam4mllm_tool.tools.builtin.is_point_inside_object import PointsResult
+from sam4mllm_tool.tools.builtin.locate_object import LocateResult
+from sam4mllm_tool.tools.builtin.save_objects import SaveResult
+from sam4mllm_tool.tools.builtin.view_objects import ViewResult
+from sam4mllm_tool.tools.registry import ToolOutput
+from sam4mllm_tool.tools.schemas import ObjectsResult
+from sam4mllm_tool.tools.toolbox import Toolbox
 from sam4mllm_tool.types import TargetCount
 
 try:
@@ -163,6 +162,7 @@ class _Flow:
     def understand(self, state: QuestionState) -> QuestionState:
         """Name what to look for."""
         view = self._call("view_objects", image=state["image"])
+        assert isinstance(view.result, ViewResult)
         image_id = view.result.image_id
         thought = self.thinker.understand(state["question"], image_id, _picture(view))
         queue = [Attempt(expression=text, box=None) for text in thought.candidates]

@@ -12,7 +12,8 @@ from typing import Any
 
 from sam4mllm_integrations._shared import ToolReply, arun_tool, run_tool
 from sam4mllm_tool.errors import BackendError
-from sam4mllm_tool.tools.toolbox import Toolbox, ToolSpec
+from sam4mllm_tool.tools.registry import ToolSpec
+from sam4mllm_tool.tools.toolbox import Toolbox
 
 try:
     from llama_index.core.llms import ImageBlock, TextBlock

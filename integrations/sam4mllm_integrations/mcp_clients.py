@@ -47,14 +47,14 @@ class Clients:
 
     Args:
         model: whose models all clients share.
-        allow_dirs: folders that clients may read and write.
-        policy: limits and network access.
+        allow_dirs: folders that clients may read.
+        policy: limits, network access, and the folders that clients may write to.
     """
 
     def __init__(self, model: Toolbox, allow_dirs: tuple[Path, ...], policy: ImagePolicy) -> None:
         self._model = model
         self._allow_dirs = allow_dirs
-        self._policy = replace(policy, allowed_dirs=allow_dirs, output_dirs=None)
+        self._policy = replace(policy, allowed_dirs=allow_dirs)
         self._known: LRUCache[str, Client] = LRUCache(MAX_CLIENTS)
 
     def of(self, ctx: _Context) -> Client:

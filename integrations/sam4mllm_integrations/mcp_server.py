@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from sam4mllm_tool.errors import InputError
 from sam4mllm_tool.images.access import ImagePolicy
 from sam4mllm_tool.tools.coordinates import Coordinates
+from sam4mllm_tool.tools.registry import ToolSpec
 
 try:
     from mcp.server.stdio import stdio_server
@@ -45,6 +46,8 @@ def serve(
     policy: ImagePolicy | None = None,
     coordinates: Coordinates = "pixels",
     mask_links: bool = True,
+    tools: Sequence[ToolSpec | str] | None = None,
+    read_only: bool = False,
 ) -> None:
     """Serve until interrupted.
 
@@ -53,20 +56,26 @@ def serve(
         transport: ``"stdio"`` or ``"http"`` (streamable HTTP at ``/mcp``).
         host, port: where HTTP listens; anything but loopback needs a token.
         token: bearer token that HTTP clients must send.
-        allow_dirs, policy, coordinates, mask_links: see :class:`ToolServer`.
+        allow_dirs, policy, coordinates, mask_links, tools, read_only: see :class:`ToolServer`.
 
     Raises:
         InputError: an unknown transport, or an open address without a token.
     """
-    tools = ToolServer(
-        load, tuple(allow_dirs), policy or ImagePolicy(), coordinates, mask_links=mask_links
+    server = ToolServer(
+        load,
+        tuple(allow_dirs),
+        policy or ImagePolicy(),
+        coordinates,
+        mask_links=mask_links,
+        tools=tools,
+        read_only=read_only,
     )
     if transport == "stdio":
-        asyncio.run(serve_stdio(tools))
+        asyncio.run(serve_stdio(server))
     elif transport == "http":
         import uvicorn
 
-        app = http_app(tools, host=host, token=token)
+        app = http_app(server, host=host, token=token)
         uvicorn.run(app, host=host, port=port, log_level="warning")
     else:
         raise InputError(f"unknown transport {transport!r}", hint="Use 'stdio' or 'http'.")

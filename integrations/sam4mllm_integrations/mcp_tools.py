@@ -33,7 +33,8 @@ from sam4mllm_tool.errors import BackendError, InputError
 from sam4mllm_tool.images.access import ImagePolicy
 from sam4mllm_tool.masks.files import masks_to_coco
 from sam4mllm_tool.tools.coordinates import Coordinates
-from sam4mllm_tool.tools.toolbox import Toolbox, get_tool
+from sam4mllm_tool.tools.registry import ToolSpec
+from sam4mllm_tool.tools.toolbox import Toolbox
 from sam4mllm_tool.tools.workspace import ObjectRecord, labelled_masks
 
 try:
@@ -69,13 +70,15 @@ class ToolServer:
 
     Args:
         load: loads the models; called once, in the background.
-        allow_dirs: folders that may be read and written. Over stdio the client's own roots are
-            enough; over HTTP nothing on disk can be reached without them.
-        policy: limits and network access; its folders are replaced by ``allow_dirs`` and roots.
+        allow_dirs: folders that may be read. Over stdio the client's own roots are enough; over
+            HTTP nothing on disk can be read without them.
+        policy: limits, network access and ``output_dirs``, the folders that may be written to; its
+            ``allowed_dirs`` are replaced by ``allow_dirs`` and roots.
         coordinates: what the tools' numbers mean, see :class:`sam4mllm_tool.tools.toolbox.Toolbox`.
         max_picture_characters: bound on a picture's base64 form.
         mask_links: whether results link to their masks. Some clients (langchain-mcp-adapters) hand
             such links to the LLM as pictures, which providers refuse.
+        tools, read_only: which tools, see :class:`sam4mllm_tool.tools.toolbox.Toolbox`.
     """
 
     load: Callable[[], Sam4MLLM]
@@ -84,9 +87,13 @@ class ToolServer:
     coordinates: Coordinates = "pixels"
     max_picture_characters: int = MAX_PICTURE_CHARACTERS
     mask_links: bool = True
+    tools: Sequence[ToolSpec | str] | None = None
+    read_only: bool = False
 
     def __post_init__(self) -> None:
-        self._model = Toolbox(self.load, coordinates=self.coordinates)
+        self._model = Toolbox(
+            self.load, coordinates=self.coordinates, tools=self.tools, read_only=self.read_only
+        )
         self._loading: threading.Thread | None = None
         self._clients = Clients(self._model, tuple(self.allow_dirs), self.policy)
         self.server: Server[Any] = Server(
@@ -137,7 +144,7 @@ class ToolServer:
         Raises:
             MCPError: no such tool, or the system failed.
         """
-        _check_name(params.name)
+        self._check_name(params.name)
         client = self._clients.of(ctx)
         question = await self._clients.learn_roots(ctx, client, params.input_responses)
         if question is not None:
@@ -170,6 +177,12 @@ class ToolServer:
             for report in told:
                 report.cancel()
         return reply
+
+    def _check_name(self, name: str) -> None:
+        try:
+            self._model.spec(name)
+        except InputError as error:
+            raise MCPError(types.INVALID_PARAMS, str(error)) from error
 
     def _load_in_background(self) -> None:
         if self._loading is None:
@@ -244,13 +257,6 @@ _MASK_KINDS = {
     "png": ("image/png", "a PNG picture: 255 on the object, 0 elsewhere"),
     "json": ("application/json", "a COCO JSON document with an RLE mask"),
 }
-
-
-def _check_name(name: str) -> None:
-    try:
-        get_tool(name)
-    except InputError as error:
-        raise MCPError(types.INVALID_PARAMS, str(error)) from error
 
 
 def _tool_result(reply: ToolReply, links: bool) -> types.CallToolResult:

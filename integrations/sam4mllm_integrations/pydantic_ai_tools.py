@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from sam4mllm_integrations._shared import arguments_schema, arun_tool
-from sam4mllm_tool.tools.toolbox import Toolbox, ToolSpec
+from sam4mllm_tool.tools.registry import ToolSpec
+from sam4mllm_tool.tools.toolbox import Toolbox
 
 try:
     from pydantic_ai import BinaryContent, Tool, ToolReturn

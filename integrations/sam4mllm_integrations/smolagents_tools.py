@@ -14,8 +14,8 @@ from PIL import Image
 
 from sam4mllm_integrations._shared import arguments_schema, inlined, run_tool, without_null
 from sam4mllm_tool.errors import BackendError, Sam4MllmError
-from sam4mllm_tool.tools.schemas import ViewResult
-from sam4mllm_tool.tools.toolbox import Toolbox, ToolSpec
+from sam4mllm_tool.tools.registry import ToolSpec
+from sam4mllm_tool.tools.toolbox import Toolbox
 
 try:
     from smolagents import ActionStep, Tool
@@ -24,7 +24,7 @@ except ImportError as error:
 
 
 class ToolCallError(Sam4MllmError):
-    """What the agent is told to mend."""
+    """What the agent should fix in its call."""
 
 
 class RegistryTool(Tool):
@@ -40,7 +40,7 @@ class RegistryTool(Tool):
         self.name = spec.name
         self.description = spec.description
         self.inputs = _inputs(spec)
-        self.output_type = "image" if spec.result is ViewResult else "string"
+        self.output_type = "image" if spec.returns_picture else "string"
         self.unseen: Image.Image | None = None
         super().__init__()
 
@@ -48,7 +48,7 @@ class RegistryTool(Tool):
         """Run the tool.
 
         Raises:
-            ToolCallError: the agent can mend the call; smolagents tells it so.
+            ToolCallError: the agent can fix the call; smolagents passes the message on.
             BackendError: the system failed.
         """
         arguments = dict(zip(self.inputs, args, strict=False)) | kwargs

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +16,10 @@ from sam4mllm_tool.cli.common import (
     MllmOption,
     SamOption,
 )
+from sam4mllm_tool.errors import InputError
+
+if TYPE_CHECKING:
+    from sam4mllm_tool.tools.registry import ToolSpec
 
 
 class Transport(StrEnum):
@@ -41,8 +46,20 @@ def mcp(
         str | None, typer.Option(envvar="SAM4MLLM_TOKEN", help="Bearer token clients must send.")
     ] = None,
     allow_dir: Annotated[
-        list[Path] | None, typer.Option(help="Folder that may be read and written; repeatable.")
+        list[Path] | None, typer.Option(help="Folder that may be read; repeatable.")
     ] = None,
+    output_dir: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder that save_objects may write to; repeatable. None by default."),
+    ] = None,
+    tools: Annotated[
+        str | None,
+        typer.Option(
+            help="Tools to serve, separated by commas: names of built-in tools, and "
+            "module:ATTRIBUTE for a ToolSpec of your own. All built-in ones by default."
+        ),
+    ] = None,
+    read_only: Annotated[bool, typer.Option(help="Leave out tools that write files.")] = False,
     network: Annotated[bool, typer.Option(help="Let tools open http(s) URLs.")] = False,
     coordinates: Annotated[CoordinatesOption, typer.Option(help="What numbers mean.")] = (
         CoordinatesOption.PIXELS
@@ -74,7 +91,36 @@ def mcp(
         port=port,
         token=token,
         allow_dirs=tuple(allow_dir or ()),
-        policy=ImagePolicy(allow_network=network),
+        policy=ImagePolicy(output_dirs=tuple(output_dir or ()), allow_network=network),
         coordinates=coordinates.value,
         mask_links=links,
+        tools=None if tools is None else named_tools(tools),
+        read_only=read_only,
     )
+
+
+def named_tools(text: str) -> list[ToolSpec | str]:
+    """Tools from a list separated by commas; ``module:ATTRIBUTE`` is imported.
+
+    Raises:
+        InputError: there is no such module, or its attribute is no tool.
+    """
+    return [_named_tool(name.strip()) for name in text.split(",") if name.strip()]
+
+
+def _named_tool(name: str) -> ToolSpec | str:
+    from sam4mllm_tool.tools.registry import ToolSpec
+
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        return name
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"the tool {name!r} cannot be imported: {error}",
+            hint="Write module:ATTRIBUTE, and see that the module is on PYTHONPATH.",
+        ) from error
+    if not isinstance(found, ToolSpec):
+        raise InputError(f"{name} is a {type(found).__name__}", hint="It must be a ToolSpec.")
+    return found

@@ -7,7 +7,7 @@ from sam4mllm_tool.cli.common import print_json
 
 def tools() -> None:
     """Print every tool with its description and schemas. Loads no model."""
-    from sam4mllm_tool.tools.toolbox import REGISTRY
+    from sam4mllm_tool.tools.builtin import BUILTIN_TOOLS
 
     print_json(
         [
@@ -18,6 +18,6 @@ def tools() -> None:
                 "arguments": spec.arguments.model_json_schema(),
                 "result": spec.result.model_json_schema(),
             }
-            for spec in REGISTRY
+            for spec in BUILTIN_TOOLS
         ]
     )

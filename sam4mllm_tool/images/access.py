@@ -14,7 +14,8 @@ class ImagePolicy:
 
     Attributes:
         allowed_dirs: folders that may be read from, symlinks resolved; ``None`` = any path.
-        output_dirs: folders that may be written to; ``None`` = the same as ``allowed_dirs``.
+        output_dirs: folders that may be written to; ``None`` = any path. None are by default: what
+            may be read may not be written.
         allow_network: whether http(s) URLs may be fetched. Proxies of the environment are not
             used: only a direct connection lets the address be checked.
         allow_private_network: whether they may lead to loopback, private or link-local addresses.
@@ -24,7 +25,7 @@ class ImagePolicy:
     """
 
     allowed_dirs: tuple[Path, ...] | None = None
-    output_dirs: tuple[Path, ...] | None = None
+    output_dirs: tuple[Path, ...] | None = ()
     allow_network: bool = False
     allow_private_network: bool = False
     max_pixels: int = 50_000_000
@@ -54,8 +55,7 @@ def safe_output_path(folder: str | Path, name: str, policy: ImagePolicy) -> Path
             f"{name[:80]!r} is not a file name.",
             hint="Give a short name without folders, such as 'apple.png'.",
         )
-    allowed = policy.allowed_dirs if policy.output_dirs is None else policy.output_dirs
-    directory = _resolve_inside(Path(folder).expanduser(), allowed, "write")
+    directory = _resolve_inside(Path(folder).expanduser(), policy.output_dirs, "write")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -63,7 +63,7 @@ def safe_output_path(folder: str | Path, name: str, policy: ImagePolicy) -> Path
             f"Cannot create the folder {directory}: {error.strerror}.",
             hint="Choose a folder you can write to.",
         ) from error
-    return _resolve_inside(directory / name, allowed, "write")
+    return _resolve_inside(directory / name, policy.output_dirs, "write")
 
 
 def _resolve_inside(path: Path, allowed: tuple[Path, ...] | None, verb: str) -> Path:
@@ -75,8 +75,10 @@ def _resolve_inside(path: Path, allowed: tuple[Path, ...] | None, verb: str) -> 
         ) from error
     if allowed is None or any(resolved.is_relative_to(folder.resolve()) for folder in allowed):
         return resolved
-    folders = ", ".join(str(folder) for folder in allowed) or "none"
+    folders = ", ".join(str(folder) for folder in allowed)
     raise AccessDenied(
         f"The policy does not allow to {verb} {str(path)[:120]!r}.",
-        hint=f"Use a path inside an allowed folder: {folders}.",
+        hint=f"Use a path inside an allowed folder: {folders}."
+        if folders
+        else f"No folder may be used to {verb}; whoever runs the tools can allow one.",
     )

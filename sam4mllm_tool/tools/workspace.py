@@ -48,6 +48,7 @@ class ObjectRecord:
     """An object of an image: where it is, what was asked about it, and its mask if drawn.
 
     Attributes:
+        number: counts the objects of a workspace from 1; what pictures show.
         location: round 1's dialogue, which round 2 goes on from; ``None`` for an object made from
             prompts or from other objects' masks.
         drawn: the chosen mask with its logits, ``None`` until a mask is drawn.
@@ -58,6 +59,7 @@ class ObjectRecord:
     name: str
     box: Box
     object_id: str = ""
+    number: int = 0
     score: float | None = None
     location: Location | None = None
     points: tuple[PromptPoint, ...] = ()
@@ -142,20 +144,26 @@ class Workspace:
     def add_object(self, record: ObjectRecord) -> ObjectRecord:
         """Keep a new object; returns it with its handle."""
         with self._lock:
-            named = replace(record, object_id=self._next("obj"))
-            return _keep(self._objects, named.object_id, named)
+            object_id = self._next("obj")
+            named = replace(record, object_id=object_id, number=self._numbers["obj"])
+            return _keep(self._objects, object_id, named)
 
     def update_object(self, record: ObjectRecord) -> ObjectRecord:
-        """Put a new value behind the record's handle."""
+        """Put a new value behind the record's handle.
+
+        Raises:
+            UnknownHandle: forgotten since.
+        """
         with self._lock:
-            return _keep(self._objects, record.object_id, record)
+            number = self.object(record.object_id).number
+            return _keep(self._objects, record.object_id, replace(record, number=number))
 
     def objects(self, image_id: str | None = None) -> list[ObjectRecord]:
         """All objects (of an image), oldest handle first."""
         with self._lock:
             records = list(self._objects.values())
         kept = [r for r in records if image_id is None or r.image_id == image_id]
-        return sorted(kept, key=lambda record: int(record.object_id.partition("_")[2]))
+        return sorted(kept, key=lambda record: record.number)
 
     def _keep_image(self, image: RgbImage, source: str, notes: tuple[str, ...]) -> ImageRecord:
         image_id = self._by_digest.get(image.digest)
