@@ -9,7 +9,7 @@ where rounding alone decides, are rare.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from sam4mllm_tool.types import RgbImage
 
 FAMILIES = (
     "llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "smolvlm", "qwen3_5",
+    "gemma3", "gemma4", "glm4v", "qwen2_vl", "qwen3_vl_moe", "molmo2",
 )  # fmt: skip
 WIDTH, LAYERS, HEADS, KV_HEADS, INNER = 64, 3, 4, 2, 128
 VISION = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -41,7 +42,9 @@ _WORDS = ["Yes", "No", "yes", "no", "user", "assistant", "system", "points", "ob
 def build(family: str, folder: Path, seed: int = 0) -> Path:
     """Save a checkpoint of that family into ``folder``."""
     torch.manual_seed(seed)
-    model, processor = _BUILDERS[family]()
+    from more_random_models import BUILDERS as more  # which takes its parts from here
+
+    model, processor = (_BUILDERS | more)[family]()
     randomise(model, seed)
     louden(model, processor.tokenizer)
     tf.utils.logging.disable_progress_bar()
@@ -82,15 +85,21 @@ def expression(rng: random.Random) -> str:
     return " ".join("".join(rng.choices("abcdefgh", k=rng.randint(1, 6))) for _ in range(4))
 
 
-def byte_tokenizer(special: list[str], named: dict[str, str], numbers: int) -> Any:
-    """Byte-level, with ``numbers``-digit numbers as tokens, as Llama-3 (3) and Qwen (1) have."""
+def byte_tokenizer(
+    special: list[str], named: dict[str, str], numbers: int, joined: Sequence[str] = ()
+) -> Any:
+    """Byte-level, with ``numbers``-digit numbers as tokens, as Llama-3 (3) and Qwen (1) have.
+
+    ``joined``: runs of newlines that are tokens of their own, as Gemma has.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     whole = [f"{n:0{digits}d}" for digits in range(2, numbers + 1) for n in range(10**digits)]
-    merges = _merges([*whole, *_WORDS]) + [("Ġ", word) for word in _WORDS]
+    merges = _merges([*whole, *_WORDS, *(run.replace("\n", "Ċ") for run in joined)])
+    merges += [("Ġ", word) for word in _WORDS]
     pieces = [*special, *alphabet, *(left + right for left, right in merges)]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    pattern = rf"\p{{N}}{{1,{numbers}}}| ?\p{{L}}+| ?[^\s\p{{L}}\p{{N}}]+|\s"
+    pattern = rf"\p{{N}}{{1,{numbers}}}| ?\p{{L}}+| ?[^\s\p{{L}}\p{{N}}]+|\n+|\s"
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pattern), "isolated"),

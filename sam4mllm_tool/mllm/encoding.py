@@ -7,9 +7,10 @@ there; such text is encoded in pieces in which no control token can be found.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from sam4mllm_tool.protocols import Dialogue, Turn
 from sam4mllm_tool.types import RgbImage
 
 _MARK = "\ue0a5{}\ue0a6"  # private-use characters: survive templates, belong to no vocabulary
-_PER_TOKEN_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+_READ = ("input_ids", "attention_mask")
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,19 @@ class ImageInputs:
 
     Attributes:
         ids: the tokens that take the place of the template's one image token.
-        tensors: the model's other arguments (``pixel_values``, sizes, grids), on the CPU.
-        token_types: one value a token of ``ids`` for models that ask for ``mm_token_type_ids``.
+        tensors: the model's arguments about the image (``pixel_values``, sizes, grids), on the CPU.
+        per_token: the model's arguments with one value per token, such as ``mm_token_type_ids``
+            or Gemma 3's ``token_type_ids``: the values at ``ids``, all others are 0.
+        before, after: plain text that the processor writes around the image, part of the turn.
+        first: a start token that the processor, and not the template, puts before everything.
     """
 
     ids: tuple[int, ...]
     tensors: dict[str, torch.Tensor]
-    token_types: tuple[int, ...] | None
+    per_token: dict[str, torch.Tensor]
+    before: str = ""
+    after: str = ""
+    first: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,48 +71,75 @@ class DialogueEncoder:
 
     def encode(self, dialogue: Dialogue, image: ImageInputs) -> Encoded:
         """Ids of a dialogue about one image, ready for the reply."""
-        ids = self.text_ids(dialogue)
+        ids = [*image.first, *self.text_ids(dialogue, image)]
         at = ids.index(self.image_token_id)
         before, after = tuple(ids[:at]), tuple(ids[at + 1 :])
         return Encoded(before + image.ids + after, at + len(image.ids))
 
-    def text_ids(self, dialogue: Dialogue) -> list[int]:
+    def text_ids(self, dialogue: Dialogue, image: ImageInputs) -> list[int]:
         """Ids of a dialogue in which a single token stands for the image."""
         with self._lock:
-            ids = self._tokenize(self._render(dialogue))
+            ids = self._tokenize(self._render(dialogue, image))
             if self._controls(ids) == self._skeleton(dialogue):
                 return ids
-            return self._encode_guarded(dialogue)
+            return self._encode_guarded(dialogue, image)
 
     def image_inputs(self, image: RgbImage) -> ImageInputs:
-        """Process an image's pixels, and find out which tokens it takes."""
+        """Process an image's pixels, and find out which tokens it takes.
+
+        Raises:
+            CheckpointError: the processor writes something else than one image into the text.
+        """
         turn = (Turn("user", _MARK.format(0)),)
         with self._lock:
-            plain = self._tokenize(self._render(turn))
-            conversation = _as_messages(turn, image=image.pil)
-            inputs = self.processor.apply_chat_template(
-                conversation,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-            )
+            inputs = self._processed(_as_messages(turn, image=image.pil))
+            before, after = self._text_around(inputs.pop("text_replacement_offsets", None))
+            around = ImageInputs((), {}, {}, before, after)
+            plain = self._tokenize(self._render(turn, around))
         full = inputs["input_ids"][0].tolist()
+        first = full[:1] if full[0] != plain[0] and full[1] == plain[0] else []
+        plain = [*first, *plain]
         at = plain.index(self.image_token_id)
-        behind = len(plain) - at - 1
-        end = len(full) - behind
+        end = len(full) - (len(plain) - at - 1)
         if full[:at] != plain[:at] or full[end:] != plain[at + 1 :]:
-            raise CheckpointError(
-                "the processor rewrites the text around the image",
-                hint="This family is not supported by the local engine; serve it behind an "
-                "OpenAI-compatible endpoint instead.",
-            )
-        types = inputs.get("mm_token_type_ids")
-        return ImageInputs(
+            raise _not_by_tokens("the processor rewrites the text around the image")
+        shape = inputs["input_ids"].shape
+        per_token = {k: v for k, v in inputs.items() if v.shape == shape and k not in _READ}
+        if any(v[0, :at].any() or v[0, end:].any() for v in per_token.values()):
+            raise _not_by_tokens(f"the processor marks text in {', '.join(per_token)}")
+        return replace(
+            around,
             ids=tuple(full[at:end]),
-            tensors={k: v for k, v in inputs.items() if k not in _PER_TOKEN_INPUTS},
-            token_types=None if types is None else tuple(types[0, at:end].tolist()),
+            tensors={k: v for k, v in inputs.items() if v.shape != shape},
+            per_token={k: v[0, at:end] for k, v in per_token.items()},
+            first=tuple(first),
         )
+
+    def _processed(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
+        """The processor's inputs, and what it has written in place of the image token."""
+        asked = hasattr(self.processor, "get_text_with_replacements")
+        inputs = self.processor.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"return_text_replacement_offsets": True} if asked else {},
+        )
+        return dict(inputs)
+
+    def _text_around(self, replacements: Any) -> tuple[str, str]:
+        """Plain text before and after the special tokens that take the image token's place.
+
+        It must be tokenised together with its neighbours: Gemma 3 writes two newlines on either
+        side, which make one token with the newline of the template.
+        """
+        if not replacements or not replacements[0]:
+            return "", ""
+        written = str(replacements[0][0]["replacement"])
+        special = (self.tokenizer.convert_ids_to_tokens(i) for i in self._special_ids())
+        spans = [m.span() for m in re.finditer("|".join(map(re.escape, special)), written)]
+        return (written[: spans[0][0]], written[spans[-1][1] :]) if spans else ("", "")
 
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of reply text, as they come in the middle of a reply (no start token or space)."""
@@ -134,21 +168,24 @@ class DialogueEncoder:
         first = ids[:1]
         return [i for i in first if i in self._special_ids()]
 
-    def _render(self, dialogue: Dialogue) -> str:
+    def _render(self, dialogue: Dialogue, image: ImageInputs | None = None) -> str:
         text: str = self.processor.apply_chat_template(
             _as_messages(dialogue), add_generation_prompt=True, tokenize=False
         )
-        return text
+        if image is None or not (image.before or image.after):
+            return text
+        token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        return text.replace(token, image.before + token + image.after, 1)
 
     def _tokenize(self, text: str) -> list[int]:
         start = self.tokenizer.bos_token
         add = not (start and text.startswith(start))  # as processors do
         return list(self.tokenizer(text, add_special_tokens=add)["input_ids"])
 
-    def _encode_guarded(self, dialogue: Dialogue) -> list[int]:
+    def _encode_guarded(self, dialogue: Dialogue, image: ImageInputs) -> list[int]:
         """Template and text encoded apart, so that text cannot reach the template's tokens."""
         marked = _marked(dialogue)
-        rendered = self._render(marked)
+        rendered = self._render(marked, image)
         ids: list[int] = []
         for index, turn in enumerate(marked):
             before, rendered = rendered.split(turn.text, 1)
@@ -217,6 +254,14 @@ class DialogueEncoder:
                 hint="The checkpoint must be an image-text-to-text chat model.",
             )
         return int(image_id)
+
+
+def _not_by_tokens(message: str) -> CheckpointError:
+    return CheckpointError(
+        message,
+        hint="This family is not supported by the local engine; serve it behind an "
+        "OpenAI-compatible endpoint instead.",
+    )
 
 
 def _as_messages(dialogue: Dialogue, image: Any = None) -> list[dict[str, Any]]:

@@ -1,22 +1,24 @@
 """Forward passes over prefixes: read the image once, then only what is new.
 
 One form of call serves all supported families: after the prefill, ``model(input_ids=new,
-position_ids=…, past_key_values=branch, logits_to_keep=k)`` with neither pixels nor mask.
+position_ids=…, cache=branch, logits_to_keep=k)`` with neither pixels nor mask.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from sam4mllm_tool.concurrency import FairTurn
-from sam4mllm_tool.errors import DeviceOutOfMemory
+from sam4mllm_tool.errors import BackendError, DeviceOutOfMemory
 from sam4mllm_tool.mllm.encoding import Encoded, ImageInputs
 from sam4mllm_tool.mllm.prefix import Prefix
 from sam4mllm_tool.mllm.store import ImageKey, PrefixStore
@@ -51,6 +53,32 @@ class Spot:
         return replace(self, prefix=self.prefix.cut(length))
 
 
+def cache_argument(model: Any) -> str:
+    """The name by which the installed transformers takes a key-value cache, and gives it back.
+
+    It was ``past_key_values`` before it was ``cache``. A name that ``forward`` does not know is
+    swallowed by its ``**kwargs``, and the model would answer without image and question.
+    """
+    parameters = inspect.signature(type(model).forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
+def finite(logits: Tensor) -> Tensor:
+    """The logits, shape (rows, vocabulary), if each row has a finite largest value and no NaN.
+
+    Raises:
+        BackendError: they do not; every comparison with NaN is false, so that what was read from
+            them would look like an answer.
+    """
+    if not bool(logits.amax(-1).isfinite().all()):
+        raise BackendError(
+            "the model's logits are not finite",
+            hint="Load it in another dtype (dtype='float32' or 'bfloat16'); if they stay so, its "
+            "weights are damaged.",
+        )
+    return logits
+
+
 class Engine:
     """Runs one model, a pass at a time, for all who ask.
 
@@ -64,6 +92,7 @@ class Engine:
         self.store = PrefixStore(cache_bytes)
         self.turn = FairTurn()
         self.device: torch.device = model.get_input_embeddings().weight.device
+        self._cache_name = cache_argument(model)
         layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
         self.can_cut = all(type(layer) is DynamicLayer for layer in layers)
 
@@ -84,6 +113,8 @@ class Engine:
         Raises:
             CallCancelled: nobody wants the answer any more.
             DeviceOutOfMemory: the device is too small for this image.
+            BackendError: the logits are not finite, or the installed transformers did not take
+                or fill the cache.
         """
         with self.turn.taken(), self.memory_guard(), torch.inference_mode():
             unread = (*spot.unread, *ids)
@@ -96,13 +127,13 @@ class Engine:
         """Keep what was read, for dialogues that begin alike."""
         if spot.prefix is not None:
             image_end = len(spot.key[1])
-            trunk = self.store.find(spot.key, spot.key[1]) or spot.prefix
+            trunk = self.store.find(spot.key, spot.key[1], 0) or spot.prefix
             if len(trunk.ids) != image_end and not trunk.can_be_cut:
                 return
             self.store.keep(spot.key, trunk.cut(image_end), spot.prefix)
 
     def _read_with_image(self, spot: Spot, ids: tuple[int, ...], keep: int) -> tuple[Spot, Tensor]:
-        known = self.store.find(spot.key, ids)  # someone may have read it while we waited
+        known = self.store.find(spot.key, ids, keep)  # someone may have read it while we waited
         passes = spot.passes + 1
         if known is None:
             inputs = spot.inputs()
@@ -126,7 +157,7 @@ class Engine:
         # The model's own copy is overwritten by the next image; ours stays with the prefix.
         deltas = getattr(getattr(self.model, "model", None), "rope_deltas", None)
         shift = 0 if deltas is None else int(deltas.reshape(-1)[0])
-        return Prefix(ids, out.past_key_values, shift), out.logits[0, -keep:].float()
+        return self._checked(Prefix(ids, getattr(out, self._cache_name), shift), out.logits, keep)
 
     def image_arguments(
         self, inputs: ImageInputs, ids: tuple[int, ...], image_end: int
@@ -136,11 +167,9 @@ class Engine:
         arguments: dict[str, Any] = {
             name: self._on_device(tensor) for name, tensor in inputs.tensors.items()
         }
-        if inputs.token_types is not None:
-            start = image_end - len(inputs.ids)
-            types = torch.zeros_like(tokens)
-            types[0, start:image_end] = torch.tensor(inputs.token_types, device=self.device)
-            arguments["mm_token_type_ids"] = types
+        for name, values in inputs.per_token.items():
+            arguments[name] = torch.zeros_like(tokens)
+            arguments[name][0, image_end - len(values) : image_end] = values.to(self.device)
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **arguments}
 
     def _read_on(self, prefix: Prefix, ids: tuple[int, ...], keep: int) -> tuple[Prefix, Tensor]:
@@ -150,11 +179,24 @@ class Engine:
         out = self.model(
             input_ids=torch.tensor([ids], device=self.device),
             position_ids=positions + prefix.position_shift,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=keep,
+            **{self._cache_name: cache},
         )
-        return Prefix(prefix.ids + ids, cache, prefix.position_shift), out.logits[0].float()
+        read = Prefix(prefix.ids + ids, cache, prefix.position_shift)
+        return self._checked(read, out.logits, keep)
+
+    def _checked(self, prefix: Prefix, logits: Tensor, keep: int) -> tuple[Prefix, Tensor]:
+        """A pass's outcome, after making sure that the cache holds what was read before it."""
+        held = prefix.cache.get_seq_length() if isinstance(prefix.cache, Cache) else 0
+        if held != len(prefix.ids):
+            raise BackendError(
+                f"{type(self.model).__name__} has read {len(prefix.ids)} tokens, but its cache "
+                f"holds {held}: transformers {transformers.__version__} does not take the cache as "
+                f"{self._cache_name!r}",
+                hint="Install a version of transformers that sam4mllm-tool was tested with.",
+            )
+        return prefix, finite(logits[0, -keep:].float())
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():

@@ -14,7 +14,13 @@ import psutil
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+)
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
@@ -140,7 +146,19 @@ def load_model(folder: Path, placement: Placement) -> Any:
             "with safetensors weights.",
         ) from error
     _check_report(folder, report)
+    model.generation_config = _greedy(model.generation_config)
     return model.eval()
+
+
+def _greedy(config: GenerationConfig) -> GenerationConfig:
+    """The checkpoint's token ids without its sampling settings.
+
+    Replies and probabilities are those of the model's raw distribution, which is what SAM4MLLM's
+    thresholds are about. A repetition penalty (Qwen asks for 1.05) would punish a coordinate for
+    having been said before.
+    """
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return GenerationConfig(**{name: getattr(config, name, None) for name in names})
 
 
 def load_processor(folder: Path) -> Any:

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from sam4mllm_tool.grammar import Grammar
 from sam4mllm_tool.mllm.decoding import Fork, other_ways
+from sam4mllm_tool.mllm.engine import finite
 from sam4mllm_tool.mllm.grammar_tokens import Place, TokenGrammar
 from sam4mllm_tool.mllm.local import LONGEST_REPLY, LocalMllm
 from sam4mllm_tool.protocols import Dialogue, Reply, YesNoWords
@@ -79,6 +80,7 @@ class RecomputeMllm(LocalMllm):
         """New ids (end of turn included) and the float32 logits each was chosen from."""
         inputs = self._image_inputs(image)
         encoded = self.encoder.encode(dialogue, inputs)
+        processors = [] if processor is None else [processor]
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=limit,
@@ -91,7 +93,7 @@ class RecomputeMllm(LocalMllm):
             out = self.model.generate(
                 **self.engine.image_arguments(inputs, encoded.ids, encoded.image_end),
                 generation_config=config,
-                logits_processor=LogitsProcessorList([] if processor is None else [processor]),
+                logits_processor=LogitsProcessorList([_Finite(), *processors]),
             )
         ids = out.sequences[0, len(encoded.ids) :].tolist()
         return ids, torch.cat(out.logits).float()
@@ -111,6 +113,13 @@ class RecomputeMllm(LocalMllm):
     def _scored(self, said: tuple[int, ...], forks: Sequence[Fork], before: float) -> Reply:
         score = before + sum(float(f.log_probabilities[f.chosen]) for f in forks)
         return Reply(self.encoder.decode_continuation(said), score, len(forks), len(said))
+
+
+class _Finite(LogitsProcessor):
+    """Lets only finite logits pass."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return finite(scores)
 
 
 class _OnlyTokens(LogitsProcessor):

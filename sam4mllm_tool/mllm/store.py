@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cachetools import LRUCache
@@ -46,20 +45,20 @@ class PrefixStore:
         with self._lock:
             return int(self._entries.currsize)
 
-    def find(self, key: ImageKey, ids: Sequence[int]) -> Prefix | None:
-        """The longest kept prefix of ``ids`` that leaves at least one token to read."""
+    def find(self, key: ImageKey, ids: tuple[int, ...], unread: int = 1) -> Prefix | None:
+        """The longest kept prefix of ``ids`` that leaves at least ``unread`` tokens to read.
+
+        Logits come only from tokens that are read: whoever wants the logits of the last n tokens
+        must leave n of them, whatever others have read of the same dialogue meanwhile.
+        """
         with self._lock:
             entry = self._entries.get(key)
         if entry is None:
             return None
-        best, length = entry.trunk, len(entry.trunk.ids)
-        for branch in entry.branches:
-            shared = branch.shared_length(ids)
-            if shared == len(ids):
-                shared = shared - 1 if branch.can_be_cut else 0
-            if shared >= length:
-                best, length = branch, shared
-        return best.cut(length)
+        ids = ids[: len(ids) - unread]
+        shared = ((known, known.shared_length(ids)) for known in (entry.trunk, *entry.branches))
+        best, length = max(shared, key=lambda found: found[1])
+        return best.cut(length) if length else None
 
     def keep(self, key: ImageKey, trunk: Prefix, branch: Prefix | None = None) -> None:
         """Keep an image's trunk, and a dialogue that went on from it."""
