@@ -1,21 +1,23 @@
-"""What surrounds a call: cancelling it, and telling how far it has got.
+"""Cancellation and progress reporting for tool calls, and a fair lock for the models.
 
-A call's context travels in a ``ContextVar``, so that backends can ask "does anyone still want
-this?" between two forward passes without a parameter in every signature. Without a context both
-functions do nothing.
+A call's context travels in a ``ContextVar``, so that backends can ask "is this still wanted?"
+between two forward passes without a parameter in every signature. Without a context the functions
+do nothing. The context holds a plain flag rather than anyio's cancel scope, because synchronous
+callers cancel too, and ``task.cancel()`` of asyncio does not reach anyio's worker threads.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
-import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
+
+import anyio
+import anyio.to_thread
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -31,6 +33,7 @@ class CallContext:
 
     Attributes:
         on_stage: called with a short stage name each time a stage of the flow begins.
+        cancelled: set it to stop the call at its next check.
     """
 
     on_stage: Callable[[str], None] | None = None
@@ -68,11 +71,8 @@ def stage(name: str) -> None:
 
 
 async def run_in_thread(
-    function: Callable[P, T],
-    /,
-    *args: P.args,
-    **kwargs: P.kwargs,
-) -> T:
+    function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+) -> T:  # fmt: skip
     """Run a blocking call in a worker thread; cancelling the awaiting task cancels the call.
 
     The call stops at its next check, so that the model's turn is free for the next caller.
@@ -80,60 +80,70 @@ async def run_in_thread(
     """
     outer = _current.get()
     context = CallContext(on_stage=outer.on_stage if outer else None)
-    runner = contextvars.copy_context()
-    runner.run(_current.set, context)
-    loop = asyncio.get_running_loop()
-    call = functools.partial(function, *args, **kwargs)
-    future = loop.run_in_executor(None, functools.partial(runner.run, call))
+
+    def call() -> T:
+        with call_context(context):
+            return function(*args, **kwargs)
+
     try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
+        return await anyio.to_thread.run_sync(call, abandon_on_cancel=True)
+    except anyio.get_cancelled_exc_class():
         context.cancelled.set()
-        # Nobody will look at the worker's exception; asking for it keeps asyncio quiet.
-        future.add_done_callback(lambda done: done.cancelled() or done.exception())
         raise
 
 
-_POLL_SECONDS = 0.05
+class FairLock:
+    """A lock that is handed over in the order of asking.
 
-
-class FairTurn:
-    """A lock handed out in the order of asking, one forward pass at a time.
-
-    A plain ``threading.Lock`` may let one busy thread take it again and again. While a caller
-    waits, its call is checked for cancellation, so that a queue of gone callers empties itself.
+    A plain ``threading.Lock`` may let one busy thread take it again and again. A caller whose call
+    was cancelled while it waited gives the lock to the next one as soon as it gets it.
     """
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._queue: deque[object] = deque()
+        self._state = threading.Lock()
+        self._queue: deque[threading.Event] = deque()
+        self._held = False
 
     @property
     def waiting(self) -> int:
-        """Callers in the queue, whoever has the turn left out."""
-        return max(0, len(self._queue) - 1)
+        """Callers in the queue, the holder not counted."""
+        return len(self._queue)
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """Hold the turn within the ``with`` block.
+        """Hold the lock within the ``with`` block.
 
         Raises:
             CallCancelled: the current call is no longer wanted.
         """
-        ticket = object()
-        with self._condition:
-            self._queue.append(ticket)
+        self._acquire()
         try:
-            self._wait_for(ticket)
             check_cancelled()
             yield
         finally:
-            with self._condition:
-                self._queue.remove(ticket)
-                self._condition.notify_all()
+            self._release()
 
-    def _wait_for(self, ticket: object) -> None:
-        with self._condition:
-            while self._queue[0] is not ticket:
-                self._condition.wait(_POLL_SECONDS)
-                check_cancelled()
+    def _acquire(self) -> None:
+        with self._state:
+            if not self._held:
+                self._held = True
+                return
+            handed_over = threading.Event()
+            self._queue.append(handed_over)
+        try:
+            handed_over.wait()
+        except BaseException:  # KeyboardInterrupt: leave the queue, or pass on what was handed over
+            with self._state:
+                in_queue = handed_over in self._queue
+                if in_queue:
+                    self._queue.remove(handed_over)
+            if not in_queue:
+                self._release()
+            raise
+
+    def _release(self) -> None:
+        with self._state:
+            if self._queue:
+                self._queue.popleft().set()  # stays held: by the next one
+            else:
+                self._held = False

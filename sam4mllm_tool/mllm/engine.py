@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from sam4mllm_tool.concurrency import FairTurn
+from sam4mllm_tool.concurrency import FairLock
 from sam4mllm_tool.errors import BackendError, DeviceOutOfMemory
 from sam4mllm_tool.mllm.encoding import Encoded, ImageInputs
 from sam4mllm_tool.mllm.prefix import Prefix
@@ -90,7 +90,7 @@ class Engine:
     def __init__(self, model: Any, cache_bytes: int) -> None:
         self.model = model
         self.store = PrefixStore(cache_bytes)
-        self.turn = FairTurn()
+        self.turn = FairLock()
         self.device: torch.device = model.get_input_embeddings().weight.device
         self._cache_name = cache_argument(model)
         layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers

@@ -14,7 +14,7 @@ from cachetools import LRUCache
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sam4mllm_tool.concurrency import FairTurn, check_cancelled
+from sam4mllm_tool.concurrency import FairLock, check_cancelled
 from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory, ImageError, PromptError
 from sam4mllm_tool.protocols import MaskCandidate, SegmentPrompt
 from sam4mllm_tool.types import Mask, PointLabel, PromptPoint, RgbImage
@@ -43,7 +43,7 @@ class EmbeddingSegmenter(ABC, Generic[Embedding]):
         self.name = name
         self.device = device
         self._embeddings: LRUCache[str, Embedding] = LRUCache(cache_bytes, self._embedding_bytes)
-        self._turn = FairTurn()
+        self._turn = FairLock()
 
     @abstractmethod
     def _encode(self, image: RgbImage) -> Embedding:
