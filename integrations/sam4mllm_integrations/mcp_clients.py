@@ -54,7 +54,7 @@ class Clients:
     def __init__(self, model: Toolbox, allow_dirs: tuple[Path, ...], policy: ImagePolicy) -> None:
         self._model = model
         self._allow_dirs = allow_dirs
-        self._policy = replace(policy, allowed_dirs=allow_dirs)
+        self._policy = replace(policy, allowed_dirs=allow_dirs, isolated=True)
         self._known: LRUCache[str, Client] = LRUCache(MAX_CLIENTS)
 
     def of(self, ctx: _Context) -> Client:

@@ -31,6 +31,7 @@ from sam4mllm_integrations._shared import (
 from sam4mllm_tool.concurrency import CallContext, call_context
 from sam4mllm_tool.errors import BackendError, InputError
 from sam4mllm_tool.images.access import ImagePolicy
+from sam4mllm_tool.images.isolation import warm_up
 from sam4mllm_tool.masks.files import masks_to_coco
 from sam4mllm_tool.tools.coordinates import Coordinates
 from sam4mllm_tool.tools.registry import ToolSpec
@@ -190,6 +191,7 @@ class ToolServer:
             self._loading.start()
 
     def _load_now(self) -> None:
+        warm_up()
         try:
             self._model.model  # noqa: B018 - asking for it loads it
         except Exception:

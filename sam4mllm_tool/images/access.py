@@ -22,6 +22,8 @@ class ImagePolicy:
         max_pixels: limit on width × height, checked before decoding.
         max_bytes: limit on the encoded size of a file, data URI or download.
         timeout_seconds: limit on a whole download.
+        isolated: whether files and bytes are decoded in a worker process with limits on CPU time
+            and memory (:mod:`sam4mllm_tool.images.isolation`): for pictures from strangers.
     """
 
     allowed_dirs: tuple[Path, ...] | None = None
@@ -31,6 +33,7 @@ class ImagePolicy:
     max_pixels: int = 50_000_000
     max_bytes: int = 64 * 1024**2
     timeout_seconds: float = 20.0
+    isolated: bool = False
 
 
 def readable_path(path: Path, policy: ImagePolicy) -> Path:
