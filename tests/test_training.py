@@ -34,6 +34,7 @@ from sam4mllm_tool.pipeline.points import grid_points
 from sam4mllm_tool.protocols import MaskCandidate, SegmentPrompt
 from sam4mllm_tool.scenes.world import SMALL_WORLD
 from sam4mllm_tool.testing import ColourSegmenter
+from sam4mllm_tool.training.candidates import Candidates
 from sam4mllm_tool.training.dialogues import Conversation, Recipe, conversations
 from sam4mllm_tool.training.lora import (
     PRESETS,
@@ -88,7 +89,7 @@ def _examples() -> list[ReferringExample]:
     ]
 
 
-PQPP = Recipe(ppg_share=0.0, asked=(3, 6), spread=12, radius=0.2)
+PQPP = Recipe(ppg_share=0.0, candidates=Candidates(asked=(3, 6), spread=12, radius=0.2))
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from sam4mllm_tool.datasets import ReferringExample
     from sam4mllm_tool.datasets.vqa import VqaExample
+    from sam4mllm_tool.training.candidates import Candidates
     from sam4mllm_tool.training.dialogues import Conversation, Recipe
 
 SCENES, SMALL = "scenes", "small"
@@ -26,7 +27,10 @@ DataOption = Annotated[
     str, typer.Option(help="'scenes', or a data set: refcoco, refcoco+, refcocog, grefcoco, …")
 ]
 WorldOption = Annotated[
-    list[str], typer.Option(help="Of scenes; repeatable: COUNT scenes of each, in turns.")
+    list[str],
+    typer.Option(
+        help="Of scenes; repeatable: in each of COUNT turns one scene of each, or NAME:N."
+    ),
 ]
 FolderOption = Annotated[Path | None, typer.Option(help="Folder of the data set.")]
 SplitOption = Annotated[str, typer.Option(help="Split to learn from.")]
@@ -37,6 +41,19 @@ PointsOption = Annotated[int, typer.Option(min=1, help="Most points a round-2 qu
 GridsOption = Annotated[
     float, typer.Option(min=0, max=1, help="Share of round-2 questions about an even grid.")
 ]
+JitterOption = Annotated[
+    float,
+    typer.Option(min=0, max=0.5, help="How far the edges of round 2's boxes move, of a side."),
+]
+HardPointsOption = Annotated[
+    float,
+    typer.Option(min=0, max=1, help="Share of round-2 points moved onto other objects in the box."),
+]
+SharedBoxesOption = Annotated[
+    float,
+    typer.Option(min=0, max=1, help="Share of round-2 boxes that hold an overlapping object too; "
+                 "its expressions get the same box and points."),
+]  # fmt: skip
 VqaOption = Annotated[
     Path | None,
     typer.Option(help="LLaVA instruction file to mix in; scenes ask what lies where without one."),
@@ -66,6 +83,9 @@ def dialogues(
     references: ReferencesOption = 5,
     points: PointsOption = 30,
     grids: GridsOption = 0.0,
+    jitter: JitterOption = 0.1,
+    hard_points: HardPointsOption = 0.0,
+    shared_boxes: SharedBoxesOption = 0.0,
     vqa: VqaOption = None,
     vqa_images: VqaImagesOption = None,
     vqa_share: VqaShareOption = 0.0,
@@ -78,7 +98,8 @@ def dialogues(
     from sam4mllm_tool.segmenter import load_segmenter
     from sam4mllm_tool.training.dialogues import conversations
 
-    recipe = _recipe(data, seed, ppg, references, points, grids, vqa_share)
+    asked = _candidates(points, grids, jitter, hard_points, shared_boxes)
+    recipe = _recipe(data, seed, ppg, references, asked, vqa_share)
     judge = load_segmenter(sam) if ppg else None
     found = conversations(
         _examples(data, world, folder, split, count, seed),
@@ -115,11 +136,15 @@ def train(
         int | None, typer.Option(min=1, help="Instead of the preset's: conversations a step.")
     ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Instead of the preset's.")] = None,
+    vision: Annotated[bool, typer.Option(help="LoRA layers in the vision tower too.")] = False,
     bf16: Annotated[bool | None, typer.Option(help="Instead of the preset's.")] = None,
     ppg: PpgOption = 0.25,
     references: ReferencesOption = 5,
     points: PointsOption = 30,
     grids: GridsOption = 0.0,
+    jitter: JitterOption = 0.1,
+    hard_points: HardPointsOption = 0.0,
+    shared_boxes: SharedBoxesOption = 0.0,
     tokens: Annotated[int, typer.Option(min=64, help="Most tokens a conversation.")] = 2048,
     vqa: VqaOption = None,
     vqa_images: VqaImagesOption = None,
@@ -160,10 +185,12 @@ def train(
         rate=rate or kept.rate,
         batch=batch or kept.batch,
         rank=rank or kept.rank,
+        vision=vision,
         alpha=2 * rank if rank else kept.alpha,
         bf16=kept.bf16 if bf16 is None else bf16,
     )
-    how = _recipe(data, seed, ppg, references, points, grids, vqa_share)
+    candidates = _candidates(points, grids, jitter, hard_points, shared_boxes)
+    how = _recipe(data, seed, ppg, references, candidates, vqa_share)
     judge = load_segmenter(sam) if ppg or held_out else None
     about = chunks(
         _examples(data, world, folder, split, count, seed),
@@ -194,14 +221,22 @@ def train(
     console.print(f"wrote the adapter to {out}", markup=False, highlight=False, soft_wrap=True)
 
 
+def _candidates(
+    points: int, grids: float, jitter: float, hard_points: float, shared_boxes: float
+) -> Candidates:
+    from sam4mllm_tool.training.candidates import Candidates
+
+    return Candidates(
+        asked=(1, points),
+        grids=grids,
+        jitter=jitter,
+        hard_points=hard_points,
+        shared_boxes=shared_boxes,
+    )
+
+
 def _recipe(
-    data: str,
-    seed: int,
-    ppg: float,
-    references: int,
-    points: int,
-    grids: float,
-    vqa_share: float,
+    data: str, seed: int, ppg: float, references: int, candidates: Candidates, vqa_share: float
 ) -> Recipe:
     from sam4mllm_tool.training.dialogues import Recipe
 
@@ -209,8 +244,7 @@ def _recipe(
         seed=seed,
         ppg_share=ppg,
         references=references,
-        asked=(1, points),
-        grids=grids,
+        candidates=candidates,
         vqa_share=vqa_share,
         loosened=LOOSENED if data == SCENES else 0.0,
     )
@@ -264,19 +298,32 @@ def _examples(
         from sam4mllm_tool.datasets.scenes import scene_examples
         from sam4mllm_tool.scenes.world import WORLDS
 
-        if unknown := set(worlds) - set(WORLDS):
-            raise InputError(
-                f"no world {sorted(unknown)[0]!r}", hint=f"Known: {', '.join(sorted(WORLDS))}."
-            )
+        turns = [_turn(world) for world in worlds]
         for index in range(count):
-            for name in worlds:
-                yield from scene_examples(WORLDS[name], split, seed, 1, first=index)
+            for name, scenes in turns:
+                yield from scene_examples(WORLDS[name], split, seed, scenes, first=index * scenes)
         return
     from sam4mllm_tool.datasets import load_examples
 
     if folder is None:
         raise InputError("no folder given", hint=f"Say where {data} lies with --folder.")
     yield from load_examples(data, folder, split, count)
+
+
+def _turn(world: str) -> tuple[str, int]:
+    """NAME or NAME:N as a world's name and its scenes a turn.
+
+    Raises:
+        InputError: no such world, or no number above 0.
+    """
+    from sam4mllm_tool.scenes.world import WORLDS
+
+    name, _, scenes = world.partition(":")
+    if name not in WORLDS:
+        raise InputError(f"no world {name!r}", hint=f"Known: {', '.join(sorted(WORLDS))}.")
+    if scenes and not (scenes.isdigit() and int(scenes)):
+        raise InputError(f"no number of scenes in {world!r}", hint=f"Write {name}:2, say.")
+    return name, int(scenes or 1)
 
 
 def _draw(conversation: Conversation) -> Image.Image:

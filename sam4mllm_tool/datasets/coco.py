@@ -25,10 +25,12 @@ class CocoImage:
 
 @dataclass(frozen=True)
 class CocoObject:
-    """An annotated object."""
+    """An annotated object, or a crowd of them under one mask."""
 
+    image_id: int
     mask: Rle
     box: Box
+    crowd: bool = False
 
 
 def read_images(path: Path, wanted: AbstractSet[int]) -> dict[int, CocoImage]:
@@ -40,17 +42,16 @@ def read_images(path: Path, wanted: AbstractSet[int]) -> dict[int, CocoImage]:
     }
 
 
-def read_objects(
-    path: Path, wanted: AbstractSet[int], images: dict[int, CocoImage]
-) -> dict[int, CocoObject]:
-    """The wanted annotations by id; their images must be among ``images``."""
+def read_objects(path: Path, images: dict[int, CocoImage]) -> dict[int, CocoObject]:
+    """All annotations on ``images``, by id."""
     found = {}
     for item in _items(path, "annotations.item"):
-        if item["id"] in wanted:
-            image = images[item["image_id"]]
+        if (image := images.get(item["image_id"])) is not None:
             x, y, width, height = map(float, item["bbox"])
             mask = segmentation_to_rle(item["segmentation"], image.width, image.height)
-            found[item["id"]] = CocoObject(mask, Box(x, y, x + width, y + height))
+            box = Box(x, y, x + width, y + height)
+            crowd = bool(item.get("iscrowd"))
+            found[item["id"]] = CocoObject(item["image_id"], mask, box, crowd)
     return found
 
 

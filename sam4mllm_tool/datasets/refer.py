@@ -23,7 +23,7 @@ from typing import Any
 
 from sam4mllm_tool.datasets.coco import CocoImage, CocoObject, read_images, read_objects
 from sam4mllm_tool.datasets.plain_pickle import read_plain_pickle
-from sam4mllm_tool.datasets.record import ReferringExample
+from sam4mllm_tool.datasets.record import ReferringExample, Rle
 from sam4mllm_tool.errors import DatasetError
 from sam4mllm_tool.types import TargetCount
 
@@ -68,11 +68,16 @@ class ReferFiles:
                 f"{self.name} has no expressions in split {split!r}", hint="Check the split's name."
             )
         images = read_images(instances, {ref["image_id"] for ref in refs})
-        wanted = {number for ref in refs for number in _annotation_ids(ref)}
-        objects = read_objects(instances, wanted, images)
+        objects = read_objects(instances, images)
+        on_image: dict[int, list[int]] = {}
+        for number, found in objects.items():
+            if not found.crowd:  # its one mask may hold a target
+                on_image.setdefault(found.image_id, []).append(number)
         folder = self._image_folder(data, images.values())
         for ref in refs:
-            yield self._record(ref, split, images, objects, folder)
+            others = set(on_image.get(ref["image_id"], ())) - set(_annotation_ids(ref))
+            neighbours = tuple(objects[number].mask for number in sorted(others))
+            yield self._record(ref, split, images, objects, folder, neighbours)
 
     def _record(
         self,
@@ -81,6 +86,7 @@ class ReferFiles:
         images: dict[int, CocoImage],
         objects: dict[int, CocoObject],
         folder: Path,
+        neighbours: tuple[Rle, ...],
     ) -> ReferringExample:
         try:
             targets = [objects[number] for number in _annotation_ids(ref)]
@@ -94,6 +100,7 @@ class ReferFiles:
                 masks=tuple(target.mask for target in targets),
                 boxes=tuple(target.box for target in targets),
                 count=self.count,
+                neighbours=neighbours,
             )
         except KeyError as error:
             raise DatasetError(

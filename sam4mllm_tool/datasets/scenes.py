@@ -38,4 +38,5 @@ def scene_examples(
                 boxes=tuple(Box(*scene.objects[target].box) for target in found.targets),
                 count=counts.get(len(found.targets), TargetCount.ONE_OR_MORE),
                 kind=found.kind,
+                neighbours=tuple(m for n, m in enumerate(masks) if n not in found.targets),
             )

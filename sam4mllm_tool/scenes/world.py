@@ -78,6 +78,16 @@ SMALL_WORLD = World(
 # The same things, mostly several of a kind: to learn ranks and places by, never to measure on.
 ALIKE_WORLD = replace(SMALL_WORLD, name="small-alike", objects=(2, 3), same_name=0.9)
 
+# The same things in front of each other, up to half of each hidden: a box says less there.
+OVERLAP_WORLD = replace(
+    SMALL_WORLD, name="small-overlap", objects=(2, 3), overlap=0.9, min_visible=0.5
+)
+# And mostly of one name and one colour: only the place tells whose part a point is.
+LOOK_ALIKE_WORLD = replace(
+    SMALL_WORLD, name="small-look-alike", objects=(2, 3), overlap=0.95, min_visible=0.35,
+    same_name=0.9, same_colour=0.8,
+)  # fmt: skip
+
 FULL_WORLD = World(
     name="full",
     sprites=_trained_sprites(),
@@ -125,6 +135,7 @@ HELD_OUT_WORLD = replace(
 WORLDS = {
     world.name: world
     for world in (
-        SMALL_WORLD, ALIKE_WORLD, FULL_WORLD, SAM_WORLD, CROWDED_WORLD, HELD_OUT_WORLD,
+        SMALL_WORLD, ALIKE_WORLD, OVERLAP_WORLD, LOOK_ALIKE_WORLD, FULL_WORLD, SAM_WORLD,
+        CROWDED_WORLD, HELD_OUT_WORLD,
     )
 }  # fmt: skip

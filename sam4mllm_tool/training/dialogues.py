@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import overload
 
@@ -21,8 +21,8 @@ from sam4mllm_tool.datasets.vqa import VqaExample
 from sam4mllm_tool.formats import get_format
 from sam4mllm_tool.formats.base import DialogueFormat
 from sam4mllm_tool.masks.relations import mask_iou
-from sam4mllm_tool.pipeline.points import grid_points, poisson_disk_points
 from sam4mllm_tool.protocols import Segmenter, SegmentPrompt, Turn
+from sam4mllm_tool.training.candidates import Candidates, well_inside
 from sam4mllm_tool.types import Box, Mask, Point, PointLabel, PromptPoint, RgbImage, TargetCount
 
 
@@ -35,14 +35,11 @@ class Recipe:
         seed: of all random choices.
         references: most references (or VQA pairs) a conversation holds.
         ppg_share: share of references asked the PPG way; the rest is PQPP.
-        spread, radius: round 2 asks some of up to ``spread`` Poisson-disk points of the box, no
-            two closer than ``radius`` box sides.
-        asked: fewest and most points of a round-2 question.
-        grids: share of round-2 questions about an even grid over the box, in row order, as the
-            pipeline spreads its candidates; the published recipe has none.
-        jitter: each edge of the box round 2 speaks of moves by up to this share of its side.
+        candidates: the box and the points of round-2 questions.
         positive, negative: points of a PPG reply on and off the object (our numbers, as are the
             next two: the paper says "few").
+        inset: PPG points lie at least this share as deep in the object, or in the rest of the box,
+            as its deepest pixels do: at an outline no reader could be sure of them.
         tries: groups of points drawn for a PPG target.
         best: the reply is one of this many groups whose mask is closest to the truth.
         vqa_share: share of conversations that are VQA pairs without masks, where pairs are given.
@@ -54,13 +51,10 @@ class Recipe:
     seed: int = 0
     references: int = 5
     ppg_share: float = 0.25
-    spread: int = 100
-    radius: float = 0.1
-    asked: tuple[int, int] = (1, 30)
-    grids: float = 0.0
-    jitter: float = 0.1
+    candidates: Candidates = field(default_factory=Candidates)
     positive: int = 3
     negative: int = 1
+    inset: float = 0.5
     tries: int = 8
     best: int = 2
     vqa_share: float = 0.0
@@ -154,7 +148,7 @@ def converse(
         return _vqa_conversation(about, recipe, rng)
     rng = random.Random(f"{recipe.seed}/{about.image_id}/{about.number}")
     image = about.references[0][0].open_image()
-    maker = _Maker(image, recipe, segmenter, rng)
+    maker = _Maker(image, recipe, segmenter, rng, key=f"{recipe.seed}/{about.image_id}")
     exchanges = [
         one for example, text in about.references for one in maker.exchanges(example, text)
     ]
@@ -203,9 +197,15 @@ class _Maker:
     """Makes exchanges about one picture."""
 
     def __init__(
-        self, image: RgbImage, recipe: Recipe, segmenter: Segmenter | None, rng: random.Random
+        self,
+        image: RgbImage,
+        recipe: Recipe,
+        segmenter: Segmenter | None,
+        rng: random.Random,
+        key: str,
     ) -> None:
         self.image, self.recipe, self.segmenter, self.rng = image, recipe, segmenter, rng
+        self.key = key
         self.form: DialogueFormat = get_format(recipe.format)
 
     def exchanges(self, example: ReferringExample, text: str) -> list[_Exchange]:
@@ -227,8 +227,9 @@ class _Maker:
         )
         if not masks:
             return [first]
-        chosen = self.rng.randrange(len(boxes))
-        return [first, self._round_two(text, masks[order[chosen]], boxes[chosen])]
+        chosen = self.rng.choice(order)
+        others = [mask for n, mask in enumerate(masks) if n != chosen] + example.others()
+        return [first, self._round_two(text, masks[chosen], example.boxes[chosen], others)]
 
     def _count(self, example: ReferringExample) -> TargetCount:
         """What the question promises: as much as the data set does, or less."""
@@ -240,15 +241,9 @@ class _Maker:
         loosen = self.recipe.loosened and self.rng.random() < self.recipe.loosened
         return self.rng.choice(counts[counts.index(said) + 1 :]) if loosen else said
 
-    def _round_two(self, text: str, mask: Mask, box: Box) -> _Exchange:
-        recipe, size = self.recipe, self.image.size
-        asked = self._jittered(box)
-        number = self.rng.randint(*recipe.asked)
-        if recipe.grids and self.rng.random() < recipe.grids:
-            points = grid_points(asked, number)
-        else:
-            spread = poisson_disk_points(asked, recipe.spread, self.rng, recipe.radius)
-            points = self.rng.sample(spread, min(number, len(spread)))
+    def _round_two(self, text: str, mask: Mask, box: Box, others: Sequence[Mask]) -> _Exchange:
+        size = self.image.size
+        asked, points = self.recipe.candidates.draw(box, mask, others, self.rng, self.key)
         labels = [_label(mask, point) for point in points]
         words = self.form.yes_no
         reply = words.prefix + "".join(
@@ -258,24 +253,12 @@ class _Maker:
         shown = tuple(PromptPoint(*p, label) for p, label in zip(points, labels, strict=True))
         return _Exchange("points", question, reply, shown)
 
-    def _jittered(self, box: Box) -> Box:
-        """Edges moved a little, inside the picture, never empty."""
-
-        def move(value: float, side: float, limit: int) -> float:
-            moved = value + self.rng.uniform(-1, 1) * self.recipe.jitter * side
-            return min(max(moved, 0.0), float(limit))
-
-        width, height = self.image.size
-        x = sorted((move(box.x_min, box.width, width), move(box.x_max, box.width, width)))
-        y = sorted((move(box.y_min, box.height, height), move(box.y_max, box.height, height)))
-        moved = Box(x[0], y[0], x[1], y[1])
-        return moved if moved.area > 0 else box
-
     def _ppg(self, text: str, count: TargetCount, mask: Mask, box: Box) -> _Exchange | None:
         """The prompt points among ``tries`` groups that the segmenter does best with."""
         assert self.segmenter is not None
         recipe, size = self.recipe, self.image.size
-        groups = [group for _ in range(recipe.tries) if (group := self._group(mask, box))]
+        places = self._ppg_places(mask, box)
+        groups = [group for _ in range(recipe.tries) if (group := self._group(*places))]
         if not groups:
             return None
         prompts = [SegmentPrompt(box, group) for group in groups]
@@ -298,18 +281,23 @@ class _Maker:
         question = self.form.ask_box_and_points(text, count, recipe.positive, recipe.negative, size)
         return _Exchange("ppg", question, self.form.write_boxes([], size))
 
-    def _group(self, mask: Mask, box: Box) -> tuple[PromptPoint, ...] | None:
-        """Points on the mask and off it inside the box; ``None`` where either is too small."""
+    def _ppg_places(self, mask: Mask, box: Box) -> tuple[np.ndarray, np.ndarray]:
+        """(row, column) of pixels well on the mask, and well off it inside the box."""
         pixels = mask.pixels
         x0, y0, x1, y1 = (int(edge) for edge in box)
         window = np.zeros_like(pixels)
         window[max(y0, 0) : y1 + 1, max(x0, 0) : x1 + 1] = True
+        inset = self.recipe.inset
+        on = np.argwhere(well_inside(pixels, inset))
+        return on, np.argwhere(well_inside(~pixels, inset, among=window & ~pixels))
+
+    def _group(self, on: np.ndarray, off: np.ndarray) -> tuple[PromptPoint, ...] | None:
+        """Points on the object and off it; ``None`` where either has too few pixels."""
         chosen: list[PromptPoint] = []
-        for label, where, number in (
-            (PointLabel.FOREGROUND, pixels, self.recipe.positive),
-            (PointLabel.BACKGROUND, window & ~pixels, self.recipe.negative),
+        for label, places, number in (
+            (PointLabel.FOREGROUND, on, self.recipe.positive),
+            (PointLabel.BACKGROUND, off, self.recipe.negative),
         ):
-            places = np.argwhere(where)
             if len(places) < number:
                 return None
             for row, column in places[self.rng.sample(range(len(places)), number)]:

@@ -34,7 +34,11 @@ from sam4mllm_tool.training.token_loss import SPREAD, TokenLoss
 IGNORED = -100
 PROJECTORS = ("multi_modal_projector", "resampler", "connector", "merger", "mlp1")
 """Names under which model families keep what lies between picture and text."""
+VISION = ("vision", "visual")
+"""What the names of a vision tower's layers hold."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+VISION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "qkv", "proj")
+"""Names of the linear layers that get LoRA factors, of language models and of vision towers."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class LoraRecipe:
         batch: conversations a step (a device).
         accumulate: steps whose gradients are summed.
         projector: also train the projector between picture and text, whole.
+        vision: LoRA layers in the vision tower too. The published recipe leaves it as it is; a
+            small tower has not seen everything that pictures are made of.
         bf16: compute in bfloat16.
         checkpointing: recompute activations to save memory.
         smoothing: standard deviation of the label smoothing of coordinates, in steps of 0-999, with
@@ -64,6 +70,7 @@ class LoraRecipe:
     batch: int = 4
     accumulate: int = 1
     projector: bool = True
+    vision: bool = False
     bf16: bool = True
     checkpointing: bool = True
     smoothing: float = 0.0
@@ -248,15 +255,12 @@ class DialogueTrainer(Trainer):
 def adapt(model: Any, recipe: LoraRecipe) -> PeftModel:
     """The model with fresh LoRA layers; all else but the projector is frozen."""
     set_seed(recipe.seed)
-    names = "|".join(PROJECTIONS)
     found = [
         name
         for name, module in model.named_modules()
-        if name.endswith(PROJECTIONS)
-        and isinstance(module, torch.nn.Linear)
-        and not any(part in name for part in ("vision", "visual"))
+        if isinstance(module, torch.nn.Linear) and _adapted(name, recipe.vision)
     ]
-    assert found, f"no language projection named {names} in this model"
+    assert found, f"no language projection named {'|'.join(PROJECTIONS)} in this model"
     kept = {part for name, _ in model.named_modules() for part in PROJECTORS
             if name.endswith("." + part) or name == part}  # fmt: skip
     return get_peft_model(
@@ -272,8 +276,18 @@ def adapt(model: Any, recipe: LoraRecipe) -> PeftModel:
     )
 
 
+def _adapted(module: str, vision: bool) -> bool:
+    """Whether a linear layer of this name gets LoRA factors."""
+    if any(part in module for part in VISION):
+        between = any(part in module for part in PROJECTORS)  # trained whole, if at all
+        return vision and not between and module.endswith(VISION_PROJECTIONS)
+    return module.endswith(PROJECTIONS)
+
+
 def take_over(model: PeftModel, adapter: Path) -> None:
     """Set an adapted model's layers to those of a saved adapter.
+
+    The vision tower's may begin anew where the adapter left the tower as it was.
 
     Raises:
         CheckpointError: missing, corrupt, or of other layers or another rank.
@@ -282,6 +296,8 @@ def take_over(model: PeftModel, adapter: Path) -> None:
         weights = load_file(adapter / "adapter_model.safetensors")
         found = set_peft_model_state_dict(model, weights)
         lost = [name for name in found.missing_keys if "lora_" in name or "modules_to_save" in name]
+        if not any(part in name for name in weights for part in VISION):
+            lost = [name for name in lost if not any(part in name for part in VISION)]
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"no way on from the adapter in {adapter}: {error}",

@@ -1,0 +1,128 @@
+"""What a round-2 question of the training dialogues speaks of: which box, and which points.
+
+A model that is asked about evenly spread points learns to tell things from background: few points
+of a box lie on *another* object, and a picture without neighbours has none. Here such points can
+be asked more often (``hard_points``), about boxes as inexact as those of round 1 (``jitter``) and
+about boxes that hold a neighbour too (``shared_boxes``). Those boxes and their points are the same
+whichever of the two objects is meant, so that only the expression decides the answers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.ndimage import distance_transform_edt
+
+from sam4mllm_tool.geometry import intersection, union_box
+from sam4mllm_tool.pipeline.points import grid_points, poisson_disk_points
+from sam4mllm_tool.types import Box, Mask, Point
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """How the box and the points of a round-2 question are drawn.
+
+    Attributes:
+        spread, radius: some of up to ``spread`` Poisson-disk points of the box are asked, no two
+            closer than ``radius`` box sides.
+        asked: fewest and most points of a question.
+        grids: share of questions about an even grid over the box, in row order, as the pipeline
+            spreads its candidates; the published recipe has none.
+        jitter: each edge of the box moves by up to this share of its side.
+        hard_points: share of a question's points that are moved onto other objects in the box,
+            where there are any; in a shared box onto any object, the one that is meant too.
+        shared_boxes: share of questions whose box holds a neighbour too, where one overlaps it.
+    """
+
+    spread: int = 100
+    radius: float = 0.1
+    asked: tuple[int, int] = (1, 30)
+    grids: float = 0.0
+    jitter: float = 0.1
+    hard_points: float = 0.0
+    shared_boxes: float = 0.0
+
+    def draw(
+        self, box: Box, mask: Mask, others: Sequence[Mask], rng: random.Random, key: str
+    ) -> tuple[Box, list[Point]]:
+        """The box to speak of and the points to ask, for an object in ``box``.
+
+        Args:
+            box: around the object, pixels.
+            mask: the object's.
+            others: masks of the picture's other objects.
+            rng: decides all but what a shared box's questions have in common.
+            key: of the picture: with the shared box it decides that box's points.
+        """
+        if self.shared_boxes and rng.random() < self.shared_boxes:
+            near = [other.box for other in others if other.box and intersection(box, other.box)]
+            if near:
+                both = union_box((box, rng.choice(near)))
+                rng = random.Random(f"{key}/{tuple(both)}")
+                return both, self._points(both, [mask, *others], rng)
+        asked = jittered(box, self.jitter, (mask.width, mask.height), rng)
+        return asked, self._points(asked, others, rng)
+
+    def _points(self, box: Box, hard: Sequence[Mask], rng: random.Random) -> list[Point]:
+        """Points of the box; ``hard``: what some of them are moved onto."""
+        number = rng.randint(*self.asked)
+        if self.grids and rng.random() < self.grids:
+            points = grid_points(box, number)
+        else:
+            spread = poisson_disk_points(box, self.spread, rng, self.radius)
+            points = rng.sample(spread, min(number, len(spread)))
+        return self._hardened(points, box, hard, rng) if self.hard_points else points
+
+    def _hardened(
+        self, points: list[Point], box: Box, hard: Sequence[Mask], rng: random.Random
+    ) -> list[Point]:
+        """The same number of points, some of them moved onto those masks, in their order."""
+        places = _pixels_in(box, hard)
+        if not len(places):
+            return points
+        kept = list(points)
+        for number in range(len(kept)):
+            if rng.random() < self.hard_points:
+                row, column = places[rng.randrange(len(places))]
+                kept[number] = Point(float(column) + 0.5, float(row) + 0.5)
+        return kept
+
+
+def jittered(box: Box, share: float, size: tuple[int, int], rng: random.Random) -> Box:
+    """Each edge moved by up to ``share`` of its side, inside the picture, never empty."""
+
+    def move(value: float, side: float, limit: int) -> float:
+        moved = value + rng.uniform(-1, 1) * share * side
+        return min(max(moved, 0.0), float(limit))
+
+    width, height = size
+    x = sorted((move(box.x_min, box.width, width), move(box.x_max, box.width, width)))
+    y = sorted((move(box.y_min, box.height, height), move(box.y_max, box.height, height)))
+    moved = Box(x[0], y[0], x[1], y[1])
+    return moved if moved.area > 0 else box
+
+
+def _pixels_in(box: Box, masks: Sequence[Mask]) -> np.ndarray:
+    """(row, column) of the box's pixels on any of the masks, N x 2."""
+    if not masks:
+        return np.empty((0, 2), dtype=int)
+    x0, y0, x1, y1 = (max(int(edge), 0) for edge in box)
+    window = np.logical_or.reduce([mask.pixels[y0:y1, x0:x1] for mask in masks])
+    return np.argwhere(window) + np.array([y0, x0])
+
+
+def well_inside(region: np.ndarray, share: float, among: np.ndarray | None = None) -> np.ndarray:
+    """Pixels of a bool H x W region at least ``share`` as deep in it as the deepest of them.
+
+    Depth is the distance to the region's outside, of which the picture's border is no part.
+    ``among``: the pixels of the region that are wanted (all).
+    """
+    wanted = region if among is None else among
+    if not wanted.any():
+        return wanted
+    depth = distance_transform_edt(region)
+    found: np.ndarray = wanted & (depth >= share * depth[wanted].max())
+    return found
