@@ -123,6 +123,19 @@ def test_the_refer_layout(tmp_path, name, folder, file):
     assert square.open_image().size == (WIDTH, HEIGHT)
     assert np.array_equal(crowd.truth()[0].pixels, rows((20, 30, 5, 15)))
     assert crowd.image_id == "2" and crowd.dataset == name
+    (beside,) = square.others()
+    assert np.array_equal(beside.pixels, rows((0, 8, 0, 8), (30, 38, 40, 50))), "no ref's split"
+    assert crowd.others() == []
+
+
+def test_a_crowd_is_no_neighbour(tmp_path):
+    """Its one mask may hold the target."""
+    content = instances()
+    content["annotations"][2]["image_id"] = 1
+    refer_folder(tmp_path, refs=REFS[:1])
+    (tmp_path / "refcoco/instances.json").write_text(json.dumps(content))
+    (square,) = load_examples("refcoco", tmp_path, "val")
+    assert [mask.area for mask in square.others()] == [8 * 8 + 10 * 8]
 
 
 def test_polygons_are_united_and_degenerate_ones_are_empty(tmp_path):
@@ -153,6 +166,8 @@ def test_grefcoco_has_several_targets_or_none(tmp_path):
     both, none = load_examples("grefcoco", tmp_path, "val")
     assert len(both.masks) == len(both.boxes) == 2
     assert (none.masks, none.boxes) == ((), ())
+    assert both.others() == [], "targets are no neighbours"
+    assert [mask.area for mask in none.others()] == []
     assert both.count is none.count is TargetCount.ZERO_OR_MORE
 
 
@@ -362,6 +377,7 @@ def test_the_hubs_refcoco(tmp_path):
     assert np.array_equal(people.truth()[0].pixels, crowd)
     assert square.boxes == (Box(10, 5, 30, 25),)
     assert square.image_id == "COCO_train2014_000000000001"
+    assert square.others() is None, "these rows do not say what else there is"
     assert square.open_image().array[0, 0].tolist() == [255, 0, 0]
     assert square.expressions == ("the square", "square thing")
 

@@ -11,15 +11,23 @@ from sam4mllm_tool.evaluation.metrics import (
     Bootstrap,
     Outcome,
     PointOutcome,
+    StatedPoint,
     compare_masks,
     match_boxes,
     summarise,
 )
+from sam4mllm_tool.evaluation.places import Places
 from sam4mllm_tool.types import Box, Mask
 
 
 def outcome(case, intersection, truth, predicted, **more):
     return Outcome(str(case), more.pop("image", str(case)), intersection, truth, predicted, **more)
+
+
+def rectangle(x0, y0, x1, y1):
+    pixels = np.zeros((60, 80), dtype=bool)
+    pixels[y0:y1, x0:x1] = True
+    return Mask(pixels)
 
 
 HAND_WORKED = [
@@ -177,3 +185,56 @@ def test_outcomes_survive_json():
         1, 5, 10, 7, box_iou=0.25, points=(PointOutcome(0.5, 0.25, True),), kind="colour"
     )
     assert Outcome.from_json(json.loads(json.dumps(case.to_json()))) == case
+
+
+def test_places_of_points_on_a_picture_drawn_by_hand():
+    # The target is 40 x 20 pixels: near its outline is closer than 0.03 * sqrt(800) = 0.85 px.
+    target, other = rectangle(10, 20, 50, 40), rectangle(50, 20, 70, 30)
+    places = Places([target], [other])
+    assert places.of(30.5, 30.5) == "target"
+    assert places.of(12.5, 22.5) == "target"
+    assert places.of(60.5, 25.5) == "other"
+    assert places.of(60.5, 35.5) == "background", "right of the target, below the other object"
+    assert places.of(25.5, 60.5) == "background", "below the picture's last row"
+    assert places.of(10.5, 30.5) == "outline", "the target's first column"
+    assert places.of(50.5, 25.5) == "outline", "of the two objects' border neither side counts"
+    assert places.of(12.5, 19.5) == "outline"
+    assert places.of(12.5, 18.5) == "background"
+    unknown = Places([target], None)
+    assert unknown.of(60.5, 25.5) is None, "nobody knows what lies there"
+    assert unknown.of(30.5, 30.5) == "target"
+    both = Places([target, other], [])
+    assert both.of(60.5, 25.5) == "target", "several targets are one region"
+    assert both.of(49.5, 25.5) == "target", "and have no outline between them"
+
+
+def test_accuracy_by_where_points_lie():
+    def point(yes, inside, place):
+        return PointOutcome(yes, 1 - yes, inside, place=place)
+
+    cases = [
+        outcome(1, 1, 1, 1, points=(
+            point(0.9, True, "target"), point(0.2, True, "target"), point(0.7, True, "target"),
+            point(0.8, False, "other"), point(0.1, False, "background"),
+        )),
+        outcome(2, 1, 1, 1, points=(
+            point(0.3, False, "other"), point(0.6, True, "outline"), point(0.9, False, None),
+        )),
+        outcome(3, 0, 1, 0),
+    ]  # fmt: skip
+    assert value("points_on_target", cases) == pytest.approx(2 / 3)
+    assert value("points_on_other", cases) == pytest.approx(1 / 2)
+    assert value("points_on_background", cases) == 1
+    assert value("points_on_outline", cases) == 1
+    assert math.isnan(value("points_on_other", cases[2:]))
+    assert [Outcome.from_json(json.loads(json.dumps(c.to_json()))) for c in cases] == cases
+
+
+def test_stated_points_are_judged_apart():
+    stated = (StatedPoint(True, True), StatedPoint(True, False), StatedPoint(True, True),
+              StatedPoint(False, False))  # fmt: skip
+    cases = [outcome(1, 1, 1, 1, stated=stated), outcome(2, 1, 1, 1)]
+    assert value("stated_on", cases) == pytest.approx(2 / 3)
+    assert value("stated_off", cases) == 1
+    assert math.isnan(value("point_accuracy", cases)), "they are no answers"
+    assert [Outcome.from_json(json.loads(json.dumps(c.to_json()))) for c in cases] == cases

@@ -64,6 +64,8 @@ def test_attributes_follow_from_the_masks():
 DIGESTS = {
     "small": "47c6f6a04b585760",
     "small-alike": "1f826caeb8cf02ef",
+    "small-overlap": "61bd2642733805f0",
+    "small-look-alike": "b709e8617a161ba3",
     "full": "8b39f5f7ca496763",
     "sam": "5cdb9d842b830862",
     "crowded": "27ca1c531a58a944",

@@ -153,7 +153,8 @@ def test_same_seed_same_conversations_whatever_came_before() -> None:
 
 def test_grids_are_those_of_the_pipeline() -> None:
     form, seen = get_format("sam4mllm"), 0
-    for conversation in conversations(_examples(), replace(PQPP, grids=1.0, jitter=0.0)):
+    exact = replace(PQPP.candidates, grids=1.0, jitter=0.0)
+    for conversation in conversations(_examples(), replace(PQPP, candidates=exact)):
         for number, points in conversation.points.items():
             question, _ = _asked(conversation)[number]
             (box,) = form.read_boxes(question, (SIDE, SIDE)).boxes

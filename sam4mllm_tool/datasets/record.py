@@ -47,8 +47,8 @@ class ReferringExample:
         ignore: pixels that count neither for nor against a prediction.
         count: how many targets the data set lets an expression have.
         kind: of expression, where the data set tells.
-        neighbours: masks of the picture's other objects, as far as the data set has them: a
-            point that is not on a target may lie on one of these, or on the background.
+        neighbours: masks of the picture's other objects; ``None`` if the data set has none
+            annotated, so that nobody knows what lies beside the targets.
         fault: why the record cannot be read, where it cannot: :meth:`open_image` raises it, so
             that a run over many records can pass over this one.
     """
@@ -64,7 +64,7 @@ class ReferringExample:
     ignore: Rle | None = None
     count: TargetCount = TargetCount.ONE
     kind: str = ""
-    neighbours: tuple[Rle, ...] = ()
+    neighbours: tuple[Rle, ...] | None = None
     fault: DatasetError | None = None
 
     @classmethod
@@ -97,9 +97,9 @@ class ReferringExample:
         """The targets' masks, decoded."""
         return [Mask.from_rle(rle) for rle in self.masks]
 
-    def others(self) -> list[Mask]:
-        """The neighbours' masks, decoded."""
-        return [Mask.from_rle(rle) for rle in self.neighbours]
+    def others(self) -> list[Mask] | None:
+        """The neighbours' masks, decoded; ``None`` if they are not known."""
+        return None if self.neighbours is None else [Mask.from_rle(r) for r in self.neighbours]
 
     def ignored(self) -> Mask | None:
         """The region that does not count, decoded."""

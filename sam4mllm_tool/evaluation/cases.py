@@ -21,6 +21,7 @@ class Case:
         case: unique id within a run.
         image: id of the picture; cases on one picture follow each other.
         boxes: of the targets, pixels; empty without target.
+        others: the picture's other objects, decoded; ``None`` if they are not known.
         count: what the model is told about the number of targets.
         kind: of expression.
         ask_presence: also ask, as a question of its own, whether there is a target at all.
@@ -33,6 +34,7 @@ class Case:
     truth: Callable[[], list[Mask]]
     boxes: tuple[Box, ...]
     ignore: Callable[[], Mask | None] = lambda: None
+    others: Callable[[], list[Mask] | None] = lambda: None
     count: TargetCount = TargetCount.ONE
     kind: str = ""
     ask_presence: bool = False
@@ -54,6 +56,7 @@ def cases_of(examples: Iterable[ReferringExample]) -> Iterator[Case]:
                 truth=example.truth,
                 boxes=example.boxes,
                 ignore=example.ignored,
+                others=example.others,
                 count=example.count,
                 kind=example.kind,
             )

@@ -9,10 +9,17 @@ from typing import Any
 
 from sam4mllm_tool.errors import DialogueError
 from sam4mllm_tool.evaluation.cases import Case
-from sam4mllm_tool.evaluation.metrics import Outcome, PointOutcome, compare_masks, match_boxes
+from sam4mllm_tool.evaluation.metrics import (
+    Outcome,
+    PointOutcome,
+    StatedPoint,
+    compare_masks,
+    match_boxes,
+)
+from sam4mllm_tool.evaluation.places import Places
 from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.pipeline.results import Segmentation
-from sam4mllm_tool.types import Mask, RgbImage, TargetCount
+from sam4mllm_tool.types import Mask, PointLabel, RgbImage, TargetCount
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,8 @@ def judge(model: Sam4MLLM, case: Case, image: RgbImage) -> Judged:
         truth_area=truth_area,
         predicted_area=predicted_area,
         box_iou=match_boxes([one.located.box for one in objects], case.boxes),
-        points=_points(found, truth) if found and truth else (),
+        points=_points(found, truth, case.others()) if found and truth else (),
+        stated=_stated(found, truth) if found and truth else (),
         said_target=_says_target(model, case, image) if _apart(case) else None,
         questions=_questions(found) if found else 1,
         seconds=seconds,
@@ -54,9 +62,11 @@ def judge(model: Sam4MLLM, case: Case, image: RgbImage) -> Judged:
     return Judged(outcome, case.expression, tuple(mask.to_rle() for mask in masks), error)
 
 
-def _points(found: Segmentation, truth: Sequence[Mask]) -> tuple[PointOutcome, ...]:
+def _points(
+    found: Segmentation, truth: Sequence[Mask], others: Sequence[Mask] | None
+) -> tuple[PointOutcome, ...]:
     """Answered points (PPG's are stated, not answered) against the targets' union."""
-    judged = []
+    judged, places = [], Places(truth, others)
     for one in found.objects:
         box = one.located.box
         for point in one.points:
@@ -64,8 +74,22 @@ def _points(found: Segmentation, truth: Sequence[Mask]) -> tuple[PointOutcome, .
                 inside = any(mask.contains(point.x, point.y) for mask in truth)
                 u = (point.x - box.x_min) / max(box.width, 1e-9)
                 v = (point.y - box.y_min) / max(box.height, 1e-9)
-                judged.append(PointOutcome(point.p_yes, point.p_no, inside, u, v))
+                place = places.of(point.x, point.y)
+                judged.append(PointOutcome(point.p_yes, point.p_no, inside, u, v, place))
     return tuple(judged)
+
+
+def _stated(found: Segmentation, truth: Sequence[Mask]) -> tuple[StatedPoint, ...]:
+    """PPG's points, which were not asked about, against the targets' union."""
+    return tuple(
+        StatedPoint(
+            point.label is PointLabel.FOREGROUND,
+            any(mask.contains(point.x, point.y) for mask in truth),
+        )
+        for one in found.objects
+        for point in one.points
+        if point.p_yes is None
+    )
 
 
 def _questions(found: Segmentation) -> int:

@@ -27,7 +27,10 @@ Point metrics compare answers with the true mask. *Balanced* accuracy is the mea
 on inside and on outside points: with a box around the object most points are inside, and always
 saying yes would look good. **ECE** (Naeini et al., AAAI 2015; Guo et al., 1706.04599): points are
 put in ten equal bins of p_yes / (p_yes + p_no); the gap between the mean of that number and the
-share of points truly inside is averaged over the bins, weighted by their size.
+share of points truly inside is averaged over the bins, weighted by their size. ``points_on_…`` is
+the plain accuracy by where a point lies (:mod:`~sam4mllm_tool.evaluation.places`); points off the
+target count in none of them where the other objects are not known. ``stated_on`` and
+``stated_off``: the share of PPG's points that are where the reply states them to be.
 
 Confidence intervals resample *images*, since expressions on one image are not independent
 (percentile cluster bootstrap; Efron & Tibshirani, 1993).
@@ -43,6 +46,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from sam4mllm_tool.evaluation.places import PLACES, Place
 from sam4mllm_tool.geometry import box_iou
 from sam4mllm_tool.types import Box, Mask
 
@@ -54,7 +58,8 @@ ECE_BINS = 10
 class PointOutcome(NamedTuple):
     """One answered point, and whether it lies on the true mask.
 
-    ``u`` and ``v`` say where it lies in the box that was asked about, 0…1 from left and top.
+    ``u`` and ``v`` say where it lies in the box that was asked about, 0…1 from left and top;
+    ``place``, on what.
     """
 
     p_yes: float
@@ -62,11 +67,24 @@ class PointOutcome(NamedTuple):
     inside: bool
     u: float = 0.5
     v: float = 0.5
+    place: Place | None = None
 
     @property
     def says_inside(self) -> bool:
         """The answer, without thresholds."""
         return self.p_yes > self.p_no
+
+    @property
+    def right(self) -> bool:
+        """Whether the answer is true."""
+        return self.says_inside == self.inside
+
+
+class StatedPoint(NamedTuple):
+    """A point that a PPG reply states to be on the target or off it, and whether it is on it."""
+
+    stated: bool
+    inside: bool
 
 
 @dataclass(frozen=True)
@@ -81,6 +99,7 @@ class Outcome:
         said_target: whether the model said that there is a target, if it was asked so in a
             question of its own; ``None`` = whether anything was predicted.
         points: answered points.
+        stated: points of PPG replies.
         questions, seconds: spent on this expression.
         kind: of expression, for tables by kind.
     """
@@ -92,6 +111,7 @@ class Outcome:
     predicted_area: int
     box_iou: float | None = None
     points: tuple[PointOutcome, ...] = ()
+    stated: tuple[StatedPoint, ...] = ()
     said_target: bool | None = None
     questions: int = 0
     seconds: float = 0.0
@@ -119,13 +139,15 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready; see :meth:`from_json`."""
-        return {**vars(self), "points": [list(point) for point in self.points]}
+        lists = {"points": [list(p) for p in self.points], "stated": [list(p) for p in self.stated]}
+        return {**vars(self), **lists}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Outcome:
         """The inverse of :meth:`to_json`."""
         points = tuple(PointOutcome(*point) for point in data["points"])
-        return cls(**{**data, "points": points})
+        stated = tuple(StatedPoint(*point) for point in data.get("stated", ()))
+        return cls(**{**data, "points": points, "stated": stated})
 
 
 def compare_masks(
@@ -211,6 +233,22 @@ def _point_columns(outcome: Outcome) -> Sequence[float]:
     return sum(inside), len(inside), sum(outside), len(outside)
 
 
+def _at(place: Place) -> Metric:
+    def columns(outcome: Outcome) -> Sequence[float]:
+        some = [point.right for point in outcome.points if point.place == place]
+        return sum(some), len(some)
+
+    return Metric(f"points_on_{place}", columns, _ratio)
+
+
+def _stated(on: bool) -> Metric:
+    def columns(outcome: Outcome) -> Sequence[float]:
+        some = [point.inside == on for point in outcome.stated if point.stated == on]
+        return sum(some), len(some)
+
+    return Metric("stated_on" if on else "stated_off", columns, _ratio)
+
+
 def _balanced(sums: Floats) -> Floats:
     return (_ratio(sums[..., :2]) + _ratio(sums[..., 2:])) / 2
 
@@ -247,6 +285,8 @@ METRICS: dict[str, Metric] = {
         _mean_of("box_acc50", lambda o: (o.box_iou or 0) >= 0.5, lambda o: o.box_iou is not None),
         Metric("point_accuracy", _point_columns, _balanced),
         Metric("point_accuracy_plain", _point_columns, _plain),
+        *map(_at, PLACES),
+        *map(_stated, (True, False)),
         Metric("ece", _calibration_columns, _ece),
         _mean_of("questions", lambda o: o.questions),
         _mean_of("seconds", lambda o: o.seconds),

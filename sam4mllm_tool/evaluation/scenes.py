@@ -64,6 +64,7 @@ def scene_cases(
 
 def _case(scene: Scene, phrase: ReferringExpression, name: str) -> Case:
     targets = [scene.objects[n] for n in phrase.targets]
+    others = [thing for n, thing in enumerate(scene.objects) if n not in phrase.targets]
     counts = {0: TargetCount.ZERO_OR_MORE, 1: TargetCount.ONE}
     return Case(
         case=name,
@@ -72,6 +73,7 @@ def _case(scene: Scene, phrase: ReferringExpression, name: str) -> Case:
         open_image=lru_cache(maxsize=1)(lambda: RgbImage.from_pil(scene.image)),
         truth=lambda: [Mask(target.mask) for target in targets],
         boxes=tuple(Box(*target.box) for target in targets),
+        others=lambda: [Mask(other.mask) for other in others],
         count=counts.get(len(targets), TargetCount.ONE_OR_MORE),
         kind=phrase.kind,
         ask_presence=bool(targets),

@@ -228,7 +228,7 @@ class _Maker:
         if not masks:
             return [first]
         chosen = self.rng.choice(order)
-        others = [mask for n, mask in enumerate(masks) if n != chosen] + example.others()
+        others = [mask for n, mask in enumerate(masks) if n != chosen] + (example.others() or [])
         return [first, self._round_two(text, masks[chosen], example.boxes[chosen], others)]
 
     def _count(self, example: ReferringExample) -> TargetCount:

@@ -343,7 +343,8 @@ def train(
             train in several sittings).
         held_out: conversations whose loss is reported at every checkpoint.
         examined: expressions asked through the real pipeline at every checkpoint (with
-            ``held_out``): box Acc@0.5, point accuracy, cIoU, N-acc and T-acc.
+            ``held_out``): box Acc@0.5, point accuracy (also by where the points lie), cIoU, N-acc
+            and T-acc.
         start: an adapter over the same base, of the same rank, to go on from with a fresh schedule
             (other data, another rate); without it LoRA layers begin by doing nothing.
         deepspeed: DeepSpeed configuration, as transformers takes it; several processes are found

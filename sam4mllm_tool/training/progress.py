@@ -10,11 +10,15 @@ from typing import Any
 from sam4mllm_tool.evaluation.cases import Case
 from sam4mllm_tool.evaluation.judge import judge
 from sam4mllm_tool.evaluation.metrics import METRICS
+from sam4mllm_tool.evaluation.places import PLACES
 from sam4mllm_tool.mllm.local import LocalMllm
 from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.protocols import Segmenter
 
-SHOWN = ("box_acc50", "point_accuracy", "cIoU", "n_acc", "t_acc")
+SHOWN = (
+    "box_acc50", "point_accuracy", *(f"points_on_{place}" for place in PLACES), "cIoU", "n_acc",
+    "t_acc",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
