@@ -249,6 +249,17 @@ def test_a_saved_trace_replays_to_the_same_masks(embedded_model, demo_image, tmp
     assert again.trace.objects == found.trace.objects
 
 
+def test_a_trace_is_saved_as_its_extension_says(model, blocks, tmp_path):
+    trace = model.segment(blocks, "the red block").trace
+    page = trace.save(tmp_path / "trace.HTML", blocks).read_text()
+    assert page.lstrip().startswith("<!doctype html>")
+    for name, image in (("trace.html", None), ("trace.txt", blocks), ("trace", blocks)):
+        with pytest.raises(InputError) as caught:
+            trace.save(tmp_path / name, image)
+        assert caught.value.hint
+        assert not (tmp_path / name).exists()
+
+
 def test_a_trace_does_not_answer_other_questions(model, blocks):
     trace = model.segment(blocks, "the red block").trace
     trace.exchanges[0].dialogue[-1] = ("user", "something else")

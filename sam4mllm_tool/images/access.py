@@ -42,46 +42,34 @@ def readable_path(path: Path, policy: ImagePolicy) -> Path:
     Raises:
         AccessDenied: it lies outside (whether or not it exists).
     """
-    return _resolve_inside(path, policy.allowed_dirs, "read")
+    return resolve_inside(path, policy.allowed_dirs, "read")[0]
 
 
-def safe_output_path(folder: str | Path, name: str, policy: ImagePolicy) -> Path:
-    """Path of the file ``name`` in ``folder``, which is created if needed; for writing.
+def resolve_inside(
+    path: Path, allowed: tuple[Path, ...] | None, verb: str
+) -> tuple[Path, Path | None]:
+    """``path`` without links, and the allowed folder it lies in (``None`` if any path is allowed).
 
     Raises:
-        AccessDenied: the folder (symlinks resolved) may not be written to, or ``name`` is not a
-            bare file name.
+        AccessDenied: it lies in none of them.
+        ImageError: no path at all.
     """
-    bare = name not in {"", ".", ".."} and name.isprintable() and len(name.encode()) <= 200
-    if not bare or "/" in name or "\\" in name:
-        raise AccessDenied(
-            f"{name[:80]!r} is not a file name.",
-            hint="Give a short name without folders, such as 'apple.png'.",
-        )
-    directory = _resolve_inside(Path(folder).expanduser(), policy.output_dirs, "write")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AccessDenied(
-            f"Cannot create the folder {directory}: {error.strerror}.",
-            hint="Choose a folder you can write to.",
-        ) from error
-    return _resolve_inside(directory / name, policy.output_dirs, "write")
-
-
-def _resolve_inside(path: Path, allowed: tuple[Path, ...] | None, verb: str) -> Path:
     try:
         resolved = path.resolve()
+        folders = None if allowed is None else [folder.resolve() for folder in allowed]
     except (OSError, RuntimeError, ValueError) as error:  # symlink loop, NUL character
         raise ImageError(
-            f"Not a usable path: {str(path)[:120]!r}.", hint="Check the path."
+            f"Not a usable path: {str(path)[:120]!a}.", hint="Check the path."
         ) from error
-    if allowed is None or any(resolved.is_relative_to(folder.resolve()) for folder in allowed):
-        return resolved
-    folders = ", ".join(str(folder) for folder in allowed)
+    if folders is None:
+        return resolved, None
+    for folder in folders:
+        if resolved.is_relative_to(folder):
+            return resolved, folder
+    listed = ", ".join(str(folder) for folder in allowed or ())
     raise AccessDenied(
-        f"The policy does not allow to {verb} {str(path)[:120]!r}.",
-        hint=f"Use a path inside an allowed folder: {folders}."
-        if folders
+        f"The policy does not allow to {verb} {str(path)[:120]!a}.",
+        hint=f"Use a path inside an allowed folder: {listed}."
+        if listed
         else f"No folder may be used to {verb}; whoever runs the tools can allow one.",
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,12 +19,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sam4mllm_tool.errors import AccessDenied, ImageError
-from sam4mllm_tool.images.access import ImagePolicy, readable_path, safe_output_path
+from sam4mllm_tool.images.access import ImagePolicy
 from sam4mllm_tool.images.decoding import check_pixels, decode, upright_rgb
+from sam4mllm_tool.images.folders import check_bytes, read_file
 from sam4mllm_tool.images.isolation import decode_isolated
 from sam4mllm_tool.types import RgbImage
 
-__all__ = ["ImagePolicy", "ImageSource", "LoadedImage", "load_image", "safe_output_path"]
+__all__ = ["ImagePolicy", "ImageSource", "LoadedImage", "load_image"]
 
 ImageSource: TypeAlias = "str | Path | bytes | Image.Image | NDArray[np.uint8]"
 
@@ -58,7 +58,7 @@ def load_image(source: ImageSource, policy: ImagePolicy | None = None) -> Loaded
     data = source if isinstance(source, bytes) else _read(source, policy)
     if not data:
         raise ImageError("The picture is empty (zero bytes).", hint="Give a complete picture file.")
-    _check_bytes(len(data), policy)
+    check_bytes(len(data), policy)
     decoder = decode_isolated if policy.isolated else decode
     return _loaded(*decoder(data, policy.max_pixels))
 
@@ -69,7 +69,7 @@ def _loaded(image: Image.Image, notes: tuple[str, ...]) -> LoadedImage:
 
 def _read(source: str | Path, policy: ImagePolicy) -> bytes:
     if isinstance(source, Path):
-        return _read_file(source, policy)
+        return read_file(source, policy)
     if not isinstance(source, str):
         raise ImageError(
             f"A picture cannot be made from {type(source).__name__}.",
@@ -86,13 +86,13 @@ def _read(source: str | Path, policy: ImagePolicy) -> bytes:
 
             return fetch(text, policy)
         case "file":
-            return _read_file(_path_of_file_url(text), policy)
+            return read_file(_path_of_file_url(text), policy)
         case _ if "://" in text[:32]:
             raise AccessDenied(
                 f"URLs of the kind {scheme[:20]!r} cannot be opened.",
                 hint="Give a file path, a data URI or an http(s) URL.",
             )
-    return _read_file(Path(source), policy)
+    return read_file(Path(source), policy)
 
 
 def _path_of_file_url(url: str) -> Path:
@@ -108,29 +108,13 @@ def _path_of_file_url(url: str) -> Path:
     return Path(url2pathname(parts.path))
 
 
-def _read_file(path: Path, policy: ImagePolicy) -> bytes:
-    try:
-        resolved = readable_path(path.expanduser(), policy)
-        status = resolved.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"Not a file: {str(path)[:120]!r}.", hint="Give the path of a file.")
-        _check_bytes(status.st_size, policy)
-        return resolved.read_bytes()
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ImageError(
-            f"Cannot read {str(path)[:120]!r}: {reason}.",
-            hint="Check that the path is right and the file can be read.",
-        ) from error
-
-
 def _read_data_uri(uri: str, policy: ImagePolicy) -> bytes:
     header, comma, payload = uri.partition(",")
     if not comma:
         raise ImageError(
             "The data URI has no data.", hint="It looks like 'data:image/png;base64,iVBOR…'."
         )
-    _check_bytes(len(payload) * 3 // 4, policy)
+    check_bytes(len(payload) * 3 // 4, policy)
     try:
         data = unquote_to_bytes(payload)
     except UnicodeEncodeError as error:
@@ -145,14 +129,6 @@ def _read_data_uri(uri: str, policy: ImagePolicy) -> bytes:
         raise ImageError(
             f"The data URI is not valid base64: {error}.", hint="Encode the whole file again."
         ) from error
-
-
-def _check_bytes(size: int, policy: ImagePolicy) -> None:
-    if size > policy.max_bytes:
-        raise ImageError(
-            f"The picture has {size} bytes; the limit is {policy.max_bytes}.",
-            hint="Use a smaller or better compressed picture.",
-        )
 
 
 def _from_array(array: NDArray[Any], policy: ImagePolicy) -> LoadedImage:

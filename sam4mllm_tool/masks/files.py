@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from PIL import Image
 
 from sam4mllm_tool.drawing.overlay import overlay_masks
-from sam4mllm_tool.errors import AccessDenied
-from sam4mllm_tool.images.access import ImagePolicy, safe_output_path
+from sam4mllm_tool.images.access import ImagePolicy
+from sam4mllm_tool.images.folders import write_file
 from sam4mllm_tool.masks.coco import CocoPicture, coco_annotation, coco_document
 from sam4mllm_tool.masks.interop import LabelledMask
 from sam4mllm_tool.types import RgbImage
@@ -42,7 +43,9 @@ def save_masks(
     file_name: str,
     overlay: Image.Image | None = None,
 ) -> list[Path]:
-    """Write masks to a folder; returns the paths. Existing files of the same name are replaced.
+    """Write masks to a folder; returns the paths.
+
+    Nothing is overwritten: a name that exists gets a number.
 
     Args:
         masks: of one image; ``object_id`` is part of the names of the PNG files.
@@ -55,28 +58,28 @@ def save_masks(
         overlay: drawn instead of the plain one.
 
     Raises:
-        AccessDenied: the folder may not be written to, or the disk is full.
+        AccessDenied: the folder may not be written to.
+        StorageError: the disk is full.
     """
     written: list[Path] = []
 
-    def target(name: str) -> Path:
-        written.append(safe_output_path(folder, f"{stem}_{name}", policy))
-        return written[-1]
+    def write(name: str, data: bytes) -> None:
+        written.append(write_file(folder, f"{stem}_{name}", data, policy))
 
-    try:
-        if "png" in formats:
-            for one in masks:
-                one.mask.to_pil().save(target(f"{one.object_id}.png"))
-        for kind in ("coco_rle", "coco_polygons"):
-            if kind in formats:
-                document = masks_to_coco(masks, image, file_name, polygons=kind == "coco_polygons")
-                target(f"{kind}.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
-        if "overlay" in formats:
-            numbered = {n: one.mask for n, one in enumerate(masks, 1)}
-            (overlay or overlay_masks(image, numbered)).save(target("overlay.png"))
-    except OSError as error:
-        raise AccessDenied(
-            f"cannot write to {folder}: {error.strerror or error}",
-            hint="Choose a folder with free space that you may write to.",
-        ) from error
+    if "png" in formats:
+        for one in masks:
+            write(f"{one.object_id}.png", _png(one.mask.to_pil()))
+    for kind in ("coco_rle", "coco_polygons"):
+        if kind in formats:
+            document = masks_to_coco(masks, image, file_name, polygons=kind == "coco_polygons")
+            write(f"{kind}.json", json.dumps(document, indent=1).encode())
+    if "overlay" in formats:
+        numbered = {n: one.mask for n, one in enumerate(masks, 1)}
+        write("overlay.png", _png(overlay or overlay_masks(image, numbered)))
     return written
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -74,10 +74,32 @@ class Trace(BaseModel):
         """How many questions the MLLM was asked."""
         return len(self.exchanges)
 
-    def save(self, path: str | Path) -> Path:
-        """Write as JSON; :meth:`load` reads it back equal."""
+    def save(self, path: str | Path, image: RgbImage | None = None) -> Path:
+        """Write as the path's extension says: ``.json`` (:meth:`load` reads it back equal) or
+        ``.html``, a self-contained page.
+
+        Args:
+            path: the file to write.
+            image: the picture that was asked about; only the page shows it.
+
+        Raises:
+            InputError: another extension, or a page without its picture.
+        """
         target = Path(path)
-        target.write_text(self.model_dump_json(indent=1), encoding="utf-8")
+        match target.suffix.lower():
+            case ".json":
+                text = self.model_dump_json(indent=1)
+            case ".html" if image is not None:
+                from sam4mllm_tool.drawing.html import trace_page
+
+                text = trace_page(self.page_data(), image)
+            case ".html":
+                raise InputError("the page needs the picture", hint="Call save(path, image).")
+            case _:
+                raise InputError(
+                    f"{target.name} is neither .json nor .html", hint="Name a .json or .html file."
+                )
+        target.write_text(text, encoding="utf-8")
         return target
 
     @classmethod
