@@ -172,6 +172,98 @@ def test_a_bin_file_is_read_as_plain_tensors(family, tmp_path):
     assert torch.allclose(got, wanted, atol=1e-5)
 
 
+def whole_weights(model, inputs, folder, *, lora_on_projector):
+    """A published folder with the projector trained whole, and what the original says with it."""
+    options = {} if lora_on_projector else {"target_modules": ["gate_proj", "down_proj"]}
+    adapted = published(folder, OriginalLayout(model).eval(), **options)
+    trained = {}
+    for name, weight in adapted.named_parameters():
+        if "mm_projector" in name and "lora_" not in name:
+            weight.data += 0.05 * torch.randn_like(weight)
+            trained[name] = weight.detach().clone()
+    assert len(trained) == 4  # two matrices, two biases
+    return trained, logits(adapted, inputs)
+
+
+@pytest.mark.parametrize("lora_on_projector", [False, True])
+@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+def test_weights_that_were_trained_whole_come_along(family, tmp_path, lora_on_projector, kind):
+    model, inputs = family
+    trained, wanted = whole_weights(
+        model, inputs, tmp_path / "old", lora_on_projector=lora_on_projector
+    )
+    file = tmp_path / f"old/non_lora_trainables.{kind}"
+    torch.save(trained, file) if kind == "bin" else save_file(trained, file)
+    convert_adapter(tmp_path / "old", tmp_path / "new")
+    got = logits(
+        PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "new")).eval(), inputs
+    )
+    assert torch.allclose(got, wanted, atol=1e-4)
+    file.unlink()
+    convert_adapter(tmp_path / "old", tmp_path / "without")
+    less = logits(load_adapter(model, str(tmp_path / "without"), merge=False), inputs)
+    assert not torch.allclose(less, wanted, atol=1e-2)
+
+
+def test_a_converted_adapter_is_the_product_added_by_hand(family, tmp_path):
+    """No peft in the reference: W + alpha / r * B A, on weights found by their original names."""
+    model, inputs = family
+    plain = logits(model, inputs)
+    published(tmp_path / "old", OriginalLayout(model).eval(), r=4, lora_alpha=12)
+    factors = load_file(tmp_path / "old/adapter_model.safetensors")
+    original = OriginalLayout(model)
+    weights = dict(original.named_parameters())
+    names = [key for key in factors if key.endswith(".lora_A.weight")]
+    for key in names:
+        down, up = factors[key], factors[key.replace("lora_A", "lora_B")]
+        name = key.removeprefix("base_model.model.").replace(".lora_A", "")
+        weights[name].data += 12 / 4 * (up @ down)
+    assert len(names) == 3 * 7 + 2
+    wanted = logits(original.eval(), inputs)
+    convert_adapter(tmp_path / "old", tmp_path / "new")
+    got = logits(load_adapter(model, str(tmp_path / "new"), merge=True), inputs)
+    assert (wanted - plain).abs().max() > 0.05
+    assert torch.allclose(got, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("base_model.model.model.image_newline", "image_newline"),
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_C.weight", "lora_C"),
+        ("base_model.model.model.mm_projector.4.weight", "mm_projector.4"),
+        ("base_model.model.model.vision_resampler.query.weight", "vision_resampler"),
+    ],
+)
+@pytest.mark.parametrize("file", ["adapter_model", "non_lora_trainables"])
+def test_what_has_no_place_is_named(family, tmp_path, key, said, file):
+    model, _ = family
+    published(tmp_path / "old", OriginalLayout(model).eval())
+    path = tmp_path / f"old/{file}.safetensors"
+    tensors = load_file(path) if path.exists() else {}
+    save_file({**tensors, key: torch.zeros(3, 3)}, path)
+    with pytest.raises(CheckpointError, match=said):
+        convert_adapter(tmp_path / "old", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_settings_that_cannot_come_along_are_refused(family, tmp_path):
+    model, inputs = family
+    whole_weights(model, inputs, tmp_path, lora_on_projector=True)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    key = "base_model.model.model.mm_projector.0.weight"
+    save_file({key: torch.zeros(64, 64)}, tmp_path / "non_lora_trainables.safetensors")
+    for wrong in ({"bias": "all"}, {"use_dora": True}, {"alpha_pattern": {"q_proj": 3}}):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | wrong))
+        with pytest.raises(CheckpointError):
+            convert_adapter(tmp_path, tmp_path / "new")
+    save_file({key: torch.zeros(2), key.replace("base_model.model.", "", 1): torch.zeros(2)},
+              tmp_path / "non_lora_trainables.safetensors")  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="twice"):
+        convert_adapter(tmp_path, tmp_path / "new")
+
+
 class Evil:
     def __reduce__(self):
         return print, ("attacked",)

@@ -54,6 +54,28 @@ def test_a_box_survives_the_round_trip_within_one_unit(known, size_and_box):
     assert 0 <= x_min < x_max <= size[0] + 1e-6 and 0 <= y_min < y_max <= size[1] + 1e-6
 
 
+@given(size=sizes, numbers=st.lists(st.integers(0, 998), min_size=4, max_size=4))
+def test_numbers_read_from_the_published_text_are_written_again(size, numbers):
+    known, (a, b, c, d) = get_format("sam4mllm"), numbers
+    text = f"[{a:03d},{b:03d},{max(a, c) + 1:03d},{max(b, d) + 1:03d}]"
+    (box,) = known.read_boxes(text, size).boxes
+    assert known.write_boxes([box], size) == text
+    points = f"({a:03d},{b:03d}) ({c:03d},{d:03d})"
+    (read,) = known.read_box_and_points(f"{text} {points}", 1, 1, size)
+    asked = [Point(p.x, p.y) for p in read.points]
+    assert asked == [(a / 1000 * size[0], b / 1000 * size[1]), (c / 1000 * size[0],
+                                                                d / 1000 * size[1])]  # fmt: skip
+    assert known.ask_points("it", box, asked, size).endswith(f"{text}:\n{points}")
+
+
+def test_boxes_are_rounded_and_points_are_cut():
+    known = get_format("sam4mllm")
+    box = Box(64.3, 64.4, 191.9, 319.9)  # 100.47, 134.17, 299.84, 666.46 of 1000
+    assert known.write_boxes([box], SIZE) == "[100,134,300,666]"
+    points = known.ask_points("it", box, [Point(191.9, 319.99)], SIZE)
+    assert points.endswith("[100,134,300,666]:\n(299,666)")
+
+
 @pytest.mark.parametrize("known", FORMATS.values(), ids=FORMATS)
 def test_several_boxes_and_none_survive_the_round_trip(known):
     boxes = [Box(0, 0, 320, 240), Box(320, 240, 640, 480), Box(64, 48, 128, 96)]
@@ -134,7 +156,7 @@ DOCUMENTED = {
         "Sure! The dog is at {'bbox_2d': [250, 500, 500, 1000], 'label': 'dog'}. Anything else?",
         [(160, 240, 320, 480)],
     ),
-    "sam4mllm": ("[250,500,500,999]", [(160.32, 240.24, 320.32, 479.76)]),
+    "sam4mllm": ("[250,500,500,999]", [(160, 240, 320, 479.52)]),
 }  # fmt: skip
 
 

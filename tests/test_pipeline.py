@@ -118,8 +118,8 @@ def test_alternates_are_other_boxes_with_scores(model, blocks, truth):
 @pytest.mark.parametrize(
     ("reply", "box", "note"),
     [
-        ("[401,751,101,251]", Box(20.3, 30.18, 80.3, 90.18), "swapped"),
-        ("[101,251,1401,751]", Box(20.3, 30.18, 199.9, 90.18), "clamped"),
+        ("[401,751,101,251]", Box(20.2, 30.12, 80.2, 90.12), "swapped"),
+        ("[101,251,1401,751]", Box(20.2, 30.12, 199.8, 90.12), "clamped"),
         ("[101,251,101,251]", Box(20.2, 30.12, 20.4, 30.24), "widened"),
     ],
 )

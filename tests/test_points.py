@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sam4mllm_tool.pipeline.points import (
     Thresholds,
     grid_points,
+    jittered_points,
     label_point,
     poisson_disk_points,
     uncertain_points,
@@ -38,6 +39,52 @@ def test_poisson_points_keep_their_distance_and_repeat_by_seed():
     gaps = [math.dist(a, b) for i, a in enumerate(unit) for b in unit[:i]]
     assert len(points) > 30
     assert min(gaps) >= 0.1
+
+
+# The figures of the authors' demo, in hundredths of the box; it asks about the first half.
+DEMO_SPREAD = [
+    (93, 70), (51, 89), (91, 90), (32, 32), (88, 10), (12, 28), (29, 52), (49, 49), (28, 12),
+    (59, 60), (9, 48), (52, 29), (31, 92), (68, 13), (73, 73), (69, 53), (48, 9), (19, 18),
+    (71, 93), (53, 69), (89, 50), (11, 88), (33, 72), (39, 41), (72, 33), (13, 68), (79, 82),
+    (8, 8), (81, 22), (92, 30),
+]  # fmt: skip
+CENTRES = [(x + 0.5, y + 0.5) for x in range(5) for y in range(5)]
+CORNERS = [(x, y) for x in range(1, 5) for y in range(1, 5)]
+
+
+def _nearest(points):
+    """Each point's place among cell centres and corners of a 5 x 5 grid, and how far it is off."""
+    places = CENTRES + CORNERS
+    near = [min(places, key=lambda place, p=p: math.dist(place, p)) for p in points]
+    off = max(
+        abs(a - b)
+        for p, place in zip(points, near, strict=True)
+        for a, b in zip(p, place, strict=True)
+    )
+    return near, off
+
+
+def test_jittered_points_spread_as_those_of_the_authors_demo():
+    theirs, off = _nearest([(x / 20, y / 20) for x, y in DEMO_SPREAD])
+    assert set(theirs[:]) >= set(CENTRES) and len(set(theirs) & set(CORNERS)) == 5
+    assert off <= 0.15 + 1e-9
+    asked, seen = set(), set()
+    for seed in range(60):
+        points = jittered_points(BOX, 15, random.Random(seed))
+        assert points == jittered_points(BOX, 15, random.Random(seed))
+        near, off = _nearest([((x - 10) / 6, (y - 20) / 12) for x, y in points])
+        assert len(points) == len(set(near)) == 15 and off <= 0.15 + 1e-9
+        assert len(set(near) & set(CORNERS)) <= 5
+        asked.add(tuple(points))
+        seen |= set(near)
+    assert len(asked) == 60 and seen == set(CENTRES) | set(CORNERS)
+
+
+@given(st.integers(1, 60))
+def test_any_count_of_jittered_points_lies_inside(count):
+    points = jittered_points(BOX, count, random.Random(0))
+    assert len(set(points)) == count
+    assert all(10 < x < 40 and 20 < y < 80 for x, y in points)
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def test_relative_coordinates_go_in_and_out(model, blocks_file, truth):
     box = Toolbox(model, coordinates="relative_1000")
     assert "thousandths" in box.specs()[0].description
     output = segment(box, blocks_file)
-    assert output.result.objects[0].box == pytest.approx([100.5, 250.5, 400.5, 750.5])
+    assert output.result.objects[0].box == pytest.approx([100, 250, 400, 750])
     points = [{"x": 150, "y": 333}, {"x": 1000, "y": 1000}]
     told = box.call("is_point_inside_object", {"object_id": "obj_1", "points": points})
     assert [p.answer for p in told.result.points] == ["inside", "outside"]

@@ -17,7 +17,10 @@ def convert_adapter(
         str | None, typer.Option(help="Hub id or folder of the base, noted in the adapter.")
     ] = None,
 ) -> None:
-    """Rename a published adapter's tensors so that it loads over transformers' own model."""
+    """Rename a published adapter's tensors so that it loads over transformers' own model.
+
+    The dialogue it was trained in is written beside it (chat_template.jinja).
+    """
     from sam4mllm_tool.training.convert_adapter import convert_adapter as convert
 
     written = convert(source, out, base_model=base)

@@ -3,17 +3,21 @@
 The question strings are the published adapters' protocol (Chen et al., "SAM4MLLM: Enhance
 Multi-Modal Large Language Model for Referring Expression Segmentation", ECCV 2024). The PPG
 question and the verification question are ours: theirs are not public.
+
+Numbers and pixels, as the authors' data preparation and demo have them: a number n of the text
+stands at n/1000 of the side (not at the middle of a cell); boxes are rounded to the nearest number
+when written, points are cut to the number below.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sam4mllm_tool.errors import DialogueError
 from sam4mllm_tool.formats.base import BoxesRead, PointAsking, PromptsRead, Size
-from sam4mllm_tool.geometry import from_grid, to_grid
 from sam4mllm_tool.grammar import Choice, Grammar, Literal, Number, Repeat
 from sam4mllm_tool.protocols import YesNoWords
 from sam4mllm_tool.types import Box, Point, PointLabel, PromptPoint, TargetCount
@@ -136,13 +140,21 @@ class Sam4MllmFormat:
 
 
 def _box_text(box: Box, size: Size) -> str:
-    """``[x1,y1,x2,y2]``; the exclusive maxima are written like any other coordinate."""
+    """``[x1,y1,x2,y2]``, rounded; the far edge of the image (1000) is written as 999."""
     sides = (size[0], size[1], size[0], size[1])
-    return "[" + ",".join(f"{to_grid(v, s):03d}" for v, s in zip(box, sides, strict=True)) + "]"
+    numbers = [round(v / side * STEPS) for v, side in zip(box, sides, strict=True)]
+    return "[" + ",".join(f"{_on_scale(number):03d}" for number in numbers) + "]"
 
 
 def _point_text(point: Point, size: Size) -> str:
-    return f"({to_grid(point.x, size[0]):03d},{to_grid(point.y, size[1]):03d})"
+    """``(x,y)``, cut to the number below."""
+    # A pixel that was read from a number must give that number again, whatever the rounding.
+    x, y = (math.floor(v / side * STEPS + 1e-6) for v, side in zip(point, size, strict=True))
+    return f"({_on_scale(x):03d},{_on_scale(y):03d})"
+
+
+def _on_scale(number: int) -> int:
+    return min(STEPS - 1, max(0, number))
 
 
 def _read_points(
@@ -156,11 +168,8 @@ def _read_points(
             hint="Ask for fewer points, or use strategy 'pqpp'.",
         )
     labels = [PointLabel.FOREGROUND] * positive + [PointLabel.BACKGROUND] * negative
-    last = STEPS - 1
     return tuple(
-        PromptPoint(
-            from_grid(min(int(x), last), size[0]), from_grid(min(int(y), last), size[1]), label
-        )
+        PromptPoint(_on_scale(int(x)) / STEPS * size[0], _on_scale(int(y)) / STEPS * size[1], label)
         for (x, y), label in zip(found, labels, strict=False)
     )
 
@@ -169,7 +178,7 @@ def _read_box(numbers: list[int], size: Size) -> tuple[Box, tuple[str, ...]]:
     """A box at least one grid cell wide and high, with notes on what had to be mended."""
     notes = []
     if max(numbers) >= STEPS:
-        numbers = [min(n, STEPS - 1) for n in numbers]
+        numbers = [_on_scale(n) for n in numbers]
         notes.append("a coordinate off the 0–999 scale was clamped")
     x1, y1, x2, y2 = numbers
     if x2 < x1 or y2 < y1:
@@ -178,12 +187,7 @@ def _read_box(numbers: list[int], size: Size) -> tuple[Box, tuple[str, ...]]:
         notes.append("a box with swapped corners was put right")
     if x1 == x2 or y1 == y2:
         notes.append("an empty box was widened to one grid cell")
-    half = 0.5  # from_grid reads the middle of a cell; an empty box gets the whole cell
-    x_pad, y_pad = (half if x1 == x2 else 0.0), (half if y1 == y2 else 0.0)
-    box = Box(
-        from_grid(x1 - x_pad, size[0]),
-        from_grid(y1 - y_pad, size[1]),
-        from_grid(x2 + x_pad, size[0]),
-        from_grid(y2 + y_pad, size[1]),
-    )
+    x2, y2 = x2 + (x1 == x2), y2 + (y1 == y2)
+    box = Box(x1 / STEPS * size[0], y1 / STEPS * size[1],
+              x2 / STEPS * size[0], y2 / STEPS * size[1])  # fmt: skip
     return box, tuple(notes)

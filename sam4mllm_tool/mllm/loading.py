@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
+TEMPLATE_FILE = "chat_template.jinja"
+_CONTROL = re.compile(r"<\|\w+\|>")
 _HEADROOM = 1.15
 """Activations, workspaces and a short cache on top of the weights."""
 
@@ -161,11 +164,15 @@ def _greedy(config: GenerationConfig) -> GenerationConfig:
     return GenerationConfig(**{name: getattr(config, name, None) for name in names})
 
 
-def load_processor(folder: Path) -> Any:
+def load_processor(folder: Path, adapter: Path | None = None) -> Any:
     """The checkpoint's processor, with Pillow's resampling, which is the same on all machines.
 
+    An adapter was trained in one dialogue: where a chat template lies beside it, that template
+    takes the place of the base's.
+
     Raises:
-        CheckpointError: missing or not a processor for images and text.
+        CheckpointError: missing or not a processor for images and text; a template that does not
+            fit its tokenizer.
     """
     try:
         options = {"trust_remote_code": False, "local_files_only": True}
@@ -183,7 +190,27 @@ def load_processor(folder: Path) -> Any:
             hint="The checkpoint must be an image-text-to-text chat model.",
         )
     processor.image_processor = pictures
+    if adapter is not None and (file := adapter / TEMPLATE_FILE).is_file():
+        processor.chat_template = _fitting_template(file, processor.tokenizer)
     return processor
+
+
+def _fitting_template(file: Path, tokenizer: Any) -> str:
+    """A chat template all of whose control tokens are tokens of this vocabulary."""
+    try:
+        template = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read: {error}", hint="Convert or download the adapter again."
+        ) from error
+    vocabulary = tokenizer.get_vocab()
+    unknown = [token for token in _CONTROL.findall(template) if token not in vocabulary]
+    if unknown:
+        raise CheckpointError(
+            f"{file} writes {unknown[0]}, which is no token of this base",
+            hint="The adapter was made for another base; name that one.",
+        )
+    return template
 
 
 def load_adapter(model: Any, name: str, *, merge: bool) -> Any:

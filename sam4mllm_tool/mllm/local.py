@@ -94,7 +94,8 @@ class LocalMllm:
 
         Args:
             checkpoint: directory or hub id; safetensors only, no remote code.
-            adapter: directory or hub id of a LoRA adapter over it.
+            adapter: directory or hub id of a LoRA adapter over it; a ``chat_template.jinja``
+                beside it takes the place of the checkpoint's.
             device: ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
             dtype: ``"auto"`` (bfloat16 on CUDA, float16 on MPS, float32 on CPU) or a name.
             attn_implementation: as in transformers (``"sdpa"``, ``"flash_attention_2"``, …).
@@ -110,6 +111,7 @@ class LocalMllm:
             DeviceOutOfMemory: the device is too small for it.
         """
         folder = loading.find_checkpoint(str(checkpoint))
+        adapted = None if adapter is None else loading.find_checkpoint(str(adapter))
         placement = loading.choose_placement(
             device,
             dtype,
@@ -117,16 +119,16 @@ class LocalMllm:
             device_map=device_map,
             attn_implementation=attn_implementation,
         )
-        processor = loading.load_processor(folder)
+        processor = loading.load_processor(folder, adapted)
         model = loading.load_model(folder, placement)
-        if adapter is not None:
-            model = loading.load_adapter(model, str(adapter), merge=merge_adapter)
+        if adapted is not None:
+            model = loading.load_adapter(model, str(adapted), merge=merge_adapter)
         if compile:
             model.forward = torch.compile(model.forward, dynamic=True)
         notes = _read_notes(folder)
-        if adapter is not None:
+        if adapted is not None:
             # Published adapters say nothing of themselves; they speak the dialogue of the paper.
-            notes = {"format": "sam4mllm", **notes, **_read_notes(Path(adapter))}
+            notes = {"format": "sam4mllm", **notes, **_read_notes(adapted)}
         words = notes.get("vocabulary")
         stock = format_for(model.config.model_type, _read_json(folder / PREPROCESSOR_FILE))
         found = cls(

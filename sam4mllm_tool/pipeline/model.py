@@ -24,6 +24,7 @@ from sam4mllm_tool.mllm import is_address, load_mllm
 from sam4mllm_tool.pipeline.points import (
     Thresholds,
     grid_points,
+    jittered_points,
     label_point,
     poisson_disk_points,
     uncertain_points,
@@ -252,9 +253,14 @@ class Sam4MLLM:
     def candidate_points(self, box: Box, image: RgbImage) -> list[Point]:
         """The points to ask about: spread over the part of the box inside the image."""
         inside = clip_box(box, image.width, image.height)
-        if self.settings.candidates == "grid":
-            return grid_points(inside, self.settings.points)
-        return poisson_disk_points(inside, self.settings.points, random.Random(0))
+        count, rng = self.settings.points, random.Random(0)
+        match self.settings.candidates:
+            case "grid":
+                return grid_points(inside, count)
+            case "poisson":
+                return poisson_disk_points(inside, count, rng)
+            case "jittered":
+                return jittered_points(inside, count, rng)
 
     def check_points(
         self,

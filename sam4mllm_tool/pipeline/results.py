@@ -19,7 +19,8 @@ class Settings:
     Attributes:
         strategy: see :class:`~sam4mllm_tool.types.Strategy`.
         points: candidate points a box in round 2.
-        candidates: how they are spread over the box.
+        candidates: how they are spread over the box: an even grid, Poisson disk (the authors'
+            training), or a jittered grid (their demo, with ``points=15``).
         thresholds: which answers count.
         point_asking: points named by coordinates, or by numbered marks drawn on the picture (one
             extra image for all points); ``None`` = as the dialogue format prefers.
@@ -34,7 +35,7 @@ class Settings:
 
     strategy: Strategy = Strategy.PQPP
     points: int = 9
-    candidates: Literal["grid", "poisson"] = "grid"
+    candidates: Literal["grid", "poisson", "jittered"] = "grid"
     thresholds: Thresholds = field(default_factory=Thresholds)
     point_asking: PointAsking | None = None
     verified_boxes: int = 0

@@ -3,21 +3,51 @@
 The published adapters were saved by peft over the original LLaVA-NeXT code base, whose
 ``LlavaLlamaForCausalLM`` *is* the language model and carries the projector inside. transformers'
 ``LlavaNextForConditionalGeneration`` holds the same layers under other names. Only names change;
-the tensors are copied as they are.
+the tensors are copied as they are. Weights that were trained whole (``non_lora_trainables`` of the
+original code base, or peft's ``modules_to_save``) become ``modules_to_save``.
+
+The adapter's dialogue is written beside it as a chat template.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from sam4mllm_tool.errors import CheckpointError
+from sam4mllm_tool.mllm.loading import TEMPLATE_FILE
+
+CHAT_TEMPLATE = """\
+{{- '<|begin_of_text|>' }}
+{%- for message in messages %}
+    {%- set said = namespace(text='') %}
+    {%- if message['content'] is string %}
+        {%- set said.text = message['content'] %}
+    {%- else %}
+        {%- for part in message['content'] if part['type'] == 'image' %}
+            {%- set said.text = said.text + '<image>\\n' %}
+        {%- endfor %}
+        {%- for part in message['content'] if part['type'] == 'text' %}
+            {%- set said.text = said.text + part['text'] %}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- said.text | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+"""Llama-3's dialogue as the authors hold it: texts are trimmed, and the image token stands before
+the first question with one newline between them. Our writing of a published format."""
 
 _ROOT = "base_model.model."
 # Names below the root: (pattern in the original code base, name in transformers), first match wins.
@@ -27,9 +57,16 @@ _RENAMES = (
     (r"^model\.vision_tower\.vision_tower\.(?:vision_model\.)?", "model.vision_tower."),
     (r"^model\.(?=(?:layers|embed_tokens|norm)\b)", "model.language_model."),
     (r"^(?=lm_head\b)", ""),
-    (r"^(?=model\.image_newline\b)", ""),
 )
-_LORA_PART = re.compile(r"\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)\b")
+_LORA_PART = re.compile(
+    r"\.lora_(?:(?:A|B)\.weight|embedding_(?:A|B)|magnitude_vector(?:\.weight)?)$"
+)
+_WHOLE_PART = re.compile(r"^(?!.*\.lora_).*\.(?:weight|bias)$")
+WHOLE = "non_lora_trainables"
+_OTHER_CODE_BASE = (
+    "Only adapters over lmms-lab's LLaVA-NeXT with a two-layer projector are converted; one made "
+    "with transformers needs no conversion."
+)
 
 
 def convert_adapter(
@@ -39,7 +76,8 @@ def convert_adapter(
 
     Args:
         source_dir: holds ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``,
-            read as plain tensors only).
+            read as plain tensors only), and ``non_lora_trainables.bin`` (or ``.safetensors``) if
+            weights were trained whole.
         out_dir: made if needed; its adapter files are replaced.
         base_model: hub id or directory of the base in transformers' layout, for the notes in the
             adapter (peft does not need it to load).
@@ -48,16 +86,18 @@ def convert_adapter(
         ``out_dir``.
 
     Raises:
-        CheckpointError: no adapter there, a kind other than LoRA, or names of another code base.
+        CheckpointError: no adapter there, a kind other than LoRA, or tensors that have no place in
+            transformers' model, with their names.
     """
     source, out = Path(source_dir).expanduser(), Path(out_dir).expanduser()
     config = _read_config(source)
-    tensors = {_renamed_key(key): tensor for key, tensor in _read_tensors(source).items()}
+    tensors = _folded(_renamed(_read_tensors(source, "adapter_model"), _read_whole(source)), config)
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     converted = _converted_config(config, set(tensors), base_model)
     (out / "adapter_config.json").write_text(json.dumps(converted, indent=2) + "\n")
     (out / "sam4mllm.json").write_text(json.dumps({"format": "sam4mllm"}) + "\n")
+    (out / TEMPLATE_FILE).write_text(CHAT_TEMPLATE, encoding="utf-8")
     return out
 
 
@@ -67,22 +107,83 @@ def renamed(name: str) -> str:
     Raises:
         CheckpointError: it is not a name of the original code base.
     """
+    new = _new_name(name)
+    if new is None:
+        raise CheckpointError(
+            f"{name!r} is no name of the original LLaVA-NeXT code base", hint=_OTHER_CODE_BASE
+        )
+    return new
+
+
+def _new_name(name: str) -> str | None:
     for pattern, replacement in _RENAMES:
         if re.search(pattern, name):
             return re.sub(pattern, replacement, name, count=1)
-    raise CheckpointError(
-        f"{name!r} is no name of the original LLaVA-NeXT code base",
-        hint="Only adapters over lmms-lab's LLaVA-NeXT with a two-layer projector are converted; "
-        "one made with transformers needs no conversion.",
-    )
+    return None
 
 
-def _renamed_key(key: str) -> str:
-    if not key.startswith(_ROOT):
+def _listed(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def _renamed(adapter: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors below peft's root, under transformers' names."""
+    strange = [key for key in adapter if not key.startswith(_ROOT)]
+    names = {key: key.removeprefix(_ROOT) for key in (*adapter, *whole)}
+    strange += [key for key, name in names.items() if not _LORA_PART.search(name)
+                and not _WHOLE_PART.search(name)]  # fmt: skip
+    if strange:
         raise CheckpointError(
-            f"{key!r} is not a tensor of a peft adapter", hint="Give the folder that peft saved."
+            f"{len(strange)} tensors are neither LoRA factors nor weights: {_listed(strange)}",
+            hint="Give the folder that peft saved.",
         )
-    return _ROOT + renamed(key.removeprefix(_ROOT))
+    lost = [name for name in names.values() if _new_name(name) is None]
+    if lost:
+        raise CheckpointError(
+            f"{len(lost)} tensors have no place in transformers' LLaVA-NeXT: {_listed(lost)}",
+            hint=_OTHER_CODE_BASE,
+        )
+    twice = [name for name, times in Counter(names.values()).items() if times > 1]
+    twice += [key for key in whole if key in adapter]
+    if twice:
+        raise CheckpointError(
+            f"{_listed(twice)}: given twice", hint="Remove the tensor that was not meant."
+        )
+    found = {names[key]: tensor for key, tensor in (adapter | whole).items()}
+    return {_ROOT + re.sub(r"\.base_layer\b", "", renamed(n)): t for n, t in found.items()}
+
+
+def _folded(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    """Modules with LoRA factors *and* whole weights get the product added to the weights.
+
+    peft holds a module in one way or the other.
+    """
+    out = dict(tensors)
+    both = [
+        key.removesuffix(".lora_A.weight")
+        for key in tensors
+        if key.endswith(".lora_A.weight") and key.replace(".lora_A", "") in tensors
+    ]
+    if both and (config.get("use_dora") or config.get("alpha_pattern")):
+        raise CheckpointError(
+            f"{_listed(both)}: whole weights beside LoRA factors with DoRA or an alpha_pattern",
+            hint="Only plain LoRA can be added to whole weights.",
+        )
+    try:
+        for module in both:
+            down, up = (out.pop(f"{module}.lora_{part}.weight").float() for part in "AB")
+            rank = len(down)
+            scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+            weight = out[f"{module}.weight"]
+            out[f"{module}.weight"] = (weight.float() + scale * (up @ down)).to(weight.dtype)
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise CheckpointError(
+            f"the factors of {module} do not fit its weights: {error}",
+            hint="Download the adapter again.",
+        ) from error
+    return out
 
 
 def _read_config(source: Path) -> dict[str, Any]:
@@ -95,15 +196,26 @@ def _read_config(source: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise CheckpointError(f"{file} is not that of a LoRA", hint="Only LoRA is converted.")
+    if config.get("bias", "none") != "none" or config.get("trainable_token_indices"):
+        raise CheckpointError(
+            f"{file} trains biases or single tokens",
+            hint="Only LoRA with bias 'none' is converted.",
+        )
     return config
 
 
-def _read_tensors(source: Path) -> dict[str, torch.Tensor]:
+def _read_whole(source: Path) -> dict[str, Tensor]:
+    """Weights that were trained whole, where there are any."""
+    there = any((source / f"{WHOLE}{end}").exists() for end in (".safetensors", ".bin"))
+    return _read_tensors(source, WHOLE) if there else {}
+
+
+def _read_tensors(source: Path, stem: str) -> dict[str, Tensor]:
     try:
-        if (file := source / "adapter_model.safetensors").exists():
+        if (file := source / f"{stem}.safetensors").exists():
             return load_file(file)
-        file = source / "adapter_model.bin"
-        tensors: dict[str, torch.Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+        file = source / f"{stem}.bin"
+        tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, AttributeError) as error:
         raise _unreadable(file, error) from error

@@ -26,7 +26,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from sam4mllm_tool import embedded
 from sam4mllm_tool.errors import CheckpointError, InputError
 from sam4mllm_tool.formats import get_format
-from sam4mllm_tool.mllm.loading import choose_placement, load_model, load_processor
+from sam4mllm_tool.mllm.loading import (
+    TEMPLATE_FILE,
+    choose_placement,
+    load_model,
+    load_processor,
+)
 from sam4mllm_tool.training.dialogues import Conversation, Recipe
 from sam4mllm_tool.training.progress import HeldOut
 from sam4mllm_tool.training.token_loss import SPREAD, TokenLoss
@@ -346,7 +351,8 @@ def train(
             ``held_out``): box Acc@0.5, point accuracy (also by where the points lie), cIoU, N-acc
             and T-acc.
         start: an adapter over the same base, of the same rank, to go on from with a fresh schedule
-            (other data, another rate); without it LoRA layers begin by doing nothing.
+            (other data, another rate); without it LoRA layers begin by doing nothing. A chat
+            template beside it is used in place of the base's.
         deepspeed: DeepSpeed configuration, as transformers takes it; several processes are found
             by themselves under ``accelerate launch``.
         tensorboard: write all figures to ``out/tensorboard`` as well.
@@ -359,7 +365,7 @@ def train(
         CheckpointError: the base cannot be loaded, or ``start`` does not fit it.
         InputError: TensorBoard is asked for and not installed.
     """
-    processor = load_processor(Path(base))
+    processor = load_processor(Path(base), start)
     placement = choose_placement(device, "float32")
     model = adapt(load_model(Path(base), placement), recipe)
     if start is not None:
@@ -404,6 +410,9 @@ def train(
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         save_adapter(model, out, base, recipe, data)
+        # The adapter knows this dialogue: it is asked in it, whatever the base's template becomes.
+        if isinstance(processor.chat_template, str):
+            (out / TEMPLATE_FILE).write_text(processor.chat_template, encoding="utf-8")
     return out
 
 
