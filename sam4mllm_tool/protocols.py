@@ -9,21 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sam4mllm_tool.errors import CheckpointError
 from sam4mllm_tool.grammar import Grammar
 from sam4mllm_tool.types import Box, Mask, PromptPoint, RgbImage, YesNo
 
 __all__ = [
+    "ANYTHING",
     "Dialogue",
     "MaskCandidate",
     "Mllm",
     "Reply",
     "SegmentPrompt",
     "Segmenter",
+    "Taught",
     "Turn",
     "YesNoWords",
 ]
@@ -70,6 +73,56 @@ class Reply:
     forward_passes: int = 0
 
 
+@dataclass(frozen=True)
+class Taught:
+    """The bounds of what a small checkpoint was taught; none for a model with a general vocabulary.
+
+    Read from ``sam4mllm.json`` beside the checkpoint and its adapter, the keys in brackets.
+
+    Attributes:
+        words: lower-case words, ``None`` for any (``vocabulary``).
+        lower_case: its expressions had no capitals, so that others mean nothing to it
+            (``lower_case``).
+        points_per_question: most points of a round-2 question, ``None`` for as many as the format
+            lists (``points_per_question``).
+    """
+
+    words: frozenset[str] | None = None
+    lower_case: bool = False
+    points_per_question: int | None = None
+
+    @classmethod
+    def from_notes(cls, notes: dict[str, Any]) -> Taught:
+        """What a checkpoint's notes say.
+
+        Raises:
+            CheckpointError: a limit that is no number above 0.
+        """
+        words, limit = notes.get("vocabulary"), notes.get("points_per_question")
+        if limit is not None and not (isinstance(limit, int) and limit > 0):
+            raise CheckpointError(
+                f"points_per_question is {limit!r} in the checkpoint's notes",
+                hint="sam4mllm.json needs a whole number above 0 there, or null.",
+            )
+        return cls(
+            None if words is None else frozenset(str(word).lower() for word in words),
+            bool(notes.get("lower_case", False)),
+            limit,
+        )
+
+    def to_notes(self) -> dict[str, Any]:
+        """The inverse of :meth:`from_notes`, JSON-ready."""
+        return {
+            "vocabulary": None if self.words is None else sorted(self.words),
+            "lower_case": self.lower_case,
+            "points_per_question": self.points_per_question,
+        }
+
+
+ANYTHING = Taught()
+"""Of a model without bounds."""
+
+
 @runtime_checkable
 class Mllm(Protocol):
     """A multimodal LLM that holds dialogues about one image."""
@@ -83,11 +136,8 @@ class Mllm(Protocol):
         """Default dialogue format of this checkpoint (a key of ``formats.FORMATS``)."""
 
     @property
-    def known_words(self) -> frozenset[str] | None:
-        """Lower-case words a small model was taught, ``None`` for one with a general vocabulary.
-
-        Read from ``sam4mllm.json`` beside the checkpoint (key ``vocabulary``).
-        """
+    def taught(self) -> Taught:
+        """The bounds of what it was taught."""
 
     def generate(
         self,

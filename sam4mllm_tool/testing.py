@@ -17,7 +17,15 @@ from sam4mllm_tool.errors import PromptError
 from sam4mllm_tool.formats.sam4mllm import Sam4MllmFormat
 from sam4mllm_tool.geometry import box_iou, from_grid
 from sam4mllm_tool.grammar import Grammar
-from sam4mllm_tool.protocols import Dialogue, MaskCandidate, Reply, SegmentPrompt, YesNoWords
+from sam4mllm_tool.protocols import (
+    ANYTHING,
+    Dialogue,
+    MaskCandidate,
+    Reply,
+    SegmentPrompt,
+    Taught,
+    YesNoWords,
+)
 from sam4mllm_tool.types import Box, Mask, PointLabel, RgbImage, YesNo
 
 _POINT = re.compile(r"\((\d+),(\d+)\)")
@@ -38,7 +46,7 @@ class TruthfulMllm:
     certainty: float = 0.97
     name: str = "truthful"
     format_name: str = "sam4mllm"
-    known_words: frozenset[str] | None = None
+    taught: Taught = ANYTHING
     said: list[str] = field(default_factory=list)
 
     def generate(
@@ -104,7 +112,7 @@ class ScriptedMllm:
     answers: list[list[YesNo]] = field(default_factory=list)
     name: str = "scripted"
     format_name: str = "sam4mllm"
-    known_words: frozenset[str] | None = None
+    taught: Taught = ANYTHING
 
     def generate(
         self,

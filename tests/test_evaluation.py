@@ -24,7 +24,7 @@ from sam4mllm_tool.evaluation.pictures import EXTRA, HIT, MISSED, choose_lines, 
 from sam4mllm_tool.evaluation.run import Line, Shard, measure, read_lines
 from sam4mllm_tool.evaluation.scenes import POOL, evaluate_scenes, position_baseline, scene_cases
 from sam4mllm_tool.pipeline.model import Sam4MLLM
-from sam4mllm_tool.protocols import MaskCandidate
+from sam4mllm_tool.protocols import ANYTHING, MaskCandidate, Taught
 from sam4mllm_tool.scenes.export import export_scenes
 from sam4mllm_tool.scenes.expressions import Kind
 from sam4mllm_tool.scenes.world import SMALL_WORLD
@@ -43,7 +43,7 @@ class KnowingMllm:
     unreadable: set[str] = field(default_factory=set)
     name: str = "knowing"
     format_name: str = "sam4mllm"
-    known_words: None = None
+    taught: Taught = ANYTHING
     asked: int = 0
 
     def generate(self, image, dialogue, **options):

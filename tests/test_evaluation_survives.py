@@ -23,6 +23,7 @@ from sam4mllm_tool.evaluation.metrics import METRICS, Bootstrap, Outcome
 from sam4mllm_tool.evaluation.run import Shard, measure, read_lines
 from sam4mllm_tool.journal import open_journal, read_journal
 from sam4mllm_tool.pipeline.model import Sam4MLLM
+from sam4mllm_tool.protocols import ANYTHING, Taught
 from sam4mllm_tool.testing import ColourSegmenter, TruthfulMllm
 from sam4mllm_tool.types import Box, Mask, RgbImage, Strategy
 
@@ -36,7 +37,7 @@ class MoodyMllm:
     truths: dict[str, dict[str, list[Mask]]]
     name: str = "moody"
     format_name: str = "sam4mllm"
-    known_words: None = None
+    taught: Taught = ANYTHING
     asked: dict[str, int] = field(default_factory=dict)
 
     def generate(self, image, dialogue, **options):

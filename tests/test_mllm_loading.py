@@ -16,7 +16,7 @@ from sam4mllm_tool import embedded
 from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory
 from sam4mllm_tool.mllm import loading
 from sam4mllm_tool.mllm.local import LocalMllm
-from sam4mllm_tool.protocols import Mllm
+from sam4mllm_tool.protocols import Mllm, Taught
 from sam4mllm_tool.types import TargetCount
 
 
@@ -120,7 +120,15 @@ def test_notes_name_format_and_words(folder: Path) -> None:
     (folder / "sam4mllm.json").write_text('{"format": "other", "vocabulary": ["Red", "dog"]}')
     mllm = LocalMllm.from_pretrained(folder, device="cpu")
     assert mllm.format_name == "other"
-    assert mllm.known_words == frozenset({"red", "dog"})
+    assert mllm.taught == Taught(frozenset({"red", "dog"}))
+
+
+def test_an_adapters_notes_go_before_its_bases(folder: Path, tmp_path: Path) -> None:
+    (folder / "sam4mllm.json").write_text('{"lower_case": true, "points_per_question": 16}')
+    assert LocalMllm.from_pretrained(folder, device="cpu").taught == Taught(None, True, 16)
+    for wrong in ("0", "-3", '"many"', "2.5"):
+        (folder / "sam4mllm.json").write_text(f'{{"points_per_question": {wrong}}}')
+        assert "points_per_question" in str(fails(folder))
 
 
 def test_unusable_placements(folder: Path) -> None:
@@ -181,4 +189,4 @@ def test_half_precision_and_eager_attention_run(folder: Path) -> None:
 def test_the_embedded_model_loads() -> None:
     mllm = LocalMllm.from_pretrained(embedded.MLLM, device="cpu")
     assert isinstance(mllm, Mllm)
-    assert mllm.format_name == "sam4mllm" and mllm.known_words
+    assert mllm.format_name == "sam4mllm" and mllm.taught.words

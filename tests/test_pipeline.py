@@ -17,7 +17,7 @@ from sam4mllm_tool.pipeline.model import Sam4MLLM, choose_mask, replay
 from sam4mllm_tool.pipeline.points import Thresholds
 from sam4mllm_tool.pipeline.results import Settings
 from sam4mllm_tool.pipeline.trace import Trace
-from sam4mllm_tool.protocols import MaskCandidate
+from sam4mllm_tool.protocols import MaskCandidate, Taught
 from sam4mllm_tool.testing import ColourSegmenter, ScriptedMllm, TruthfulMllm
 from sam4mllm_tool.types import (
     Box,
@@ -258,6 +258,31 @@ def test_a_trace_is_saved_as_its_extension_says(model, blocks, tmp_path):
             trace.save(tmp_path / name, image)
         assert caught.value.hint
         assert not (tmp_path / name).exists()
+
+
+def test_capitals_are_folded_where_only_lower_case_was_taught(blocks, truth):
+    mllm = TruthfulMllm(truth, taught=Taught(lower_case=True))
+    model = Sam4MLLM(mllm, ColourSegmenter())
+    found = model.segment(blocks, "The RED Block")
+    assert found.objects[0].mask == truth["the red block"][0]
+    assert model.verify(blocks, "The Red Block", [found.objects[0].located.box])[0].p_yes > 0.9
+    assert model.stated(blocks, "The Red Block", Box(1, 2, 3, 4)).expression == "the red block"
+    assert not any("R" in asked or "B" in asked for asked in mllm.said[2:])
+    as_they_are = Sam4MLLM(TruthfulMllm(truth), ColourSegmenter())
+    assert as_they_are.segment(blocks, "The RED Block", count=ANY).status is Status.NOT_FOUND
+
+
+def test_lists_are_no_longer_than_what_was_taught(blocks, truth):
+    mllm = TruthfulMllm(truth, taught=Taught(points_per_question=4))
+    model = Sam4MLLM(mllm, ColourSegmenter(), Settings(points=9))
+    found = model.segment(blocks, "the red block")
+    asked = [text for text in mllm.said if text.startswith("Check")]
+    assert [text.count("(") for text in asked] == [4, 4, 1]
+    whole = Sam4MLLM(TruthfulMllm(truth), ColourSegmenter(), Settings(points=9))
+    assert found.objects[0].points == whole.segment(blocks, "the red block").objects[0].points
+    again = replay(found.trace, blocks, model.segmenter)
+    assert [o.mask for o in again.objects] == [o.mask for o in found.objects]
+    assert again.objects[0].points == found.objects[0].points
 
 
 def test_a_trace_does_not_answer_other_questions(model, blocks):

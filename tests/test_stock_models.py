@@ -13,7 +13,7 @@ from sam4mllm_tool.formats import FORMATS
 from sam4mllm_tool.formats.molmo import MolmoFormat
 from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.pipeline.results import Settings
-from sam4mllm_tool.protocols import Reply
+from sam4mllm_tool.protocols import ANYTHING, Reply, Taught
 from sam4mllm_tool.testing import ColourSegmenter
 from sam4mllm_tool.types import Box, Mask, Strategy, TargetCount, YesNo
 
@@ -29,7 +29,7 @@ class SeeingMllm:
     prose: str = "{}"
     boxes: tuple[Box, ...] = ()
     name: str = "seeing"
-    known_words: None = None
+    taught: Taught = ANYTHING
     questions: list[tuple[str, str]] = field(default_factory=list)
 
     @property

@@ -50,6 +50,8 @@ CHAT_TEMPLATE = (
 """``<s>SYSTEM<|user|><image>QUESTION<|assistant|>\\nREPLY</s><|user|>…``: the image stands before
 the text of its turn. The newline before a reply belongs to the template (the weights were made
 with it); the text of a reply has none."""
+LONGEST_LIST = 16
+"""Most points of a round-2 question in the lessons."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,8 @@ def save_base(
     processor.save_pretrained(folder)
     about = {
         "format": Sam4MllmFormat().name,
+        "lower_case": True,
+        "points_per_question": LONGEST_LIST,
         "vocabulary": list(vocabulary),
         "world": world,
         "shape": asdict(shape),

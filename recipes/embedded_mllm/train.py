@@ -29,6 +29,7 @@ from recipes.embedded_mllm.layout import Layout, make_meanings
 from recipes.embedded_mllm.lessons import Plan, Teacher
 from recipes.embedded_mllm.measure import Examination
 from recipes.embedded_mllm.model import (
+    LONGEST_LIST,
     BaseShape,
     build_model,
     build_processor,
@@ -53,7 +54,7 @@ COURSE = (
     Plan(boxes=5, absent=1.5, what=4, what_lists=1, points=1, verify=1, list_sizes=(2, 3, 4, 5)),
     Plan(boxes=5, absent=1.5, what=2, what_lists=1, points=3, verify=1, list_sizes=(2, 4, 6, 9)),
     Plan(boxes=5, absent=1.5, what=0.5, what_lists=0.5, points=3, verify=0.5, ppg=0.7,
-         list_sizes=(4, 6, 9, 9, 10, 12, 16)),
+         list_sizes=(4, 6, 9, 9, 10, 12, LONGEST_LIST)),
 )  # fmt: skip
 """Lesson plans, easy to hard."""
 GATES = ({"what": 0.7, "lists": 0.55}, {"points": 0.72})

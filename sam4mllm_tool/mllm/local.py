@@ -24,7 +24,7 @@ from sam4mllm_tool.mllm.decoding import (
 from sam4mllm_tool.mllm.encoding import DialogueEncoder, ImageInputs
 from sam4mllm_tool.mllm.engine import Engine, Spot
 from sam4mllm_tool.mllm.grammar_tokens import TokenGrammar, YesNoTokens, yes_no_tokens
-from sam4mllm_tool.protocols import Dialogue, Reply, YesNoWords
+from sam4mllm_tool.protocols import ANYTHING, Dialogue, Reply, Taught, YesNoWords
 from sam4mllm_tool.types import RgbImage, YesNo
 
 _GIBIBYTE = 1 << 30
@@ -48,7 +48,7 @@ class LocalMllm:
         processor: its processor, with a chat template.
         name: for traces.
         format_name: dialogue format.
-        known_words: lower-case words a small model was taught, ``None`` for any.
+        taught: the bounds of what a small model was taught.
         cache_bytes: bound for kept keys and values.
     """
 
@@ -59,13 +59,13 @@ class LocalMllm:
         *,
         name: str,
         format_name: str = "sam4mllm",
-        known_words: frozenset[str] | None = None,
+        taught: Taught = ANYTHING,
         cache_bytes: int = 4 * _GIBIBYTE,
     ) -> None:
         self.name = name
         self.format_name = format_name
         self.own_format: DialogueFormat | None = None
-        self.known_words = known_words
+        self.taught = taught
         self.model = model
         self.encoder = DialogueEncoder(processor)
         self.engine = Engine(model, cache_bytes)
@@ -129,14 +129,13 @@ class LocalMllm:
         if adapted is not None:
             # Published adapters say nothing of themselves; they speak the dialogue of the paper.
             notes = {"format": "sam4mllm", **notes, **_read_notes(adapted)}
-        words = notes.get("vocabulary")
         stock = format_for(model.config.model_type, _read_json(folder / PREPROCESSOR_FILE))
         found = cls(
             model.eval(),
             processor,
             name=name or str(checkpoint) + (f" + {adapter}" if adapter is not None else ""),
             format_name=notes.get("format", stock.name),
-            known_words=None if words is None else frozenset(str(w).lower() for w in words),
+            taught=Taught.from_notes(notes),
             cache_bytes=cache_bytes,
         )
         found.own_format = None if "format" in notes else stock

@@ -52,6 +52,7 @@ from sam4mllm_tool.protocols import (
     Reply,
     Segmenter,
     SegmentPrompt,
+    Taught,
     Turn,
 )
 from sam4mllm_tool.segmenter import load_segmenter
@@ -204,7 +205,7 @@ class Sam4MLLM:
         stage("locate")
         verified = self.settings.verified_boxes if count is TargetCount.ONE else 0
         alternates = max(alternates, verified - 1)
-        text = check_expression(expression)
+        text = self._asked(expression)
         question = self.speech.ask_boxes(text, count, image.size)
         grammar = self.speech.box_grammar(count)
         dialogue = self._opening(question)
@@ -230,7 +231,7 @@ class Sam4MLLM:
     ) -> Location:
         """PPG: box(es) and labelled points in one reply."""
         stage("locate")
-        text = check_expression(expression)
+        text = self._asked(expression)
         n_in, n_out = self.settings.positive, self.settings.negative
         question = self.speech.ask_box_and_points(text, count, n_in, n_out, image.size)
         grammar = self.speech.box_and_points_grammar(count, n_in, n_out)
@@ -244,7 +245,7 @@ class Sam4MLLM:
 
     def stated(self, image: RgbImage, expression: str, box: Box) -> Location:
         """A location as if the MLLM had answered with this box: where round 2 can go on from."""
-        text = check_expression(expression)
+        text = self._asked(expression)
         question = self.speech.ask_boxes(text, TargetCount.ONE, image.size)
         reply = self.speech.write_boxes([box], image.size)
         dialogue = (*self._opening(question), Turn("assistant", reply))
@@ -296,7 +297,7 @@ class Sam4MLLM:
     ) -> list[YesNo]:
         """Round 2 as the paper has it: the dialogue of round 1 goes on."""
         answers: list[YesNo] = []
-        for some in batched(points, self.speech.points_per_question):
+        for some in batched(points, self._points_per_question):
             question = self.speech.ask_points(location.expression, box, some, image.size)
             dialogue = (*location.dialogue, Turn("user", question))
             answers += self._yes_no(image, dialogue, len(some))
@@ -308,10 +309,26 @@ class Sam4MLLM:
         """Round 2 on a copy of the picture with numbered marks, which is a dialogue of its own."""
         marked = draw_marks(image, points, box)
         answers: list[YesNo] = []
-        for some in batched(range(1, len(points) + 1), self.speech.points_per_question):
+        for some in batched(range(1, len(points) + 1), self._points_per_question):
             question = self.speech.ask_marks(location.expression, some)
             answers += self._yes_no(marked, self._opening(question), len(some))
         return answers
+
+    @property
+    def _points_per_question(self) -> int:
+        """As many as the format lists, and no more than the checkpoint was taught."""
+        most = self.speech.points_per_question
+        return min(most, self.mllm.taught.points_per_question or most)
+
+    def _asked(self, expression: str) -> str:
+        """The expression as it is asked: checked, on one line, in lower case where only that was
+        taught.
+
+        Raises:
+            ExpressionError: empty or overlong.
+        """
+        text = check_expression(expression)
+        return text.lower() if self.mllm.taught.lower_case else text
 
     def _yes_no(self, image: RgbImage, dialogue: Dialogue, count: int) -> list[YesNo]:
         words = self.speech.yes_no
@@ -327,7 +344,8 @@ class Sam4MLLM:
     def verify(self, image: RgbImage, expression: str, boxes: Sequence[Box]) -> list[YesNo]:
         """For each box, whether its region shows what the expression describes."""
         stage("verify")
-        questions = [self.speech.ask_verification(expression, b, image.size) for b in boxes]
+        text = self._asked(expression)
+        questions = [self.speech.ask_verification(text, b, image.size) for b in boxes]
         return [self._yes_no(image, self._opening(q), 1)[0] for q in questions]
 
     def _surest(self, image: RgbImage, location: Location) -> Location:
@@ -407,7 +425,7 @@ class Sam4MLLM:
         return tuple(others.values())
 
     def _word_notes(self, expression: str) -> tuple[str, ...]:
-        known = self.mllm.known_words
+        known = self.mllm.taught.words
         if known is None:
             return ()
         words = "".join(c if c.isalpha() else " " for c in expression.lower()).split()
@@ -430,11 +448,12 @@ def replay(
     """
     recorded = dict(trace.settings)
     format_name = recorded.pop("format")
-    known_words = recorded.pop("known_words")
+    taught = Taught.from_notes(recorded.pop("taught"))
     recorded["thresholds"] = Thresholds(**recorded["thresholds"])
     recorded["strategy"] = Strategy(recorded["strategy"])
-    words = None if known_words is None else frozenset(known_words)
-    model = Sam4MLLM(ReplayMllm(trace, format_name, words), segmenter, Settings(**recorded), format)
+    model = Sam4MLLM(
+        ReplayMllm(trace, format_name, taught), segmenter, Settings(**recorded), format
+    )
     return model.segment(image, trace.expression, count=TargetCount(trace.count))
 
 
@@ -486,7 +505,6 @@ def _trace(
     location: Location,
     objects: Sequence[SegmentedObject],
 ) -> Trace:
-    known = model.mllm.known_words
     return Trace(
         expression=location.expression,
         count=location.count.value,
@@ -502,7 +520,7 @@ def _trace(
         settings={
             **asdict(model.settings),
             "format": model.speech.name,
-            "known_words": None if known is None else sorted(known),
+            "taught": model.mllm.taught.to_notes(),
         },
         exchanges=recorder.exchanges,
         mask_calls=recorder.mask_calls,

@@ -23,6 +23,7 @@ from sam4mllm_tool.protocols import (
     Reply,
     Segmenter,
     SegmentPrompt,
+    Taught,
     YesNoWords,
 )
 from sam4mllm_tool.types import RgbImage, YesNo
@@ -169,7 +170,7 @@ class RecordingMllm:
     def __init__(self, mllm: Mllm, recorder: Recorder) -> None:
         self._mllm, self._recorder = mllm, recorder
         self.name, self.format_name = mllm.name, mllm.format_name
-        self.known_words = mllm.known_words
+        self.taught = mllm.taught
 
     def generate(
         self,
@@ -279,10 +280,10 @@ def _prompt_data(prompt: SegmentPrompt) -> dict[str, Any]:
 class ReplayMllm:
     """Answers from a trace: the same question on the same picture gets the recorded reply."""
 
-    def __init__(self, trace: Trace, format_name: str, known_words: frozenset[str] | None) -> None:
+    def __init__(self, trace: Trace, format_name: str, taught: Taught) -> None:
         self.name = trace.models.get("mllm", "replay")
         self.format_name = format_name
-        self.known_words = known_words
+        self.taught = taught
         self._exchanges = {
             (e.kind, e.image, tuple(e.dialogue), e.count): e for e in trace.exchanges
         }

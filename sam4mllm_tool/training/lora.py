@@ -432,7 +432,7 @@ def _smoothed(tokenizer: Any, recipe: LoraRecipe) -> Callable[..., Tensor]:
 def save_adapter(
     model: PeftModel, out: Path, base: str | Path, recipe: LoraRecipe, data: Recipe
 ) -> Path:
-    """Write the adapter and ``sam4mllm.json``: format, base model and recipes."""
+    """Write the adapter and ``sam4mllm.json``: format, base model, longest list and recipes."""
     # Where the embedded base lies differs from machine to machine.
     named = embedded.NAME if Path(base) == embedded.MLLM else str(base)
     for config in model.peft_config.values():
@@ -442,6 +442,7 @@ def save_adapter(
     about = {
         "format": data.format,
         "base_model": named,
+        "points_per_question": data.candidates.asked[1],
         "lora": asdict(recipe),
         "data": asdict(data),
     }
