@@ -182,6 +182,12 @@ class Mask:
         """Mode "L" picture: 255 on the object, 0 elsewhere."""
         return Image.fromarray(self.pixels.astype(np.uint8) * 255)
 
+    def resized(self, size: tuple[int, int]) -> Mask:
+        """The mask at another (width, height), each pixel the nearest one's."""
+        if size == (self.width, self.height):
+            return self
+        return Mask(np.asarray(self.to_pil().resize(size, Image.Resampling.NEAREST)) > 0)
+
     @property
     def height(self) -> int:
         """Height in pixels."""

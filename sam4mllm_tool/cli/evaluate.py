@@ -79,6 +79,10 @@ UnreadableOption = Annotated[
     int, typer.Option(min=0, help="More pictures than this that cannot be read end the run.")
 ]
 _UNREADABLE = 20
+ProtocolOption = Annotated[str, typer.Option(help="ours, lisa, rela or refer: whose evaluation.")]
+RuleOption = Annotated[
+    list[str], typer.Option(help="Change one rule of the protocol: flag=exact, size=480, …")
+]
 ShardOption = Annotated[
     str | None,
     typer.Option(help="I/N: this process's share; all shards use one --out. Under accelerate "
@@ -135,6 +139,8 @@ def _benchmark_command(name: str, splits: tuple[str, ...]) -> Callable[..., None
             str, typer.Option(help="Count in the questions: data (what the set promises), 0+, …")
         ] = "data",
         unreadable_limit: UnreadableOption = _UNREADABLE,
+        protocol: ProtocolOption = "ours",
+        rule: RuleOption = [],  # noqa: B006
         strategy: StrategyOption = [Strategy.PQPP],  # noqa: B006
         points: PointsOption = _POINTS,
         mllm: MllmOption = "embedded",
@@ -143,22 +149,24 @@ def _benchmark_command(name: str, splits: tuple[str, ...]) -> Callable[..., None
         sam: SamOption = "embedded",
         device: DeviceOption = "auto",
         out: Annotated[
-            Path | None, typer.Option(help="Folder of the run; default runs/NAME-SPLIT.")
+            Path | None, typer.Option(help="Folder of the run; default runs/NAME-SPLIT-PROTOCOL.")
         ] = None,
         shard: ShardOption = None,
         as_json: JsonOption = False,
     ) -> None:
         from sam4mllm_tool.datasets import check_present
+        from sam4mllm_tool.datasets.protocol import get_protocol
         from sam4mllm_tool.evaluation.benchmark import evaluate_benchmark
 
+        rules = get_protocol(protocol).with_rules(rule)
         check_present(name, data, split)
         model = _load(mllm, adapter, format, sam, device, points)
-        folder = out or Path("runs") / f"{name}-{split}"
+        folder = out or Path("runs") / "-".join([name, split, *rules.name.split()])
         with counted("expressions", limit, quiet=as_json) as on_case:
             report = evaluate_benchmark(
                 model, name, data, split, strategy, folder, limit=limit, sample_seed=sample_seed,
-                ask=_ask(ask, "data"), shard=_shard(shard), unreadable_limit=unreadable_limit,
-                on_case=on_case,
+                ask=_ask(ask, "data"), protocol=rules, shard=_shard(shard),
+                unreadable_limit=unreadable_limit, on_case=on_case,
             )  # fmt: skip
         _show_report(report, folder, as_json)
 

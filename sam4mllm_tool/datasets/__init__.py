@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from sam4mllm_tool.datasets import hub, reasonseg
+from sam4mllm_tool.datasets.protocol import OURS, Protocol
 from sam4mllm_tool.datasets.record import ReferringExample
 from sam4mllm_tool.datasets.refer import ReferFiles
 from sam4mllm_tool.errors import DatasetError
@@ -15,7 +16,7 @@ from sam4mllm_tool.types import TargetCount
 
 __all__ = ["DATASETS", "Dataset", "ReferringExample", "check_present", "load_examples"]
 
-Reader = Callable[[Path, str], Iterator[ReferringExample]]
+Reader = Callable[[Path, str, Protocol], Iterator[ReferringExample]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,11 @@ DATASETS: dict[str, Dataset] = {
 
 
 def load_examples(
-    name: str, data: str | Path, split: str, limit: int | None = None
+    name: str,
+    data: str | Path,
+    split: str,
+    limit: int | None = None,
+    protocol: Protocol = OURS,
 ) -> Iterator[ReferringExample]:
     """The records of a split, in the order of the files, from the makers' or the hub's layout.
 
@@ -68,6 +73,7 @@ def load_examples(
         data: the folder that holds the data set.
         split: one of the data set's splits.
         limit: at most this many records.
+        protocol: whose reading of the files.
 
     Raises:
         DatasetError: unknown name or split; a file is missing (the hint says what to download and
@@ -81,7 +87,10 @@ def load_examples(
             f"{name} has no split {split!r}", hint=f"Its splits: {', '.join(dataset.splits)}."
         )
     packed = hub.parquet_files(folder, split)
-    records = hub.examples(packed, name, split) if packed else dataset.read(folder, split)
+    if packed:
+        records = hub.examples(packed, name, split, protocol)
+    else:
+        records = dataset.read(folder, split, protocol)
     return islice(records, limit)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from sam4mllm_tool.datasets.record import Rle, need_extra
 from sam4mllm_tool.errors import DatasetError
 from sam4mllm_tool.masks.coco import segmentation_to_rle
-from sam4mllm_tool.types import Box
+from sam4mllm_tool.types import Box, Mask
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,17 @@ class CocoImage:
 
 @dataclass(frozen=True)
 class CocoObject:
-    """An annotated object, or a crowd of them under one mask."""
+    """An annotated object, or a crowd of them under one mask.
+
+    Attributes:
+        scored: its mask stretched to the size asked for.
+    """
 
     image_id: int
     mask: Rle
     box: Box
     crowd: bool = False
+    scored: Rle | None = None
 
 
 def read_images(path: Path, wanted: AbstractSet[int]) -> dict[int, CocoImage]:
@@ -42,8 +47,14 @@ def read_images(path: Path, wanted: AbstractSet[int]) -> dict[int, CocoImage]:
     }
 
 
-def read_objects(path: Path, images: dict[int, CocoImage]) -> dict[int, CocoObject]:
-    """All annotations on ``images``, by id."""
+def read_objects(
+    path: Path, images: dict[int, CocoImage], scored_size: tuple[int, int] | None = None
+) -> dict[int, CocoObject]:
+    """All annotations on ``images``, by id.
+
+    Args:
+        scored_size: (width, height) to also give the masks at.
+    """
     found = {}
     for item in _items(path, "annotations.item"):
         if (image := images.get(item["image_id"])) is not None:
@@ -51,8 +62,27 @@ def read_objects(path: Path, images: dict[int, CocoImage]) -> dict[int, CocoObje
             mask = segmentation_to_rle(item["segmentation"], image.width, image.height)
             box = Box(x, y, x + width, y + height)
             crowd = bool(item.get("iscrowd"))
-            found[item["id"]] = CocoObject(item["image_id"], mask, box, crowd)
+            scored = None
+            if scored_size is not None:
+                scored = _stretched(item["segmentation"], mask, image, scored_size)
+            found[item["id"]] = CocoObject(item["image_id"], mask, box, crowd, scored)
     return found
+
+
+def _stretched(segmentation: Any, mask: Rle, image: CocoImage, size: tuple[int, int]) -> Rle:
+    """The mask at another size: polygons before they are rasterised, RLE by nearest pixel.
+
+    This is what detectron2's ``Resize`` makes of annotations, which ReLA evaluates with.
+    """
+    width, height = size
+    if isinstance(segmentation, dict):
+        return Mask.from_rle(mask).resized(size).to_rle()
+    across, down = width / image.width, height / image.height
+    polygons = [
+        [number * (down if place % 2 else across) for place, number in enumerate(polygon)]
+        for polygon in segmentation
+    ]
+    return segmentation_to_rle(polygons, width, height)
 
 
 def _items(path: Path, prefix: str) -> Iterator[dict[str, Any]]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sam4mllm_tool.datasets.protocol import OURS, Protocol
 from sam4mllm_tool.datasets.record import ReferringExample, Rle, need_extra
 from sam4mllm_tool.errors import DatasetError
 from sam4mllm_tool.masks.coco import segmentation_to_rle
@@ -32,19 +33,26 @@ def parquet_files(data: Path, split: str) -> list[Path]:
     return next((found for p in patterns if (found := sorted(data.glob(p)))), [])
 
 
-def examples(files: list[Path], dataset: str, split: str) -> Iterator[ReferringExample]:
+def examples(
+    files: list[Path], dataset: str, split: str, protocol: Protocol = OURS
+) -> Iterator[ReferringExample]:
     """The rows in order, one record each; a row whose picture is broken gives one with a ``fault``.
 
     Raises:
         DatasetError: a column is missing, or a cell is not as described above.
     """
+    if protocol.size != "own" or protocol.sentence == "raw" or protocol.crowds != "keep":
+        raise DatasetError(
+            f"the hub's copy of {dataset} cannot be evaluated by protocol {protocol.name}",
+            hint="It lacks raw sentences and whole polygons: use the makers' files.",
+        )
     parquet = need_extra("pyarrow.parquet")
     number = 0
     for file in files:
         for batch in parquet.ParquetFile(file).iter_batches(batch_size=BATCH):
             for row in batch.to_pylist():
                 try:
-                    yield _record(row, dataset, split, number)
+                    yield _record(row, dataset, split, number, protocol)
                 except OSError as error:
                     fault = DatasetError(f"{file}, row {number}: the picture is broken: {error}")
                     yield ReferringExample.unreadable(dataset, split, f"row {number}", fault)
@@ -56,7 +64,9 @@ def examples(files: list[Path], dataset: str, split: str) -> Iterator[ReferringE
                 number += 1
 
 
-def _record(row: dict[str, Any], dataset: str, split: str, number: int) -> ReferringExample:
+def _record(
+    row: dict[str, Any], dataset: str, split: str, number: int, protocol: Protocol
+) -> ReferringExample:
     picture: bytes = row["image"]["bytes"]
     with Image.open(BytesIO(picture)) as opened:
         width, height = opened.size
@@ -69,6 +79,9 @@ def _record(row: dict[str, Any], dataset: str, split: str, number: int) -> Refer
         x, y, box_width, box_height = row["bbox"]
         box = Box(x, y, x + box_width, y + box_height)
         texts = row["answer"]
+    expressions = (texts,) if isinstance(texts, str) else tuple(texts)
+    if protocol.sentence == "lower":
+        expressions = tuple(text.strip().lower() for text in expressions)
     image_id = row.get("image_id") or row.get("file_name") or number
     return ReferringExample(
         dataset=dataset,
@@ -76,9 +89,11 @@ def _record(row: dict[str, Any], dataset: str, split: str, number: int) -> Refer
         example_id=str(row.get("question_id") or number),
         image_id=_without_annotation(str(image_id)),
         image=picture,
-        expressions=(texts,) if isinstance(texts, str) else tuple(texts),
+        expressions=expressions,
         masks=(rle,) if box else (),
         boxes=(box,) if box else (),
+        exif=protocol.exif,
+        decides=protocol.no_target == "statement",
     )
 
 

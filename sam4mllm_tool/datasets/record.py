@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
 
 from sam4mllm_tool.errors import DatasetError
 from sam4mllm_tool.images.loading import load_image
@@ -49,6 +53,10 @@ class ReferringExample:
         kind: of expression, where the data set tells.
         neighbours: masks of the picture's other objects; ``None`` if the data set has none
             annotated, so that nobody knows what lies beside the targets.
+        scored: the targets' masks at ``scored_size`` (width, height), where masks are compared at
+            another size than the picture's.
+        exif: see :class:`~sam4mllm_tool.datasets.protocol.Protocol`.
+        decides: whether the model's statement that nothing is there counts in the IoU.
         fault: why the record cannot be read, where it cannot: :meth:`open_image` raises it, so
             that a run over many records can pass over this one.
     """
@@ -65,6 +73,10 @@ class ReferringExample:
     count: TargetCount = TargetCount.ONE
     kind: str = ""
     neighbours: tuple[Rle, ...] | None = None
+    scored: tuple[Rle, ...] = ()
+    scored_size: tuple[int, int] | None = None
+    exif: Literal["fit", "upright", "stored"] = "fit"
+    decides: bool = False
     fault: DatasetError | None = None
 
     @classmethod
@@ -84,14 +96,19 @@ class ReferringExample:
         if self.fault is not None:
             raise self.fault
         image = load_image(self.image).image
+        if self.exif == "stored" or (self.exif == "fit" and not self._fits(image)):
+            image = _as_stored(self.image)
         for rle in self.masks:
-            if list(rle["size"]) != [image.height, image.width]:
+            if not self._fits(image):
                 raise DatasetError(
                     f"{self.example_id}: the image is {image.width}×{image.height}, its mask "
                     f"{rle['size'][1]}×{rle['size'][0]}",
                     hint="The image folder does not belong to these annotations.",
                 )
         return image
+
+    def _fits(self, image: RgbImage) -> bool:
+        return all(list(rle["size"]) == [image.height, image.width] for rle in self.masks)
 
     def truth(self) -> list[Mask]:
         """The targets' masks, decoded."""
@@ -101,6 +118,10 @@ class ReferringExample:
         """The neighbours' masks, decoded; ``None`` if they are not known."""
         return None if self.neighbours is None else [Mask.from_rle(r) for r in self.neighbours]
 
+    def scored_truth(self) -> list[Mask]:
+        """The targets' masks at ``scored_size``, decoded."""
+        return [Mask.from_rle(rle) for rle in self.scored]
+
     def ignored(self) -> Mask | None:
         """The region that does not count, decoded."""
         return Mask.from_rle(self.ignore) if self.ignore else None
@@ -109,3 +130,16 @@ class ReferringExample:
         """(id, expression) of each expression; the id is unique within the split."""
         for number, expression in enumerate(self.expressions):
             yield f"{self.example_id}:{number}", expression
+
+
+def _as_stored(source: Path | bytes) -> RgbImage:
+    """A picture that is known to be readable, its EXIF orientation left aside."""
+    with Image.open(source if isinstance(source, Path) else BytesIO(source)) as opened:
+        return load_image(np.asarray(opened.convert("RGB"))).image
+
+
+def frame_size(opened: Image.Image, exif: str) -> tuple[int, int]:
+    """(width, height) of an opened picture, upright unless it is taken as stored."""
+    turned = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8) and exif != "stored"
+    width, height = opened.size
+    return (height, width) if turned else (width, height)

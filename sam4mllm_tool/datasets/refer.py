@@ -23,6 +23,7 @@ from typing import Any
 
 from sam4mllm_tool.datasets.coco import CocoImage, CocoObject, read_images, read_objects
 from sam4mllm_tool.datasets.plain_pickle import read_plain_pickle
+from sam4mllm_tool.datasets.protocol import OURS, Protocol
 from sam4mllm_tool.datasets.record import ReferringExample, Rle
 from sam4mllm_tool.errors import DatasetError
 from sam4mllm_tool.types import TargetCount
@@ -55,8 +56,12 @@ class ReferFiles:
     source: str
     count: TargetCount = TargetCount.ONE
 
-    def examples(self, data: Path, split: str) -> Iterator[ReferringExample]:
+    def examples(
+        self, data: Path, split: str, protocol: Protocol = OURS
+    ) -> Iterator[ReferringExample]:
         """The split's refs in the order of the file, one record each.
+
+        A ref that loses all its targets as crowds gives a record with a ``fault``.
 
         Raises:
             DatasetError: a missing or malformed file.
@@ -68,7 +73,8 @@ class ReferFiles:
                 f"{self.name} has no expressions in split {split!r}", hint="Check the split's name."
             )
         images = read_images(instances, {ref["image_id"] for ref in refs})
-        objects = read_objects(instances, images)
+        size = (480, 480) if protocol.size == "480" else None
+        objects = read_objects(instances, images, size)
         on_image: dict[int, list[int]] = {}
         for number, found in objects.items():
             if not found.crowd:  # its one mask may hold a target
@@ -77,7 +83,7 @@ class ReferFiles:
         for ref in refs:
             others = set(on_image.get(ref["image_id"], ())) - set(_annotation_ids(ref))
             neighbours = tuple(objects[number].mask for number in sorted(others))
-            yield self._record(ref, split, images, objects, folder, neighbours)
+            yield self._record(ref, split, images, objects, folder, neighbours, protocol)
 
     def _record(
         self,
@@ -87,20 +93,31 @@ class ReferFiles:
         objects: dict[int, CocoObject],
         folder: Path,
         neighbours: tuple[Rle, ...],
+        protocol: Protocol,
     ) -> ReferringExample:
         try:
-            targets = [objects[number] for number in _annotation_ids(ref)]
+            listed = [objects[number] for number in _annotation_ids(ref)]
+            targets = [one for one in listed if protocol.crowds == "keep" or not one.crowd]
+            if listed and not targets:
+                fault = DatasetError(
+                    f"ref {ref['ref_id']} of {self.name} has only crowds as targets"
+                )
+                return ReferringExample.unreadable(self.name, split, str(ref["ref_id"]), fault)
             return ReferringExample(
                 dataset=self.name,
                 split=split,
                 example_id=str(ref["ref_id"]),
                 image_id=str(ref["image_id"]),
                 image=folder / images[ref["image_id"]].file_name,
-                expressions=tuple(sentence["sent"] for sentence in ref["sentences"]),
+                expressions=tuple(_asked(one, protocol) for one in ref["sentences"]),
                 masks=tuple(target.mask for target in targets),
                 boxes=tuple(target.box for target in targets),
                 count=self.count,
                 neighbours=neighbours,
+                scored=tuple(target.scored for target in targets if target.scored),
+                scored_size=(480, 480) if protocol.size == "480" else None,
+                exif=protocol.exif,
+                decides=protocol.no_target == "statement",
             )
         except KeyError as error:
             raise DatasetError(
@@ -145,6 +162,14 @@ class ReferFiles:
             f"{self.name}: the pictures, {names[0]} first, are in none of the image folders",
             hint=f"Download {_COCO} and unpack it to {data / IMAGE_FOLDERS[1]}.",
         )
+
+
+def _asked(sentence: dict[str, Any], protocol: Protocol) -> str:
+    """The expression that a protocol asks of a sentence."""
+    if protocol.sentence == "raw":
+        return str(sentence["raw"])
+    text = str(sentence["sent"])
+    return text.strip().lower() if protocol.sentence == "lower" else text
 
 
 def _annotation_ids(ref: dict[str, Any]) -> list[int]:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from sam4mllm_tool.datasets import load_examples
+from sam4mllm_tool.datasets.protocol import OURS, Protocol
 from sam4mllm_tool.disk import exclusive, write_whole
 from sam4mllm_tool.evaluation.cases import Case, Cases, asked_with, cases_of, sampled
 from sam4mllm_tool.evaluation.pictures import report_page
-from sam4mllm_tool.evaluation.published import Published, published_for
+from sam4mllm_tool.evaluation.published import published_for, where_published
 from sam4mllm_tool.evaluation.report import Document, build_report, to_markdown
 from sam4mllm_tool.evaluation.run import (
     UNREADABLE_LIMIT,
@@ -33,7 +34,7 @@ def evaluate(
     folder: Path,
     about: dict[str, Any],
     *,
-    published: Sequence[Published] = (),
+    protocol: Protocol = OURS,
     shard: Shard | None = None,
     unreadable_limit: int = UNREADABLE_LIMIT,
     on_case: Callable[[Case], None] = lambda _: None,
@@ -46,22 +47,22 @@ def evaluate(
     Args:
         cases: gives the run's cases from the start each time it is called.
         about: what is measured (``title`` and more).
+        protocol: that the cases were made by; named beside the numbers.
 
     Returns:
         The JSON document, see :func:`~sam4mllm_tool.evaluation.report.build_report`.
     """
     noted = {**about, "mllm": model.mllm.name, "segmenter": model.segmenter.name,
-             "settings": _settings(model), "strategies": [s.value for s in strategies]}  # fmt: skip
+             "settings": _settings(model), "strategies": [s.value for s in strategies],
+             "protocol": protocol.name, "rules": protocol.rules}  # fmt: skip
     measure(
         model, cases(), strategies, folder, noted,
         shard=shard, unreadable_limit=unreadable_limit, on_case=on_case,
     )  # fmt: skip
-    return write_report(folder, cases, noted, published)
+    return write_report(folder, cases, noted)
 
 
-def write_report(
-    folder: Path, cases: Cases, about: dict[str, Any], published: Sequence[Published] = ()
-) -> Document:
+def write_report(folder: Path, cases: Cases, about: dict[str, Any]) -> Document:
     """The three report files from the lines in ``folder``."""
     names = set(about["strategies"])
     with exclusive(folder / ".lock", str(folder), wait=True):
@@ -69,7 +70,15 @@ def write_report(
         # A shard that is still running may have judged its last case by some strategies only.
         judged = Counter(line.case for line in lines)
         lines = [line for line in lines if judged[line.case] == len(names)]
-        report = build_report(lines, about, published=published, skipped=read_skipped(folder))
+        split = about.get("benchmark", ""), about.get("split", "")
+        whole = len(lines) // max(1, len(names))
+        report = build_report(
+            lines,
+            about,
+            published=published_for(*split, about["protocol"], whole),
+            where_published=where_published(*split),
+            skipped=read_skipped(folder),
+        )
         write_whole(folder / "report.json", json.dumps(report, indent=1) + "\n")
         write_whole(folder / "report.md", to_markdown(report))
         write_whole(folder / "report.html", report_page(report, lines, cases()))
@@ -77,10 +86,17 @@ def write_report(
 
 
 def benchmark_cases(
-    name: str, data: Path, split: str, limit: int | None = None, seed: int = 0
+    name: str,
+    data: Path,
+    split: str,
+    limit: int | None = None,
+    seed: int = 0,
+    protocol: Protocol = OURS,
 ) -> Cases:
     """The expressions of a data set's split, or a sample of ``limit`` of them (:func:`sampled`)."""
-    return sampled(lambda: cases_of(load_examples(name, data, split)), limit, seed)
+    return sampled(
+        lambda: cases_of(load_examples(name, data, split, protocol=protocol)), limit, seed
+    )
 
 
 def evaluate_benchmark(
@@ -94,11 +110,12 @@ def evaluate_benchmark(
     limit: int | None = None,
     sample_seed: int = 0,
     ask: TargetCount | None = None,
+    protocol: Protocol = OURS,
     shard: Shard | None = None,
     unreadable_limit: int = UNREADABLE_LIMIT,
     on_case: Callable[[Case], None] = lambda _: None,
 ) -> Document:
-    """A published benchmark through the pipeline, the published numbers beside it.
+    """A benchmark through the pipeline, what is published for just that beside it.
 
     Args:
         limit, sample_seed: measure a sample of so many expressions.
@@ -109,11 +126,11 @@ def evaluate_benchmark(
              "asked with": ask.value if ask else "what the data set promises"}  # fmt: skip
     return evaluate(
         model,
-        asked_with(benchmark_cases(name, data, split, limit, sample_seed), ask),
+        asked_with(benchmark_cases(name, data, split, limit, sample_seed, protocol), ask),
         strategies,
         folder,
         about,
-        published=published_for(name, split),
+        protocol=protocol,
         shard=shard,
         unreadable_limit=unreadable_limit,
         on_case=on_case,

@@ -24,6 +24,10 @@ class Case:
         others: the picture's other objects, decoded; ``None`` if they are not known.
         count: what the model is told about the number of targets.
         kind: of expression.
+        scored: the targets' masks at ``scored_size`` (width, height), if masks are compared at
+            another size than the picture's.
+        decides: whether the statement that nothing is there counts in the IoU (ReLA's no-target
+            head).
         ask_presence: also ask, as a question of its own, whether there is a target at all.
     """
 
@@ -37,6 +41,9 @@ class Case:
     others: Callable[[], list[Mask] | None] = lambda: None
     count: TargetCount = TargetCount.ONE
     kind: str = ""
+    scored: Callable[[], list[Mask]] | None = None
+    scored_size: tuple[int, int] | None = None
+    decides: bool = False
     ask_presence: bool = False
 
 
@@ -59,6 +66,9 @@ def cases_of(examples: Iterable[ReferringExample]) -> Iterator[Case]:
                 others=example.others,
                 count=example.count,
                 kind=example.kind,
+                scored=example.scored_truth if example.scored_size else None,
+                scored_size=example.scored_size,
+                decides=example.decides,
             )
 
 

@@ -44,7 +44,8 @@ def judge(model: Sam4MLLM, case: Case, image: RgbImage) -> Judged:
     seconds = time.perf_counter() - start
     objects = found.objects if found else ()
     masks = [one.mask for one in objects]
-    intersection, truth_area, predicted_area = compare_masks(masks, truth, case.ignore())
+    said = bool(objects) if case.decides else None
+    intersection, truth_area, predicted_area = _compare(case, masks, truth)
     outcome = Outcome(
         case=case.case,
         image=case.image,
@@ -54,7 +55,8 @@ def judge(model: Sam4MLLM, case: Case, image: RgbImage) -> Judged:
         box_iou=match_boxes([one.located.box for one in objects], case.boxes),
         points=_points(found, truth, case.others()) if found and truth else (),
         stated=_stated(found, truth) if found and truth else (),
-        said_target=_says_target(model, case, image) if _apart(case) else None,
+        said_target=_says_target(model, case, image) if _apart(case) else said,
+        decides=case.decides,
         questions=_questions(found) if found else 1,
         seconds=seconds,
         kind=case.kind,
@@ -95,6 +97,13 @@ def _stated(found: Segmentation, truth: Sequence[Mask]) -> tuple[StatedPoint, ..
 def _questions(found: Segmentation) -> int:
     """Each point asked about is a question, however many stand in one message."""
     return sum(one.count if one.kind == "yes_no" else 1 for one in found.trace.exchanges)
+
+
+def _compare(case: Case, masks: Sequence[Mask], truth: Sequence[Mask]) -> tuple[int, int, int]:
+    """(intersection, truth area, predicted area) at the size the case is compared at."""
+    if case.scored is None or case.scored_size is None:
+        return compare_masks(masks, truth, case.ignore())
+    return compare_masks([mask.resized(case.scored_size) for mask in masks], case.scored())
 
 
 def _apart(case: Case) -> bool:

@@ -98,6 +98,7 @@ class Outcome:
         box_iou: as :func:`match_boxes` gives it; ``None`` without target.
         said_target: whether the model said that there is a target, if it was asked so in a
             question of its own; ``None`` = whether anything was predicted.
+        decides: whether ``said_target`` also decides the IoU, as ReLA's no-target head does.
         points: answered points.
         stated: points of PPG replies.
         questions, seconds: spent on this expression.
@@ -113,6 +114,7 @@ class Outcome:
     points: tuple[PointOutcome, ...] = ()
     stated: tuple[StatedPoint, ...] = ()
     said_target: bool | None = None
+    decides: bool = False
     questions: int = 0
     seconds: float = 0.0
     kind: str = ""
@@ -133,9 +135,21 @@ class Outcome:
         return self.truth_area + self.predicted_area - self.intersection
 
     @property
+    def counted(self) -> tuple[int, int]:
+        """(intersection, union) as they count in cIoU."""
+        if not self.decides or self.answered_target:
+            return self.intersection, self.union
+        return 0, self.union if self.has_target else 0
+
+    @property
     def iou(self) -> float:
         """IoU of the masks; 1 for a right refusal (gRefCOCO's convention)."""
-        return self.intersection / self.union if self.union else 1.0
+        intersection, union = self.counted
+        return intersection / union if union else float(not self.decides or self._rightly_refused)
+
+    @property
+    def _rightly_refused(self) -> bool:
+        return not self.has_target and not self.answered_target
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready; see :meth:`from_json`."""
@@ -276,7 +290,7 @@ def _ece(sums: Floats) -> Floats:
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("cIoU", lambda o: (o.intersection, o.union), _ratio),
+        Metric("cIoU", lambda o: o.counted, _ratio),
         _mean_of("gIoU", lambda o: o.iou),
         _mean_of("mIoU", lambda o: o.iou, _has_target),
         *map(_precision, PRECISION_LEVELS),

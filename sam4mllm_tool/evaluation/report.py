@@ -22,6 +22,7 @@ def build_report(
     about: Document,
     *,
     published: Sequence[Published] = (),
+    where_published: str = "",
     skipped: Sequence[Skipped] = (),
     bootstrap: Bootstrap | None = None,
 ) -> Document:
@@ -30,15 +31,17 @@ def build_report(
     At the top level stand the metrics of the first strategy (``cIoU``, ``gIoU``, …; ``None`` where
     a metric is not defined), its ``intervals`` (95 %, resampling pictures), ``by_kind`` and
     ``cases``; ``strategies`` holds the same for each strategy, ``comparisons`` the paired bootstrap
-    of neighbours, ``published`` what others have published, ``skipped`` the pictures that could not
-    be read, whose cases are in none of the numbers.
+    of neighbours, ``published`` what others have published for just such a run
+    (``where_published``: of what run there is something), ``skipped`` the pictures that cannot be
+    read, whose cases are in none of the numbers.
     """
     resampler = bootstrap or Bootstrap()
     names = list(about["strategies"])
     outcomes = {name: [one.judged.outcome for one in lines if one.strategy == name]
                 for name in names}  # fmt: skip
     strategies = {
-        name: _describe(found, lines, name, resampler) for name, found in outcomes.items()
+        name: _describe(found, lines, name, about.get("protocol", "ours"), resampler)
+        for name, found in outcomes.items()
     }
     return {
         **strategies[names[0]],
@@ -49,13 +52,18 @@ def build_report(
             for a, b in pairwise(names) for metric in COMPARED if outcomes[a]
         ],
         "published": [vars(one) for one in published],
+        "where_published": where_published,
         "skipped": [vars(one) for one in skipped],
         "about": about,
     }  # fmt: skip
 
 
 def _describe(
-    outcomes: Sequence[Outcome], lines: Sequence[Line], name: str, bootstrap: Bootstrap
+    outcomes: Sequence[Outcome],
+    lines: Sequence[Line],
+    name: str,
+    protocol: str,
+    bootstrap: Bootstrap,
 ) -> Document:
     summary = summarise(outcomes, bootstrap)
     kinds = dict.fromkeys(outcome.kind for outcome in outcomes if outcome.kind)
@@ -64,6 +72,7 @@ def _describe(
         "intervals": {m: [one.low, one.high] for m, one in summary.items() if one.low is not None},
         "by_kind": {kind: _of_kind(outcomes, kind, bootstrap) for kind in sorted(kinds)},
         "cases": len(outcomes),
+        "protocol": protocol,
         "unreadable_replies": sum(1 for one in lines if one.strategy == name and one.judged.error),
     }
 
@@ -90,7 +99,8 @@ def to_markdown(report: Document) -> str:
     about = report["about"]
     parts = [f"# {about['title']}", ""]
     parts += [f"- {key}: {value}" for key, value in about.items() if key != "title"]
-    parts += ["", "| metric | " + " | ".join(report["strategies"]) + " |"]
+    named = [f"{name}, protocol {one['protocol']}" for name, one in report["strategies"].items()]
+    parts += ["", "| metric | " + " | ".join(named) + " |"]
     parts.append("|---" * (len(report["strategies"]) + 1) + "|")
     for metric in METRICS:
         cells = [metric_cell(metric, one) for one in report["strategies"].values()]
@@ -103,19 +113,26 @@ def to_markdown(report: Document) -> str:
     parts += _skipped_list(report)
     parts += _kind_table(report)
     if report["comparisons"]:
-        parts += ["", "## Second minus first (paired bootstrap)", ""]
+        parts += [
+            "",
+            f"## Second minus first, protocol {report['protocol']} (paired bootstrap)",
+            "",
+        ]
         parts += [
             f"- {c['metric']}: {c['second']} − {c['first']} = {100 * c['value']:+.1f} "
             f"[{100 * c['low']:+.1f}, {100 * c['high']:+.1f}], p = {c['p_value']:.3f}"
             for c in report["comparisons"]
         ]
     if report["published"]:
-        parts += ["", "## Published by others (not measured here)", ""]
+        head = f"## Published by others for this split, protocol {report['protocol']}"
+        parts += ["", f"{head} (not measured here)", ""]
         parts += ["| system | metric | value |", "|---|---|---|"]
         parts += [
             f"| {p['system']} | {p['metric']} | {100 * p['value']:.1f} |"
             for p in report["published"]
         ]
+    elif report["where_published"]:
+        parts += ["", f"{report['where_published']} This run is not that, so none stand here."]
     return "\n".join(parts) + "\n"
 
 
@@ -134,7 +151,12 @@ def _kind_table(report: Document) -> list[str]:
     if not report["by_kind"]:
         return []
     shown = [m for m in BY_KIND if any(one[m] is not None for one in report["by_kind"].values())]
-    rows = ["", "## By kind", "", "| kind | cases | " + " | ".join(shown) + " |"]
+    rows = [
+        "",
+        f"## By kind, protocol {report['protocol']}",
+        "",
+        "| kind | cases | " + " | ".join(shown) + " |",
+    ]
     rows.append("|---" * (len(shown) + 2) + "|")
     for kind, one in report["by_kind"].items():
         cells = " | ".join(metric_number(m, one[m]) for m in shown)
