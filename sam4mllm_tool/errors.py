@@ -9,7 +9,7 @@
     │   ├── PromptError          box or points that make no sense (NaN, empty, too many)
     │   │   └── PointOutsideImage
     │   ├── DatasetError         a data set's file is missing or not in its layout
-    │   ├── UnknownHandle        image_id or object_id never given out, or evicted since
+    │   ├── UnknownHandle        image_id or object_id never given out, or expired since
     │   └── AccessDenied         path or URL the policy does not allow
     ├── DialogueError        the model's reply could not be read; carries ``raw_reply``
     └── BackendError         the system's fault: never disguised as tool output
@@ -17,7 +17,9 @@
         ├── DeviceOutOfMemory    the device is too small for the checkpoint or the picture
         ├── ProbabilitiesMissing an endpoint that does not return the logprobs we need
         ├── EndpointError        an endpoint that cannot be reached or answers with an error
-        └── StorageError         a full disk, or a folder that cannot be written
+        ├── StorageError         a full disk, or a folder that cannot be written
+        ├── Busy                 too much is asked at once; carries ``retry_after``
+        └── CallTimeout          a call took longer than its deadline
 """
 
 from __future__ import annotations
@@ -75,7 +77,7 @@ class DatasetError(InputError):
 
 
 class UnknownHandle(InputError):
-    """An image_id or object_id that was never given out or has been evicted."""
+    """An image_id or object_id that was never given out or has expired."""
 
 
 class AccessDenied(InputError):
@@ -122,6 +124,26 @@ class EndpointError(BackendError):
 
 class StorageError(BackendError):
     """A file cannot be written: the disk is full, or access is denied."""
+
+    retryable_by_default = True
+
+
+class Busy(BackendError):
+    """Too much is asked at once: by many callers, or of the memory they share.
+
+    Attributes:
+        retry_after: seconds after which the same call may succeed.
+    """
+
+    retryable_by_default = True
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message, hint=f"Retry after {retry_after:.0f} s.")
+        self.retry_after = retry_after
+
+
+class CallTimeout(BackendError):
+    """A call took longer than its deadline; whatever it was doing has been given up."""
 
     retryable_by_default = True
 

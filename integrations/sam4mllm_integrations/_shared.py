@@ -7,12 +7,14 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from typing import Any, Literal
 
 from PIL import Image
 from pydantic import BaseModel
 
+from sam4mllm_tool.concurrency import run_in_thread
 from sam4mllm_tool.errors import DialogueError, InputError
 from sam4mllm_tool.tools.builtin.view_objects import ViewResult
 from sam4mllm_tool.tools.registry import ToolOutput
@@ -98,11 +100,8 @@ async def arun_tool(
     max_picture_characters: int = MAX_PICTURE_CHARACTERS,
 ) -> ToolReply:
     """:func:`run_tool` in a worker thread; cancelling the task frees the model's turn."""
-    try:
-        output = await toolbox.acall(name, _mapping(arguments))
-    except (InputError, DialogueError) as error:
-        return ToolReply(f"Error: {error}")
-    return _reply(output, max_picture_characters)
+    call = partial(run_tool, max_picture_characters=max_picture_characters)
+    return await run_in_thread(call, toolbox, name, arguments)
 
 
 def bounded_picture(image: Image.Image, max_characters: int = MAX_PICTURE_CHARACTERS) -> Picture:

@@ -1,20 +1,22 @@
 """Handles: what tools give an agent instead of pixels, and what stands behind them.
 
 One workspace belongs to one user or client. It is bounded by bytes: what has not been used for
-longest is forgotten first, and asking for it then raises :class:`UnknownHandle`.
+longest is forgotten first, and asking for it then raises :class:`UnknownHandle` ("has expired").
+A handle is never given out twice.
 """
 
 from __future__ import annotations
 
+import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from cachetools import LRUCache
 
-from sam4mllm_tool.errors import InputError, UnknownHandle
+from sam4mllm_tool.errors import Busy, InputError, UnknownHandle
 from sam4mllm_tool.images.access import ImagePolicy, readable_path
 from sam4mllm_tool.images.loading import load_image
 from sam4mllm_tool.masks.interop import LabelledMask
@@ -82,18 +84,36 @@ class Workspace:
     Args:
         policy: which sources may be opened.
         max_bytes: bound on the pixels, masks and logits kept.
+        room: says how many bytes more may be kept, where several workspaces share one bound.
+        last_number: handles are numbered from the next one on; those before count as expired.
     """
 
     def __init__(
-        self, policy: ImagePolicy | None = None, *, max_bytes: int = DEFAULT_BYTES
+        self,
+        policy: ImagePolicy | None = None,
+        *,
+        max_bytes: int = DEFAULT_BYTES,
+        room: Callable[[], int] | None = None,
+        last_number: int = 0,
     ) -> None:
         self.policy = policy or ImagePolicy()
+        self._room = room
         self._lock = threading.RLock()
         self._images: LRUCache[str, ImageRecord] = LRUCache(max_bytes // 2, _image_bytes)
         self._objects: LRUCache[str, ObjectRecord] = LRUCache(max_bytes // 2, _object_bytes)
         self._by_digest: LRUCache[str, str] = LRUCache(4096)
         self._by_file: LRUCache[tuple[Any, ...], str] = LRUCache(4096)
-        self._numbers = {"img": 0, "obj": 0}
+        self._numbers = {"img": last_number, "obj": last_number}
+
+    @property
+    def bytes_kept(self) -> int:
+        """What the images and objects take."""
+        return int(self._images.currsize + self._objects.currsize)
+
+    @property
+    def last_number(self) -> int:
+        """The highest number in a handle that was given out."""
+        return max(self._numbers.values())
 
     def open_image(self, source: Any) -> ImageRecord:
         """The image behind a handle, path, URL, data URI, bytes, PIL image or array.
@@ -103,7 +123,7 @@ class Workspace:
         Raises:
             ImageError, AccessDenied, UnknownHandle: as :func:`sam4mllm_tool.load_image`.
         """
-        if isinstance(source, str) and source.startswith("img_"):
+        if isinstance(source, str) and _number(source, "img") is not None:
             return self.image(source)
         key = self._file_key(source)
         with self._lock:
@@ -123,40 +143,44 @@ class Workspace:
         """The image of that handle.
 
         Raises:
-            UnknownHandle: never given out, or forgotten since.
+            UnknownHandle: never given out, or expired since.
         """
         with self._lock:
             if image_id not in self._images:
-                raise _unknown("image", image_id, list(self._images))
+                raise self._unknown("img", image_id, list(self._images))
             return self._images[image_id]
 
     def object(self, object_id: str) -> ObjectRecord:
         """The object of that handle.
 
         Raises:
-            UnknownHandle: never given out, or forgotten since.
+            UnknownHandle: never given out, or expired since.
         """
         with self._lock:
             if object_id not in self._objects:
-                raise _unknown("object", object_id, list(self._objects))
+                raise self._unknown("obj", object_id, list(self._objects))
             return self._objects[object_id]
 
     def add_object(self, record: ObjectRecord) -> ObjectRecord:
-        """Keep a new object; returns it with its handle."""
+        """Keep a new object; returns it with its handle.
+
+        Raises:
+            Busy: the memory shared with other workspaces is full of theirs.
+        """
         with self._lock:
             object_id = self._next("obj")
             named = replace(record, object_id=object_id, number=self._numbers["obj"])
-            return _keep(self._objects, object_id, named)
+            return self._keep(self._objects, object_id, named)
 
     def update_object(self, record: ObjectRecord) -> ObjectRecord:
         """Put a new value behind the record's handle.
 
         Raises:
-            UnknownHandle: forgotten since.
+            UnknownHandle: expired since.
         """
         with self._lock:
             number = self.object(record.object_id).number
-            return _keep(self._objects, record.object_id, replace(record, number=number))
+            return self._keep(self._objects, record.object_id, replace(record, number=number))
 
     def objects(self, image_id: str | None = None) -> list[ObjectRecord]:
         """All objects (of an image), oldest handle first."""
@@ -170,7 +194,7 @@ class Workspace:
         if image_id is None:
             image_id = self._by_digest[image.digest] = self._next("img")
         if image_id not in self._images:
-            _keep(self._images, image_id, ImageRecord(image_id, image, source, notes))
+            self._keep(self._images, image_id, ImageRecord(image_id, image, source, notes))
         return self._images[image_id]
 
     def _file_key(self, source: Any) -> tuple[Any, ...] | None:
@@ -186,20 +210,46 @@ class Workspace:
             return None
         return path, status.st_ino, status.st_mtime_ns, status.st_size
 
+    def _keep(self, cache: LRUCache[str, R], handle: str, record: R) -> R:
+        try:
+            self._make_room(int(cache.getsizeof(record)))
+            cache[handle] = record
+        except ValueError as error:
+            raise InputError(
+                f"{handle} is too large for this workspace",
+                hint="Use a smaller picture, or a workspace with a larger max_bytes.",
+            ) from error
+        return record
+
+    def _make_room(self, size: int) -> None:
+        """Forget what is oldest here until the shared memory has room; never another's."""
+        while self._room is not None and self._room() < size:
+            oldest = self._objects or self._images
+            if not oldest:
+                raise Busy("the memory for pictures is in use by others", retry_after=60)
+            oldest.popitem()
+
+    def _unknown(self, kind: str, handle: str, known: list[str]) -> UnknownHandle:
+        listed = ", ".join(known[-8:]) or "none"
+        what = {"img": "image", "obj": "object"}[kind]
+        number = _number(handle, kind)
+        if number is not None and 0 < number <= self._numbers[kind]:
+            return UnknownHandle(
+                f"{handle} has expired", hint=f"Make the {what} again. Still known: {listed}."
+            )
+        return UnknownHandle(
+            f"there is no {what} {handle[:60]!a}", hint=f"Known {what}s: {listed}."
+        )
+
     def _next(self, kind: str) -> str:
         self._numbers[kind] += 1
         return f"{kind}_{self._numbers[kind]}"
 
 
-def _keep(cache: LRUCache[str, R], handle: str, record: R) -> R:
-    try:
-        cache[handle] = record
-    except ValueError as error:
-        raise InputError(
-            f"{handle} is too large for this workspace",
-            hint="Use a smaller picture, or a workspace with a larger max_bytes.",
-        ) from error
-    return record
+def _number(handle: str, kind: str) -> int | None:
+    """The number in a handle; ``None`` for any other text, such as a file's name."""
+    match = re.fullmatch(f"{kind}_([0-9]{{1,15}})", handle)
+    return int(match[1]) if match else None
 
 
 def _image_bytes(record: ImageRecord) -> int:
@@ -210,11 +260,3 @@ def _object_bytes(record: ObjectRecord) -> int:
     mask = record.mask.pixels.nbytes if record.mask else 0
     logits = record.drawn.logits.nbytes if record.drawn else 0
     return mask + logits + _OVERHEAD
-
-
-def _unknown(kind: str, handle: str, known: list[str]) -> UnknownHandle:
-    listed = ", ".join(known[-8:]) or "none yet"
-    return UnknownHandle(
-        f"there is no {kind} {handle[:60]!r}",
-        hint=f"Known {kind}s: {listed}. A handle may have been forgotten; make the {kind} again.",
-    )
