@@ -17,7 +17,7 @@ from sam4mllm_tool.concurrency import CallCancelled, CallContext, call_context
 from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory, ImageError, PromptError
 from sam4mllm_tool.protocols import Segmenter, SegmentPrompt
 from sam4mllm_tool.segmenter import load_segmenter
-from sam4mllm_tool.segmenter.segment_anything import SegmentAnythingSegmenter, _official_sam
+from sam4mllm_tool.segmenter.segment_anything import SegmentAnythingSegmenter, _architecture
 from sam4mllm_tool.segmenter.small import SmallSamConfig, build_small_sam, save_small_sam
 from sam4mllm_tool.types import Box, PointLabel, PromptPoint, RgbImage
 
@@ -326,7 +326,8 @@ def test_official_checkpoint_files(tmp_path, ending):
 def test_the_kind_is_seen_from_the_weights(kind):
     with torch.device("meta"):
         weights = sam_model_registry[kind]().state_dict()
-    assert len(_official_sam(weights).image_encoder.blocks) == {"b": 12, "l": 24, "h": 32}[kind[-1]]
+        sam = _architecture(weights, "sam.pth")()
+    assert len(sam.image_encoder.blocks) == {"b": 12, "l": 24, "h": 32}[kind[-1]]
 
 
 class Evil:

@@ -5,25 +5,36 @@ from __future__ import annotations
 from pathlib import Path
 
 from sam4mllm_tool import embedded
+from sam4mllm_tool.errors import CheckpointError
 from sam4mllm_tool.protocols import Segmenter
 
 __all__ = ["load_segmenter"]
 
 
 def load_segmenter(
-    name_or_path: str | Path = embedded.NAME, *, device: str = "auto", dtype: str = "float32"
+    name_or_path: str | Path = embedded.NAME,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    decoder: str | Path | None = None,
 ) -> Segmenter:
-    """The segmenter of that checkpoint.
+    """The segmenter of that checkpoint; its kind is recognised from what the file holds.
 
     Args:
-        name_or_path: ``"embedded"``, a segment_anything checkpoint file (``.pth``,
-            ``.safetensors``), the directory of a small SAM, or a directory or hub id of a
-            transformers SAM family.
+        name_or_path: ``"embedded"``, a checkpoint file (``.pt``, ``.pth``, ``.safetensors``) of
+            segment_anything's ViT-B/L/H or of EfficientViT-SAM, the directory of a small SAM, or
+            a directory or hub id of a transformers SAM family.
         device: ``"auto"`` (CUDA, then MPS, then CPU), or a torch device.
-        dtype: of the transformers families; segment_anything runs in float32.
+        dtype: of the image encoder, where nearly all time and memory go: ``"auto"`` and
+            ``"float32"`` give the published masks, ``"bfloat16"`` nearly the same ones in half
+            the memory (docs/checkpoints.md has the measured difference). Prompts and masks are
+            computed in float32 in any case: bfloat16 knows a coordinate to some 3 px in 1024.
+        decoder: file of fine-tuned weights laid over a checkpoint of segment_anything or
+            EfficientViT-SAM, such as SAM4MLLM's mask decoder.
 
     Raises:
-        CheckpointError: missing, corrupt or of the wrong kind.
+        CheckpointError: missing, corrupt or of the wrong kind; an unknown dtype, or float16, in
+            which SAM's encoders overflow.
         DeviceOutOfMemory: the device is too small for it.
     """
     if name_or_path == embedded.NAME:
@@ -32,7 +43,14 @@ def load_segmenter(
     if path.is_file() or path.suffix in {".pth", ".pt", ".safetensors"} or _is_small(path):
         from sam4mllm_tool.segmenter.segment_anything import SegmentAnythingSegmenter
 
-        return SegmentAnythingSegmenter.from_pretrained(path, device=device)
+        return SegmentAnythingSegmenter.from_pretrained(
+            path, decoder=decoder, device=device, dtype=dtype
+        )
+    if decoder is not None:
+        raise CheckpointError(
+            f"{str(name_or_path)!r} is a transformers checkpoint, over which no decoder is laid",
+            hint="Leave the decoder out, or name a checkpoint file such as EfficientViT-SAM's.",
+        )
     from sam4mllm_tool.segmenter.transformers_sam import TransformersSegmenter
 
     return TransformersSegmenter.from_pretrained(str(name_or_path), device=device, dtype=dtype)

@@ -13,6 +13,7 @@ import torch
 from cachetools import LRUCache
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from sam4mllm_tool.concurrency import FairLock, check_cancelled
 from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory, ImageError, PromptError
@@ -223,6 +224,21 @@ def padded_size(image: RgbImage, side: int) -> tuple[int, int]:
     return height, width
 
 
+def unpadded(logits: Tensor, image: RgbImage, side: int) -> Tensor:
+    """Logits (n, c, h, w) of the padded square frame → (n, c, image height, image width).
+
+    As SAM does it: brought to the frame's ``side``, cut to the picture's part of it, brought to
+    the picture's size.
+    """
+    height, width = padded_size(image, side)
+    return resized(resized(logits, (side, side))[..., :height, :width], (image.height, image.width))
+
+
+def resized(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Logits (n, c, h, w) brought to (height, width), bilinear."""
+    return interpolate(logits, size, mode="bilinear", align_corners=False)
+
+
 def _groups_of_one_kind(prompts: Sequence[SegmentPrompt]) -> Iterator[list[int]]:
     """Positions of prompts that may be decoded in one call, bounded in number."""
     groups: dict[tuple[bool, int, bool], list[int]] = {}
@@ -251,3 +267,25 @@ def choose_device(device: str) -> torch.device:
             f"device {device!r} cannot be used: {error}", hint="Use device='auto' or 'cpu'."
         ) from error
     return chosen
+
+
+def choose_dtype(dtype: str) -> torch.dtype:
+    """The image encoder's dtype: ``"auto"`` and ``"float32"``, or ``"bfloat16"``.
+
+    float16 is refused. Activations of SAM's encoders exceed its largest number, 65504: ViT-H's
+    (facebookresearch/segment-anything, issues 540 and 696) and those of EfficientViT, whose
+    attention sums over all places of the picture and whose last normalisation squares
+    (mit-han-lab/efficientvit, issues 110 and 142). Masks are then wrong without an error.
+
+    Raises:
+        CheckpointError: any other dtype.
+    """
+    known = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype in ("float16", "half"):
+        raise CheckpointError(
+            "SAM image encoders overflow in float16, so that masks are silently wrong",
+            hint="Use dtype='bfloat16' or 'float32'.",
+        )
+    if dtype not in known:
+        raise CheckpointError(f"unknown dtype {dtype!r}", hint="Use 'float32' or 'bfloat16'.")
+    return known[dtype]

@@ -1,4 +1,4 @@
-"""The segment_anything library's SAM: official ViT-B/L/H checkpoints and the small SAM.
+"""The segment_anything library's SAM: official ViT-B/L/H, EfficientViT-SAM and the small SAM.
 
 Image and prompts are prepared, and masks brought to the image, by the library's own functions,
 so that masks are those of its ``SamPredictor``, bit for bit; unlike it, nothing of one image is
@@ -7,41 +7,57 @@ left behind for the next.
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 
-from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory
+from sam4mllm_tool.errors import CheckpointError
 from sam4mllm_tool.protocols import SegmentPrompt
 from sam4mllm_tool.segmenter.base import (
     DEFAULT_CACHE_BYTES,
     EmbeddingSegmenter,
     box_array,
     choose_device,
+    choose_dtype,
     mask_array,
     padded_size,
     point_arrays,
+    unpadded,
 )
+from sam4mllm_tool.segmenter.efficientvit import build_efficientvit_sam, variant_of
 from sam4mllm_tool.segmenter.small import load_small_sam
+from sam4mllm_tool.segmenter.weights import (
+    Weights,
+    filled,
+    overlay,
+    read_weights,
+    shown,
+    too_small,
+)
 from sam4mllm_tool.types import RgbImage
 
 _KIND_BY_WIDTH = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
-_HINT = "Give an official SAM checkpoint (sam_vit_b/l/h .pth or .safetensors) or a small SAM."
+_HINT = (
+    "Give an official SAM checkpoint (sam_vit_b/l/h), an EfficientViT-SAM (l0, l1, l2, xl0, xl1), "
+    "or the directory of a small SAM or of a transformers SAM."
+)
 
 
 class SegmentAnythingSegmenter(EmbeddingSegmenter[Tensor]):
     """A ``Sam`` of the segment_anything library as a :class:`~sam4mllm_tool.protocols.Segmenter`.
 
+    The image encoder may see the picture smaller than the frame that prompts and masks are in
+    (EfficientViT-SAM's L models: 512 and 1024 px).
+
     Args:
-        sam: the model, float32, on its device.
+        sam: the model on its device; prompt encoder and mask decoder in float32, the image
+            encoder in any floating dtype.
         name: checkpoint, for traces.
         cache_bytes: bound on the image embeddings kept.
     """
@@ -55,32 +71,46 @@ class SegmentAnythingSegmenter(EmbeddingSegmenter[Tensor]):
     ) -> None:
         super().__init__(name, sam.device, cache_bytes)
         self._sam = sam.eval().requires_grad_(False)
-        self._resize = ResizeLongestSide(sam.image_encoder.img_size)
+        self._dtype = next(sam.image_encoder.parameters()).dtype
+        self._picture = ResizeLongestSide(sam.image_encoder.img_size)
+        self._frame = ResizeLongestSide(sam.prompt_encoder.input_image_size[0])
 
     @classmethod
     def from_pretrained(
         cls,
         path: str | Path,
         *,
+        decoder: str | Path | None = None,
         device: str = "auto",
+        dtype: str = "auto",
         cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> SegmentAnythingSegmenter:
-        """Load a checkpoint file (``.pth``, ``.safetensors``) or a small SAM's directory.
+        """Load a checkpoint file (``.pt``, ``.pth``, ``.safetensors``) or a small SAM's directory.
+
+        The architecture is recognised from the weights, whatever the file's name.
+
+        Args:
+            path: file or directory.
+            decoder: file of fine-tuned weights to be laid over the model's, such as SAM4MLLM's
+                mask decoder for EfficientViT-SAM XL1; its keys may begin with ``model.``.
+            device: ``"auto"`` (CUDA, then MPS, then CPU), or a torch device.
+            dtype: of the image encoder, see :func:`~sam4mllm_tool.segmenter.load_segmenter`.
+            cache_bytes: bound on the image embeddings kept.
 
         Raises:
             CheckpointError: missing, corrupt, holding code, or of the wrong kind.
             DeviceOutOfMemory: the device is too small for it.
         """
-        path = Path(path).expanduser()
-        target = choose_device(device)
-        sam = load_small_sam(path) if path.is_dir() else _official_sam(_read_weights(path))
+        path, target, kind = Path(path).expanduser(), choose_device(device), choose_dtype(dtype)
         try:
-            return cls(sam.to(target), name=path.name, cache_bytes=cache_bytes)
+            sam = _load(path, target)
+            if decoder is not None:
+                file = Path(decoder).expanduser()
+                overlay(sam, read_weights(file, target), file.name)
+            sam.image_encoder.to(kind)
         except torch.OutOfMemoryError as error:
-            raise DeviceOutOfMemory(
-                f"{target} has too little memory for {path.name}: {error}",
-                hint="Use a smaller checkpoint, or device='cpu'.",
-            ) from error
+            raise too_small(target, path.name, error) from error
+        return cls(sam, name=path.name, cache_bytes=cache_bytes)
 
     @property
     def logits_shape(self) -> tuple[int, int]:
@@ -89,10 +119,10 @@ class SegmentAnythingSegmenter(EmbeddingSegmenter[Tensor]):
         return height, width
 
     def _encode(self, image: RgbImage) -> Tensor:
-        padded_size(image, self._resize.target_length)
-        pixels = torch.as_tensor(self._resize.apply_image(image.array), device=self.device)
+        padded_size(image, self._picture.target_length)
+        pixels = torch.as_tensor(self._picture.apply_image(image.array), device=self.device)
         pixels = pixels.permute(2, 0, 1).contiguous()[None]
-        return self._sam.image_encoder(self._sam.preprocess(pixels))
+        return self._sam.image_encoder(self._sam.preprocess(pixels).to(self._dtype)).float()
 
     def _embedding_bytes(self, embedding: Tensor) -> int:
         return embedding.nbytes
@@ -104,11 +134,11 @@ class SegmentAnythingSegmenter(EmbeddingSegmenter[Tensor]):
         points, boxes, masks = point_arrays(prompts), box_array(prompts), mask_array(prompts)
         labelled = None
         if points is not None:
-            coordinates = self._resize.apply_coords(points[0], size)
+            coordinates = self._frame.apply_coords(points[0], size)
             labelled = (self._tensor(coordinates), self._tensor(points[1]).int())
         sparse, dense = self._sam.prompt_encoder(
             points=labelled,
-            boxes=None if boxes is None else self._tensor(self._resize.apply_boxes(boxes, size)),
+            boxes=None if boxes is None else self._tensor(self._frame.apply_boxes(boxes, size)),
             masks=None if masks is None else self._tensor(masks),
         )
         return self._sam.mask_decoder(
@@ -120,59 +150,29 @@ class SegmentAnythingSegmenter(EmbeddingSegmenter[Tensor]):
         )
 
     def _to_image_size(self, image: RgbImage, logits: Tensor) -> Tensor:
-        return self._sam.postprocess_masks(
-            logits,
-            padded_size(image, self._resize.target_length),
-            (image.height, image.width),
-        )
+        return unpadded(logits, image, self._frame.target_length)
 
     def _tensor(self, array: object) -> Tensor:
         return torch.as_tensor(array, dtype=torch.float32, device=self.device)
 
 
-def _read_weights(path: Path) -> Mapping[str, Tensor]:
-    """The tensors of a checkpoint file; code in it is never run."""
-    if not path.is_file():
-        raise CheckpointError(f"no SAM checkpoint at {str(path)!r}", hint=_HINT)
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path.name} is corrupt or holds more than tensors, and code is never run from "
-            "a checkpoint",
-            hint="Convert it to safetensors with the tool that wrote it.",
-        ) from error
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path.name} cannot be read: {str(error)[:300]}",
-            hint="The file is damaged or was not fully downloaded; fetch it again.",
-        ) from error
-    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        content = content["model"]  # as training scripts wrap it
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path.name} holds no state dict", hint=_HINT)
-    return content
+def _load(path: Path, device: torch.device) -> Sam:
+    """A small SAM's directory, or a file of a known architecture."""
+    if path.is_dir():
+        return load_small_sam(path, device)
+    weights = read_weights(path, device)
+    return filled(_architecture(weights, path.name), weights, path.name)
 
 
-def _official_sam(weights: Mapping[str, Tensor]) -> Sam:
-    """ViT-B, L or H, told apart by the width of the position embedding."""
+def _architecture(weights: Weights, name: str) -> Callable[[], Sam]:
+    """What builds the model, told from the names and shapes of the weights."""
+    variant = variant_of(weights)
+    if variant is not None:
+        return partial(build_efficientvit_sam, variant)
     position = weights.get("image_encoder.pos_embed")
-    kind = _KIND_BY_WIDTH.get(position.shape[-1]) if isinstance(position, Tensor) else None
+    kind = None if position is None else _KIND_BY_WIDTH.get(position.shape[-1])
     if kind is None:
-        raise CheckpointError("the weights are not those of SAM ViT-B, L or H", hint=_HINT)
-    with torch.device("meta"):  # no time lost on random weights
-        sam = sam_model_registry[kind]()
-    for name, values in (
-        ("pixel_mean", (123.675, 116.28, 103.53)),
-        ("pixel_std", (58.395, 57.12, 57.375)),
-    ):
-        sam.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
-    try:
-        sam.load_state_dict({k: v.float() for k, v in weights.items()}, assign=True)
-    except (RuntimeError, AttributeError) as error:
         raise CheckpointError(
-            f"the weights do not fit SAM {kind}: {str(error)[:300]}", hint=_HINT
-        ) from error
-    return sam
+            f"{name} is of no known SAM architecture; its weights are {shown(weights)}", hint=_HINT
+        )
+    return sam_model_registry[kind]

@@ -13,7 +13,6 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from segment_anything.modeling import (
     ImageEncoderViT,
     MaskDecoder,
@@ -26,6 +25,7 @@ from torch import nn
 
 from sam4mllm_tool.errors import CheckpointError
 from sam4mllm_tool.segmenter.drawn_prompts import DrawnPromptEncoder
+from sam4mllm_tool.segmenter.weights import filled, read_weights
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -152,19 +152,13 @@ def load_small_sam_config(directory: Path) -> SmallSamConfig:
         ) from error
 
 
-def load_small_sam(directory: Path) -> Sam:
-    """Load a saved small SAM, in float32 and evaluation mode.
+def load_small_sam(directory: Path, device: torch.device | None = None) -> Sam:
+    """Load a saved small SAM, in float32 and evaluation mode, onto a device (default: CPU).
 
     Raises:
         CheckpointError: files are missing, corrupt or do not fit each other.
+        DeviceOutOfMemory: the device is too small for it.
     """
-    sam = build_small_sam(load_small_sam_config(directory))
-    try:
-        weights = safetensors.torch.load_file(directory / WEIGHTS_FILE)
-        sam.load_state_dict({name: value.to(torch.float32) for name, value in weights.items()})
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(
-            f"the weights in {directory} cannot be loaded: {error}",
-            hint="the file is damaged or belongs to another configuration; write it again.",
-        ) from error
-    return sam.eval()
+    config = load_small_sam_config(directory)
+    weights = read_weights(directory / WEIGHTS_FILE, device or torch.device("cpu"))
+    return filled(partial(build_small_sam, config), weights, str(directory / WEIGHTS_FILE))

@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.nn.functional import interpolate
 from transformers import AutoImageProcessor, AutoModelForMaskGeneration
 from transformers.utils import logging as transformers_logging
 
@@ -28,9 +27,12 @@ from sam4mllm_tool.segmenter.base import (
     EmbeddingSegmenter,
     box_array,
     choose_device,
+    choose_dtype,
     mask_array,
     padded_size,
     point_arrays,
+    resized,
+    unpadded,
 )
 from sam4mllm_tool.types import RgbImage
 
@@ -73,7 +75,8 @@ class TransformersSegmenter(EmbeddingSegmenter[Any]):
     """A transformers SAM as a :class:`~sam4mllm_tool.protocols.Segmenter`.
 
     Args:
-        model: a model of one of the ``FAMILIES``, on its device.
+        model: a model of one of the ``FAMILIES``, on its device; its vision encoder in any floating
+            dtype, the rest in float32.
         image_processor: the family's image processor.
         name: checkpoint, for traces.
         cache_bytes: bound on the image embeddings kept.
@@ -89,6 +92,7 @@ class TransformersSegmenter(EmbeddingSegmenter[Any]):
     ) -> None:
         super().__init__(name, model.device, cache_bytes)
         self._model = model.eval().requires_grad_(False)
+        self._dtype = next(model.vision_encoder.parameters()).dtype
         self._process = image_processor
         self._family = FAMILIES[model.base_model_prefix]
         self._side: int = model.prompt_encoder.input_image_size
@@ -99,22 +103,25 @@ class TransformersSegmenter(EmbeddingSegmenter[Any]):
         name: str | Path,
         *,
         device: str = "auto",
-        dtype: str = "float32",
+        dtype: str = "auto",
         cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> TransformersSegmenter:
         """Load a directory or hub id; weights from safetensors only.
+
+        Args:
+            name: directory or hub id.
+            device: ``"auto"`` (CUDA, then MPS, then CPU), or a torch device.
+            dtype: of the image encoder, see :func:`~sam4mllm_tool.segmenter.load_segmenter`.
+            cache_bytes: bound on the image embeddings kept.
 
         Raises:
             CheckpointError: missing, corrupt or of the wrong kind.
             DeviceOutOfMemory: the device is too small for it.
         """
-        target, kind = choose_device(device), getattr(torch, dtype, None)
-        if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-            raise CheckpointError(
-                f"unknown dtype {dtype!r}", hint="Use 'float32', 'bfloat16' or 'float16'."
-            )
+        target, kind = choose_device(device), choose_dtype(dtype)
         with _loading(str(name)):
-            model = _load_model(str(name), kind).to(target)
+            model = _load_model(str(name), target)
+            model.vision_encoder.to(kind)
             processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
         return cls(model, processor, name=Path(name).name, cache_bytes=cache_bytes)
 
@@ -127,7 +134,11 @@ class TransformersSegmenter(EmbeddingSegmenter[Any]):
     def _encode(self, image: RgbImage) -> Any:
         self._scaled_size(image)
         pixels = self._process(images=image.pil, return_tensors="pt")["pixel_values"]
-        return self._model.get_image_embeddings(pixels.to(self.device, self._model.dtype))
+        # What stands between encoder and decoder takes the encoder's output in its dtype.
+        mixed = torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32)
+        with mixed:
+            embedding = self._model.get_image_embeddings(pixels.to(self.device, self._dtype))
+        return _in_float32(embedding)
 
     def _embedding_bytes(self, embedding: Any) -> int:
         return sum(tensor.nbytes for tensor in _tensors(embedding))
@@ -146,15 +157,14 @@ class TransformersSegmenter(EmbeddingSegmenter[Any]):
         if boxes is not None:
             arguments["input_boxes"] = self._tensor(boxes * np.tile(scale, 2))[:, None]
         if masks is not None:
-            arguments["input_masks"] = self._tensor(masks).to(self._model.dtype)
+            arguments["input_masks"] = self._tensor(masks)
         output = self._model(**arguments, multimask_output=True)
-        return output.pred_masks[:, 0].float(), output.iou_scores[:, 0].float()
+        return output.pred_masks[:, 0], output.iou_scores[:, 0]
 
     def _to_image_size(self, image: RgbImage, logits: Tensor) -> Tensor:
         if self._family.padded:
-            height, width = self._scaled_size(image)
-            logits = _resized(logits, (self._side, self._side))[..., :height, :width]
-        return _resized(logits, (image.height, image.width))
+            return unpadded(logits, image, self._side)
+        return resized(logits, (image.height, image.width))
 
     def _scaled_size(self, image: RgbImage) -> tuple[int, int]:
         """(height, width) of the picture in the model's frame, without padding."""
@@ -162,10 +172,6 @@ class TransformersSegmenter(EmbeddingSegmenter[Any]):
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.as_tensor(array, dtype=torch.float32, device=self.device)
-
-
-def _resized(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    return interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
@@ -183,10 +189,18 @@ def _expanded(tree: Any, count: int) -> Any:
     return [_expanded(branch, count) for branch in tree]
 
 
-def _load_model(name: str, dtype: torch.dtype) -> Any:
+def _in_float32(tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.float()
+    return [_in_float32(branch) for branch in tree]
+
+
+def _load_model(name: str, device: torch.device) -> Any:
+    """In float32, each weight straight onto the device."""
     model, report = AutoModelForMaskGeneration.from_pretrained(
         name,
-        dtype=dtype,
+        dtype=torch.float32,
+        device_map=device,
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
