@@ -15,7 +15,10 @@ from segment_anything import SamPredictor, sam_model_registry
 
 from sam4mllm_tool.concurrency import CallCancelled, CallContext, call_context
 from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory, ImageError, PromptError
+from sam4mllm_tool.masks.relations import mask_iou
 from sam4mllm_tool.protocols import Segmenter, SegmentPrompt
+from sam4mllm_tool.scenes.render import render_scene
+from sam4mllm_tool.scenes.world import SAM_WORLD
 from sam4mllm_tool.segmenter import load_segmenter
 from sam4mllm_tool.segmenter.segment_anything import SegmentAnythingSegmenter, _architecture
 from sam4mllm_tool.segmenter.small import SmallSamConfig, build_small_sam, save_small_sam
@@ -365,6 +368,31 @@ def test_bad_checkpoints(tmp_path, capsys):
             load_segmenter(path, device="cpu")
         assert caught.value.hint, path
     assert "code was run" not in capsys.readouterr().out
+
+
+def test_bfloat16_masks_are_nearly_the_same():
+    """The trained small SAM; ``benchmarks/sam_precision.py`` measures 0.998 to 0.999 on average."""
+    exact, rough = (load_segmenter(device="cpu", dtype=d) for d in ("auto", "bfloat16"))
+    scene = render_scene(SAM_WORLD, "test", 3, 0)
+    image = RgbImage.from_pil(scene.image)
+    asked = [SegmentPrompt(Box(*thing.box)) for thing in scene.objects if thing.mask.sum() > 400]
+    assert len(asked) > 1
+    for ones, others in zip(exact.predict(image, asked), rough.predict(image, asked), strict=True):
+        best = max(range(3), key=lambda n: ones[n].predicted_iou)
+        assert mask_iou(ones[best].mask, others[best].mask) >= 0.99
+        assert not np.array_equal(ones[best].logits, others[best].logits)  # it was not float32
+
+
+def test_coordinates_are_exact_in_bfloat16():
+    """A box one pixel wider in 1024 changes the logits as much as it does in float32."""
+    exact, rough = (load_segmenter(device="cpu", dtype=d) for d in ("float32", "bfloat16"))
+    image = picture((900, 700))
+    boxes = [SegmentPrompt(Box(501, 203, right, 620)) for right in (800, 801)]
+    changes = []
+    for segmenter in (exact, rough):
+        (one, *_), (other, *_) = segmenter.predict(image, boxes)
+        changes.append(np.abs(one.logits - other.logits).mean())
+    assert changes[1] == pytest.approx(changes[0], rel=0.2) and changes[0] > 0
 
 
 def test_unknown_device(tmp_path):

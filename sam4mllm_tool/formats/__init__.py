@@ -18,6 +18,7 @@ from sam4mllm_tool.formats.paligemma import PaliGemmaFormat
 from sam4mllm_tool.formats.qwen2_5_vl import Qwen25VlFormat
 from sam4mllm_tool.formats.qwen2_vl import Qwen2VlFormat
 from sam4mllm_tool.formats.qwen3_vl import Qwen3VlFormat
+from sam4mllm_tool.formats.qwen_vl import QwenVlFormat
 from sam4mllm_tool.formats.sam4mllm import Sam4MllmFormat
 
 __all__ = [
@@ -33,6 +34,7 @@ FORMATS: dict[str, DialogueFormat] = {
     known.name: known
     for known in (
         Sam4MllmFormat(),
+        QwenVlFormat(),
         Qwen2VlFormat(),
         Qwen25VlFormat(),
         Qwen3VlFormat(),

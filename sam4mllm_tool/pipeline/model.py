@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
@@ -108,6 +108,7 @@ class Sam4MLLM:
         dtype: str = "auto",
         format: str | None = None,
         settings: Settings | None = None,
+        segmenter_options: Mapping[str, Any] | None = None,
         **mllm_options: Any,
     ) -> Sam4MLLM:
         """Load an MLLM (with an optional PEFT adapter) and a segmenter by name.
@@ -117,12 +118,14 @@ class Sam4MLLM:
                 hub id of a transformers image-text-to-text model, or the address of an
                 OpenAI-compatible server (``http://host:8000/v1``).
             adapter: directory or hub id of a PEFT adapter over it.
-            segmenter: ``"embedded"``, a segment-anything checkpoint file, or a directory or hub
-                id of a transformers SAM family.
+            segmenter: ``"embedded"``, a checkpoint file of segment-anything or
+                EfficientViT-SAM, or a directory or hub id of a transformers SAM family.
             device: ``"auto"`` (CUDA, then MPS, then CPU), or a torch device.
             dtype: ``"auto"`` (bfloat16 on CUDA, else float32), or a torch dtype name.
             format: name of a dialogue format, if the checkpoint's own should not be used.
             settings: how the dialogue is held.
+            segmenter_options: passed on to ``load_segmenter``: ``decoder`` (a file of fine-tuned
+                weights laid over the segmenter's), ``dtype`` (of its image encoder).
             mllm_options: passed on to ``LocalMllm.from_pretrained`` or ``OpenAIEndpointMllm``.
 
         Raises:
@@ -135,7 +138,7 @@ class Sam4MLLM:
         talker = load_mllm(mllm, adapter=adapter, **mllm_options)
         return cls(
             mllm=talker,
-            segmenter=load_segmenter(segmenter, device=device),
+            segmenter=load_segmenter(segmenter, device=device, **(segmenter_options or {})),
             settings=settings or Settings(),
             format=get_format(format) if format else talker.own_format,
         )

@@ -16,7 +16,13 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from sam4mllm_tool.concurrency import FairLock, check_cancelled
-from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory, ImageError, PromptError
+from sam4mllm_tool.errors import (
+    BackendError,
+    CheckpointError,
+    DeviceOutOfMemory,
+    ImageError,
+    PromptError,
+)
 from sam4mllm_tool.protocols import MaskCandidate, SegmentPrompt
 from sam4mllm_tool.types import Mask, PointLabel, PromptPoint, RgbImage
 
@@ -89,6 +95,7 @@ class EmbeddingSegmenter(ABC, Generic[Embedding]):
         Raises:
             PromptError: a prompt holds neither box nor labelled point nor mask, a box or point
                 that is not finite, or mask logits of another size.
+            BackendError: the model's answer is not finite, as with damaged weights.
             DeviceOutOfMemory: the device is too small.
         """
         for prompt in prompts:
@@ -98,6 +105,7 @@ class EmbeddingSegmenter(ABC, Generic[Embedding]):
             group = [prompts[number] for number in numbers]
             with self._at_model():
                 logits, ious = self._decode(image, self._embedding(image), group)
+                self._check_answer(logits, ious)
                 for number, one, scores in zip(numbers, logits, ious, strict=True):
                     found[number] = self._candidates(image, one, scores)
         return [found[number] for number in range(len(prompts))]
@@ -153,6 +161,14 @@ class EmbeddingSegmenter(ABC, Generic[Embedding]):
             )
         if prompt.mask_logits is not None:
             self._check_logits(prompt.mask_logits)
+
+    def _check_answer(self, logits: Tensor, ious: Tensor) -> None:
+        """NaN is not above 0, so it would pass for an empty mask."""
+        if not (torch.isfinite(logits).all() and torch.isfinite(ious).all()):
+            raise BackendError(
+                f"the segmenter {self.name} answers with numbers that are not finite",
+                hint="Its weights are damaged or overflow: fetch them again, use dtype='float32'.",
+            )
 
     def _check_logits(self, logits: NDArray[np.float32]) -> None:
         if logits.shape != self.logits_shape or not np.isfinite(logits).all():
