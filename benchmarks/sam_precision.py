@@ -61,8 +61,8 @@ def measure(exact: Segmenter, rough: Segmenter, seed: int, limit: int) -> dict[s
             ious = mask_iou(one, other), mask_iou(one, truth), mask_iou(other, truth)
             found[name].append(ious)
     report: dict[str, Any] = {"embedding_seconds": np.median(times, axis=0).tolist()}
-    for name, ious in found.items():
-        values = np.array(ious)
+    for name, rows in found.items():
+        values = np.array(rows)
         report[name] = {
             "objects": len(values),
             "same": float(values[:, 0].mean()),
