@@ -17,6 +17,7 @@ from typing import Any
 import regex
 import torch
 import uvicorn
+from mllm_dialogues import open_dialogue
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -108,7 +109,7 @@ class TestServer:
             assert body.get("add_generation_prompt") is False
             continued = turns.pop().text
         engine, encoder = self.mllm.engine, self.mllm.encoder
-        spot = self.mllm._open(image, tuple(turns))
+        spot = open_dialogue(self.mllm, image, tuple(turns))
         pattern = (body.get("structured_outputs") or {}).get("regex")
         pattern = pattern if self.manners.keep_to_regex else None
         grammar = self.mllm._grammar(self.grammars[pattern]) if pattern in self.grammars else None

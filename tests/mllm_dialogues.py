@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from random_models import expression
 
 from sam4mllm_tool.formats.sam4mllm import Sam4MllmFormat
+from sam4mllm_tool.mllm.engine import Spot
+from sam4mllm_tool.mllm.local import LocalMllm
 from sam4mllm_tool.protocols import Dialogue, Mllm, Turn
 from sam4mllm_tool.types import Box, Point, RgbImage, TargetCount, YesNo
 
@@ -34,6 +36,11 @@ def ask_points(opening: Dialogue, reply: str, image: RgbImage, points: int, seed
 def answers(mllm: Mllm, image: RgbImage, dialogue: Dialogue, count: int) -> list[YesNo]:
     """Round 2's answers."""
     return mllm.answer_yes_no(image, dialogue, words=FORM.yes_no, count=count)
+
+
+def open_dialogue(mllm: LocalMllm, image: RgbImage, dialogue: Dialogue) -> Spot:
+    """Where the engine would begin to read."""
+    return mllm.engine.open(image.digest, *mllm._encoded(image, dialogue))
 
 
 def largest_gap(some: Sequence[YesNo], others: Sequence[YesNo]) -> float:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from mllm_dialogues import FORM, answers, ask_box, ask_points, check_same, compare
 from peft import LoraConfig, get_peft_model
-from random_models import build, picture
+from random_models import HEADS, KV_HEADS, LAYERS, WIDTH, build, picture
 
 from sam4mllm_tool.concurrency import (
     CallCancelled,
@@ -24,6 +24,7 @@ from sam4mllm_tool.concurrency import (
     run_in_thread,
 )
 from sam4mllm_tool.errors import DeviceOutOfMemory
+from sam4mllm_tool.mllm.budget import ByteBudget
 from sam4mllm_tool.mllm.local import LocalMllm
 from sam4mllm_tool.mllm.oracle import RecomputeMllm
 from sam4mllm_tool.types import TargetCount
@@ -215,12 +216,96 @@ def test_running_out_of_memory_frees_what_is_kept(folder: Path) -> None:
     assert mllm.generate(image, ask_box("def", image), grammar=ONE).text
 
 
+def test_dialogues_under_way_are_bounded(mllm: LocalMllm) -> None:
+    """Eight callers with eight pictures; keys and values of three dialogues have room."""
+    mllm.generate(picture(39), ask_box("abc", picture(39)), grammar=ONE)
+    each = mllm.engine.token_bytes
+    assert each == 2 * LAYERS * KV_HEADS * (WIDTH // HEADS) * 4, "what a llama's layers keep"
+    image = picture(60, (80, 80))
+    tokens = len(mllm._encoded(image, ask_box("thing 0", image))[0].ids) + 70
+    bounded = LocalMllm(
+        mllm.model, mllm.encoder.processor, name="bounded", cache_bytes=3 * each * tokens
+    )
+    seen: list[int] = []
+    callers: list[int] = []
+
+    def look(_: int) -> None:
+        seen.append(bounded.under_way.nbytes)
+        callers.append(len(bounded.under_way._held))
+
+    def ask(number: int) -> str:
+        image = picture(60 + number, (80, 80))
+        dialogue = ask_box(f"thing {number}", image)
+        return bounded.generate(image, dialogue, max_new_tokens=60).text
+
+    bounded.generate(image, ask_box("thing 0", image), max_new_tokens=1)
+    with _before_each_pass(bounded, look), ThreadPoolExecutor(8) as pool:
+        assert len(list(pool.map(ask, range(8)))) == 8
+    assert max(seen) <= bounded.under_way.max_bytes
+    assert 1 < max(callers) <= 3
+    assert bounded.under_way.nbytes == 0
+
+
+def test_a_dialogue_larger_than_the_bound_is_let_in_alone() -> None:
+    budget, order, gone = ByteBudget(10), [], CallContext()
+
+    def hold(name: str, nbytes: int) -> None:
+        with budget.held(nbytes):
+            order.append(name)
+
+    def leave() -> None:
+        with call_context(gone), pytest.raises(CallCancelled), budget.held(5):
+            order.append("never")
+
+    with budget.held(1000):
+        threads = [
+            threading.Thread(target=leave),
+            threading.Thread(target=hold, args=("large", 11)),
+            threading.Thread(target=hold, args=("small", 1)),
+        ]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.02)
+        assert order == []
+        gone.cancelled.set()
+        threads[0].join(10)
+    for thread in threads:
+        thread.join(10)
+    assert order == ["large", "small"] and budget.nbytes == 0
+
+
+def test_a_picture_is_prepared_while_others_ask(mllm: LocalMllm) -> None:
+    """A large picture takes the processor seconds: neither turn nor tokenizer wait for it."""
+    begun, finish = threading.Event(), threading.Event()
+    shared = LocalMllm(mllm.model, mllm.encoder.processor, name="shared")
+    known, fresh = picture(70), picture(71)
+    shared.generate(known, ask_box("abc", known), grammar=ONE)
+    prepare = shared.encoder._processed
+
+    def slowly(messages: Any) -> Any:
+        begun.set()
+        assert finish.wait(30)
+        return prepare(messages)
+
+    shared.encoder._processed = slowly  # type: ignore[method-assign]
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(shared.generate, fresh, ask_box("abc", fresh), grammar=ONE)
+        assert begun.wait(10)
+        other = pool.submit(shared.generate, known, ask_box("def", known), grammar=ONE)
+        try:
+            assert other.result(20).text
+            assert not waiting.done()
+        finally:
+            finish.set()
+        assert waiting.result(20).text
+
+
 def test_a_kept_prefix_is_never_changed(mllm: LocalMllm) -> None:
     image = picture(38)
     dialogue = ask_box("abc", image)
     inputs = mllm.encoder.image_inputs(image)
     encoded = mllm.encoder.encode(dialogue, inputs)
-    first, logits = mllm.engine.read(mllm.engine.open(image.digest, encoded, lambda: inputs), (), 1)
+    first, logits = mllm.engine.read(mllm.engine.open(image.digest, encoded, inputs), (), 1)
     assert first.prefix is not None
     before = [layer.keys.clone() for layer in first.prefix.cache.layers]
     again = [mllm.engine.read(first, (5, 6, seed), 1)[1] for seed in (7, 8, 7)]

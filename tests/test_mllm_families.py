@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mllm_dialogues import FORM, answers, ask_box, ask_points, check_same, compare
+from mllm_dialogues import FORM, answers, ask_box, ask_points, check_same, compare, open_dialogue
 from random_models import FAMILIES, build, picture
 
 from sam4mllm_tool.mllm.local import LocalMllm
@@ -108,8 +108,8 @@ def test_what_others_read_meanwhile_shifts_no_answers(sides: Sides) -> None:
     question = ask_points(ask_box("abc", image), "[001,002,998,999]", image, 6, 0)
     tokens = mllm._words(FORM.yes_no)
     guesses = (*tokens.prefix, *(tokens.yes[0], tokens.no[0], tokens.no[0]) * 2)
-    waiting = mllm._open(image, question)  # nothing is read yet
-    first, expected = engine.read(mllm._open(image, question), guesses, keep=7)
+    waiting = open_dialogue(mllm, image, question)  # nothing is read yet
+    first, expected = engine.read(waiting, guesses, keep=7)
     engine.keep(first)  # what is kept now reaches into the answers
     _, found = engine.read(waiting, guesses, keep=7)
     assert found.shape == expected.shape

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +18,11 @@ from random_models import build, picture
 from safetensors.torch import load_file, save_file
 
 from sam4mllm_tool import embedded
+from sam4mllm_tool.concurrency import CallCancelled, CallContext, call_context
 from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory
-from sam4mllm_tool.mllm import loading
+from sam4mllm_tool.mllm import files, loading
 from sam4mllm_tool.mllm.local import LocalMllm
-from sam4mllm_tool.protocols import Mllm, Taught
+from sam4mllm_tool.protocols import Mllm, Taught, YesNoWords
 from sam4mllm_tool.types import TargetCount
 
 
@@ -66,6 +72,149 @@ def test_a_file_is_cut_short(folder: Path, name: str, keep: int) -> None:
     file = folder / name
     file.write_bytes(file.read_bytes()[:keep])
     fails(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"]
+)
+def test_a_file_cut_short_is_named(folder: Path, name: str) -> None:
+    file = folder / name
+    file.write_bytes(file.read_bytes()[:-20])
+    assert str(file) in str(fails(folder))
+
+
+def test_a_download_that_was_broken_off_is_named(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model.safetensors.part")
+    said = str(fails(folder))
+    assert "model.safetensors is missing" in said and "model.safetensors.part" in said
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    (folder / "model.safetensors.part").rename(folder / shards["a"])
+    assert shards["b"] in str(fails(folder))
+    index.write_text(json.dumps({"weight_map": None}))
+    assert index.name in str(fails(folder))
+
+
+def test_a_pointer_in_place_of_a_file_is_named(folder: Path) -> None:
+    """What a clone without Git LFS holds."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 15\n"
+    (folder / "model.safetensors").write_text(pointer)
+    error = fails(folder)
+    assert "model.safetensors" in str(error) and "git lfs pull" in error.hint
+
+
+def test_a_tokenizer_without_one_token_for_yes_is_named(folder: Path) -> None:
+    mllm = LocalMllm.from_pretrained(folder, device="cpu")
+    words = YesNoWords(yes=("Certainly",), no=("No",))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json.*'Certainly'"):
+        mllm.answer_yes_no(picture(0), ask_box("abc", picture(0)), words=words, count=1)
+
+
+# --- the hub --------------------------------------------------------------------------------------
+
+
+def test_a_hub_that_falls_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = threading.Event()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: silent.wait(30))
+    monkeypatch.setattr(files, "HUB_PATIENCE", 0.3)
+    begun = time.monotonic()
+    try:
+        assert "no answer within" in str(fails("nobody/has-this-model"))
+    finally:
+        silent.set()
+    assert time.monotonic() - begun < 5
+
+
+def test_a_slow_hub_is_not_given_up_while_bytes_come(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def download(name: str, *, tqdm_class: Any, **_: Any) -> str:
+        with tqdm_class(total=6, desc="model.safetensors", mininterval=0) as bar:
+            for _ in range(6):
+                time.sleep(0.1)
+                bar.update(1)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(files, "HUB_PATIENCE", 0.3)
+    assert files.find_checkpoint("some/model") == folder
+    assert "model.safetensors" in capfd.readouterr().err, "progress is shown meanwhile"
+
+
+def test_a_cancelled_call_waits_for_no_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent, context = threading.Event(), CallContext()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: silent.wait(30))
+    context.cancelled.set()
+    try:
+        with call_context(context), pytest.raises(CallCancelled):
+            files.find_checkpoint("some/model")
+    finally:
+        silent.set()
+
+
+# --- device, dtype and room -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "able", "expected"),
+    [
+        ("cuda", True, torch.bfloat16),
+        ("cuda", False, torch.float16),  # Volta, Turing: bfloat16 only emulated
+        ("mps", True, torch.bfloat16),
+        ("mps", False, torch.float16),  # before macOS 14
+        ("cpu", True, torch.float32),
+    ],
+)
+def test_the_usual_dtype_is_one_the_device_calculates_in(
+    device: str, able: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def native(including_emulation: bool = True) -> bool:
+        return able or including_emulation  # as torch answers on a T4
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", native)
+    monkeypatch.setattr(
+        torch.backends.mps, "is_macos_or_newer", lambda major, minor: able and major <= 14
+    )
+    assert loading.usual_dtype(torch.device(device)) is expected
+
+
+def test_weights_go_straight_to_their_device() -> None:
+    cpu = loading.choose_placement("cpu", "float32")
+    assert "device_map" not in loading._options(cpu)
+    gpu = replace(cpu, device=torch.device("cuda:1"), dtype=torch.bfloat16)
+    options = loading._options(gpu)
+    assert options["device_map"] == {"": torch.device("cuda:1")}
+    assert options["dtype"] is torch.bfloat16
+    spread = replace(gpu, device_map="auto")
+    assert loading._options(spread)["device_map"] == "auto"
+
+
+def test_weights_loaded_by_a_device_map_are_the_same(folder: Path) -> None:
+    plain = LocalMllm.from_pretrained(folder, device="cpu").model.state_dict()
+    placed = LocalMllm.from_pretrained(folder, device="cpu", device_map={"": "cpu"}).model
+    for name, weight in placed.state_dict().items():
+        assert torch.equal(weight, plain[name])
+
+
+def test_caches_get_what_the_weights_leave(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    placement = loading.choose_placement("cpu", "float32")
+    weights = loading.weight_bytes(folder, placement)
+
+    def room(free: float, wanted: int | None = None, reserve: int = 0) -> int:
+        monkeypatch.setattr(loading, "_free_bytes", lambda device: int(free))
+        return loading.cache_room(folder, placement, wanted, reserve)
+
+    assert room(1e12) == loading.USUAL_CACHE
+    small = room(3 * weights)
+    assert 0 < 2 * small + 1.15 * weights < 3 * weights
+    assert room(3 * weights, reserve=weights) < small
+    assert room(4 * weights, wanted=weights) == weights
+    for wanted, reserve in ((2 * weights, 0), (weights, 2 * weights)):
+        with pytest.raises(DeviceOutOfMemory, match="caches") as caught:
+            room(4 * weights, wanted, reserve)
+        assert "cache_bytes" in caught.value.hint
 
 
 def test_truncated_weights(folder: Path) -> None:

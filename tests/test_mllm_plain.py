@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from mllm_dialogues import FORM, answers, ask_box, ask_points
+from mllm_dialogues import FORM, answers, ask_box, ask_points, open_dialogue
 from random_models import FAMILIES, build, picture
 
 from sam4mllm_tool.mllm.local import LocalMllm
@@ -57,7 +57,7 @@ def plain_logits(mllm: LocalMllm, image: RgbImage, dialogue: Dialogue) -> torch.
 
 def engine_logits(mllm: LocalMllm, image: RgbImage, dialogue: Dialogue) -> torch.Tensor:
     """The same by the engine, which then keeps what it has read."""
-    spot, logits = mllm.engine.read(mllm._open(image, dialogue), ())
+    spot, logits = mllm.engine.read(open_dialogue(mllm, image, dialogue), ())
     mllm.engine.keep(spot)
     return logits[-1]
 

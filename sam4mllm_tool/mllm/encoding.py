@@ -7,6 +7,7 @@ there; such text is encoded in pieces in which no control token can be found.
 
 from __future__ import annotations
 
+import copy
 import re
 import threading
 from collections.abc import Iterable, Sequence
@@ -63,8 +64,10 @@ class DialogueEncoder:
     def __init__(self, processor: Any) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        # A fast tokenizer must not be entered twice at once ("Already borrowed").
-        self._lock = threading.RLock()
+        # A fast tokenizer must not be entered twice at once ("Already borrowed"). Pictures take
+        # long, so they have a tokenizer of their own, and dialogues need not wait for them.
+        self._lock, self._picture_lock = threading.RLock(), threading.Lock()
+        self._picture_processor = copy.deepcopy(processor)
         self._skeletons: dict[tuple[str, ...], list[int]] = {}
         self.image_token_id = self._find_image_token()
         self.control_ids = self._find_control_ids()
@@ -91,8 +94,9 @@ class DialogueEncoder:
             CheckpointError: the processor writes something else than one image into the text.
         """
         turn = (Turn("user", _MARK.format(0)),)
-        with self._lock:
+        with self._picture_lock:
             inputs = self._processed(_as_messages(turn, image=image.pil))
+        with self._lock:
             before, after = self._text_around(inputs.pop("text_replacement_offsets", None))
             around = ImageInputs((), {}, {}, before, after)
             plain = self._tokenize(self._render(turn, around))
@@ -118,7 +122,7 @@ class DialogueEncoder:
     def _processed(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
         """The processor's inputs, and what it has written in place of the image token."""
         asked = hasattr(self.processor, "get_text_with_replacements")
-        inputs = self.processor.apply_chat_template(
+        inputs = self._picture_processor.apply_chat_template(
             messages,
             add_generation_prompt=True,
             tokenize=True,

@@ -7,7 +7,8 @@ position_ids=…, cache=branch, logits_to_keep=k)`` with neither pixels nor mask
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,14 +31,14 @@ class Spot:
 
     Attributes:
         key: image and header that the dialogue begins with.
-        inputs: gives the image's model inputs, if they are needed after all.
+        inputs: the image's model inputs, if they are needed after all.
         prefix: what was read, ``None`` before the image was.
         unread: ids that come before anything else is read.
         passes: model calls spent to get here.
     """
 
     key: ImageKey
-    inputs: Callable[[], ImageInputs] = field(repr=False)
+    inputs: ImageInputs = field(repr=False)
     prefix: Prefix | None
     unread: tuple[int, ...]
     passes: int = 0
@@ -85,6 +86,9 @@ class Engine:
     Args:
         model: a transformers image-text-to-text model in eval mode.
         cache_bytes: bound for kept keys and values.
+
+    Attributes:
+        token_bytes: what a token's keys and values take, as measured on the first image read.
     """
 
     def __init__(self, model: Any, cache_bytes: int) -> None:
@@ -92,11 +96,12 @@ class Engine:
         self.store = PrefixStore(cache_bytes)
         self.turn = FairLock()
         self.device: torch.device = model.get_input_embeddings().weight.device
+        self.token_bytes: int | None = None
         self._cache_name = cache_argument(model)
         layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
         self.can_cut = all(type(layer) is DynamicLayer for layer in layers)
 
-    def open(self, digest: str, encoded: Encoded, inputs: Callable[[], ImageInputs]) -> Spot:
+    def open(self, digest: str, encoded: Encoded, inputs: ImageInputs) -> Spot:
         """The end of a dialogue, with as much of it read as was kept."""
         key = (digest, encoded.ids[: encoded.image_end])
         prefix = self.store.find(key, encoded.ids)
@@ -136,13 +141,12 @@ class Engine:
         known = self.store.find(spot.key, ids, keep)  # someone may have read it while we waited
         passes = spot.passes + 1
         if known is None:
-            inputs = spot.inputs()
             image_end = len(spot.key[1])
             if self.can_cut:
-                prefix, logits = self._prefill(inputs, ids, image_end, keep)
+                prefix, logits = self._prefill(spot.inputs, ids, image_end, keep)
                 self.store.keep(spot.key, prefix.cut(image_end))
                 return replace(spot, prefix=prefix, unread=(), passes=passes), logits
-            known, _ = self._prefill(inputs, ids[:image_end], image_end, 1)
+            known, _ = self._prefill(spot.inputs, ids[:image_end], image_end, 1)
             self.store.keep(spot.key, known)
             passes += 1
         prefix, logits = self._read_on(known, ids[len(known.ids) :], keep)
@@ -157,7 +161,11 @@ class Engine:
         # The model's own copy is overwritten by the next image; ours stays with the prefix.
         deltas = getattr(getattr(self.model, "model", None), "rope_deltas", None)
         shift = 0 if deltas is None else int(deltas.reshape(-1)[0])
-        return self._checked(Prefix(ids, getattr(out, self._cache_name), shift), out.logits, keep)
+        read = Prefix(ids, getattr(out, self._cache_name), shift)
+        prefix, logits = self._checked(read, out.logits, keep)
+        if self.token_bytes is None:
+            self.token_bytes = math.ceil(prefix.own_bytes() / len(ids))
+        return prefix, logits
 
     def image_arguments(
         self, inputs: ImageInputs, ids: tuple[int, ...], image_end: int

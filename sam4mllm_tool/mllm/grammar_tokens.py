@@ -212,7 +212,7 @@ def yes_no_tokens(
     yes_ids, no_ids = (_single_tokens(encoder, words) for words in (yes, no))
     if not yes_ids or not no_ids or set(yes_ids) & set(no_ids):
         raise CheckpointError(
-            f"the tokenizer cannot tell {yes[0]!r} from {no[0]!r} by one token",
+            f"the tokenizer (tokenizer.json) cannot tell {yes[0]!r} from {no[0]!r} by one token",
             hint="Choose words that are single tokens in this checkpoint's vocabulary.",
         )
     return YesNoTokens(yes_ids, no_ids, tuple(encoder.encode_continuation(prefix)))

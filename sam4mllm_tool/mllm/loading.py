@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +11,7 @@ from typing import Any
 
 import psutil
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -26,13 +23,15 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
 from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory
+from sam4mllm_tool.mllm import files
+from sam4mllm_tool.mllm.files import find_checkpoint
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
 TEMPLATE_FILE = "chat_template.jinja"
 _CONTROL = re.compile(r"<\|\w+\|>")
 _HEADROOM = 1.15
-"""Activations, workspaces and a short cache on top of the weights."""
+"""Activations and workspaces on top of the weights."""
+USUAL_CACHE = 4 << 30
+"""Bytes of keys and values to keep where the device has room for them."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def choose_placement(
     device_map: Any = None,
     attn_implementation: str | None = None,
 ) -> Placement:
-    """CUDA before MPS before CPU; bfloat16 on CUDA, float16 on MPS, float32 on CPU.
+    """CUDA before MPS before CPU; a dtype of 16 bits that the device calculates in, or float32.
 
     Raises:
         CheckpointError: a device, dtype or quantization this machine does not have.
@@ -78,8 +77,7 @@ def choose_placement(
         raise CheckpointError(
             f"device {device!r} cannot be used: {error}", hint="Use device='auto' or 'cpu'."
         ) from error
-    usual = {"cuda": torch.bfloat16, "mps": torch.float16}.get(chosen.type, torch.float32)
-    kind = usual if dtype == "auto" else getattr(torch, dtype, None)
+    kind = usual_dtype(chosen) if dtype == "auto" else getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise CheckpointError(
             f"unknown dtype {dtype!r}", hint="Use 'auto', 'float32', 'bfloat16' or 'float16'."
@@ -87,27 +85,20 @@ def choose_placement(
     return Placement(chosen, kind, quantization, device_map, attn_implementation)
 
 
-def find_checkpoint(name: str) -> Path:
-    """A directory as given, or a hub id's files (safetensors only) from the hub or its cache.
+def usual_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device calculates in it, else float16, and float32 on a CPU.
 
-    Raises:
-        CheckpointError: neither a directory nor a hub id that can be reached.
+    Checkpoints are trained in bfloat16, whose range float16 does not have; but GPUs before Ampere
+    only emulate it, and MPS knows it from macOS 14 on.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise CheckpointError(
-            f"no checkpoint directory at {name!r}",
-            hint="Give the directory that holds config.json and *.safetensors, or a hub id.",
-        )
-    try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except Exception as error:
-        raise CheckpointError(
-            f"checkpoint {name!r} is neither a directory nor to be had from the hub: {error}",
-            hint="Check the spelling and the network, or download it first and give the path.",
-        ) from error
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "mps":
+        native = torch.backends.mps.is_macos_or_newer(14, 0)
+    else:
+        return torch.float32
+    return torch.bfloat16 if native else torch.float16
 
 
 def load_model(folder: Path, placement: Placement) -> Any:
@@ -117,16 +108,9 @@ def load_model(folder: Path, placement: Placement) -> Any:
         CheckpointError: missing, corrupt or of the wrong kind.
         DeviceOutOfMemory: more weights than the device has room for.
     """
+    files.check_texts(folder)
     config = _read_config(folder)
-    _check_memory(weight_bytes(folder, placement), placement)
-    options: dict[str, Any] = {"dtype": placement.dtype}
-    if placement.attn_implementation:
-        options["attn_implementation"] = placement.attn_implementation
-    if placement.quantization:
-        options["quantization_config"] = _quantization(placement)
-        options["device_map"] = placement.device_map or {"": placement.device}
-    elif placement.device_map is not None:
-        options["device_map"] = placement.device_map
+    cache_room(folder, placement, None)
     try:
         with _no_progress_bar():
             model, report = AutoModelForImageTextToText.from_pretrained(
@@ -136,10 +120,8 @@ def load_model(folder: Path, placement: Placement) -> Any:
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
-                **options,
+                **_options(placement),
             )
-        if "device_map" not in options:
-            model = model.to(placement.device)
     except torch.OutOfMemoryError as error:
         raise _too_small(str(error)) from error
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
@@ -151,6 +133,24 @@ def load_model(folder: Path, placement: Placement) -> Any:
     _check_report(folder, report)
     model.generation_config = _greedy(model.generation_config)
     return model.eval()
+
+
+def _options(placement: Placement) -> dict[str, Any]:
+    """How ``from_pretrained`` shall hold the weights.
+
+    Each tensor goes from its file straight to its device: a whole model in the host's memory on
+    the way there may be more than the host has.
+    """
+    options: dict[str, Any] = {"dtype": placement.dtype}
+    if placement.attn_implementation:
+        options["attn_implementation"] = placement.attn_implementation
+    if placement.quantization:
+        options["quantization_config"] = _quantization(placement)
+    if placement.device_map is not None:
+        options["device_map"] = placement.device_map
+    elif placement.quantization or placement.device.type != "cpu":
+        options["device_map"] = {"": placement.device}
+    return options
 
 
 def _greedy(config: GenerationConfig) -> GenerationConfig:
@@ -171,9 +171,10 @@ def load_processor(folder: Path, adapter: Path | None = None) -> Any:
     takes the place of the base's.
 
     Raises:
-        CheckpointError: missing or not a processor for images and text; a template that does not
-            fit its tokenizer.
+        CheckpointError: missing, cut short, or not a processor for images and text; a template
+            that does not fit its tokenizer.
     """
+    files.check_texts(folder)
     try:
         options = {"trust_remote_code": False, "local_files_only": True}
         processor = AutoProcessor.from_pretrained(folder, **options)
@@ -222,7 +223,8 @@ def load_adapter(model: Any, name: str, *, merge: bool) -> Any:
     from peft import PeftConfig, PeftModel
 
     folder = find_checkpoint(name)
-    _whole_weights([folder / "adapter_model.safetensors"])
+    files.check_texts(folder)
+    files.whole_weights([folder / "adapter_model.safetensors"])
     try:
         config = PeftConfig.from_pretrained(str(folder))
         if config.is_prompt_learning:
@@ -246,57 +248,14 @@ def load_adapter(model: Any, name: str, *, merge: bool) -> Any:
 
 
 def weight_bytes(folder: Path, placement: Placement) -> int:
-    """Bytes that the weights will take, from the safetensors headers alone.
+    """Bytes that the weights will take on the device, from the safetensors headers alone.
 
     Raises:
         CheckpointError: weights missing, truncated or not safetensors.
     """
-    per_value = {"4bit": 0.56, "8bit": 1.06}.get(
-        placement.quantization or "", placement.dtype.itemsize
-    )
-    total = 0.0
-    for shape, dtype in _whole_weights(_weight_files(folder)):
-        count = math.prod(shape)
-        size = _BYTES.get(dtype, 1)
-        floating = dtype.startswith(("F", "BF"))
-        # Only matrices are quantized.
-        kept = placement.dtype.itemsize if len(shape) < 2 else per_value
-        total += count * (kept if floating else size)
-    return int(total)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(
-                f"{index} is damaged: {error}", hint="Download the checkpoint again."
-            ) from error
-        return [folder / name for name in sorted(names)]
-    return [folder / "model.safetensors"]
-
-
-def _whole_weights(files: list[Path]) -> list[tuple[list[int], str]]:
-    """(shape, dtype) of every tensor."""
-    found = []
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(
-                f"{file} is missing",
-                hint="Only safetensors weights are read; download the whole checkpoint.",
-            )
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a dict
-                    part = tensors.get_slice(name)
-                    found.append((part.get_shape(), part.get_dtype()))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file} is damaged: {error}", hint="Download the checkpoint again."
-            ) from error
-    return found
+    whole = placement.dtype.itemsize
+    quantized = {"4bit": 0.56, "8bit": 1.06}.get(placement.quantization or "", whole)
+    return files.weight_bytes(folder, quantized, whole)
 
 
 def _read_config(folder: Path) -> Any:
@@ -327,21 +286,39 @@ def _check_report(folder: Path, report: dict[str, Any]) -> None:
         )
 
 
-def _check_memory(needed: int, placement: Placement) -> None:
-    if placement.device_map is not None:
-        return  # spread over devices, and to disk if need be
+def cache_room(folder: Path, placement: Placement, wanted: int | None, reserve: int = 0) -> int:
+    """Bytes for kept keys and values that fit beside the weights, as many again under way.
+
+    Args:
+        folder: a checkpoint.
+        placement: where its weights will be.
+        wanted: the bound that somebody asked for; ``None`` for :data:`USUAL_CACHE`, or less where
+            the device is small.
+        reserve: bytes on the device that the caches must leave to others.
+
+    Raises:
+        CheckpointError: weights missing, truncated or not safetensors.
+        DeviceOutOfMemory: weights and caches take more than the device has free.
+    """
     free = _free_bytes(placement.device)
-    if free is not None and needed * _HEADROOM > free:
-        raise _too_small(
-            f"the weights take {needed / 1e9:.1f} GB in {placement.dtype}, "
-            f"{placement.device} has {free / 1e9:.1f} GB free"
-        )
+    if free is None or placement.device_map is not None:  # spread, and to disk if need be
+        return USUAL_CACHE if wanted is None else wanted
+    weights = weight_bytes(folder, placement)
+    left = free - int(weights * _HEADROOM)
+    if wanted is None and left >= 0:
+        return min(USUAL_CACHE, max(0, left - reserve) // 4)
+    if wanted is not None and left >= 2 * wanted + reserve:
+        return wanted
+    parts = [f"the weights take {weights / 1e9:.1f} GB in {placement.dtype}"]
+    parts += [f"the caches up to {2 * wanted / 1e9:.1f} GB"] if wanted else []
+    raise _too_small(f"{', '.join(parts)}, {placement.device} has {free / 1e9:.1f} GB free")
 
 
 def _too_small(message: str) -> DeviceOutOfMemory:
     return DeviceOutOfMemory(
         message,
-        hint="Use quantization='4bit', dtype='bfloat16', device_map='auto' or a smaller model.",
+        hint="Use quantization='4bit', dtype='bfloat16', device_map='auto', less cache_bytes or a "
+        "smaller model.",
     )
 
 

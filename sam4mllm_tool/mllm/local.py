@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +14,7 @@ from sam4mllm_tool.errors import CheckpointError
 from sam4mllm_tool.formats import DialogueFormat, format_for
 from sam4mllm_tool.grammar import Grammar
 from sam4mllm_tool.mllm import loading
+from sam4mllm_tool.mllm.budget import ByteBudget
 from sam4mllm_tool.mllm.decoding import (
     Spoken,
     answer_slots,
@@ -21,14 +22,15 @@ from sam4mllm_tool.mllm.decoding import (
     speak_alternates,
     speak_freely,
 )
-from sam4mllm_tool.mllm.encoding import DialogueEncoder, ImageInputs
+from sam4mllm_tool.mllm.encoding import DialogueEncoder, Encoded, ImageInputs
 from sam4mllm_tool.mllm.engine import Engine, Spot
+from sam4mllm_tool.mllm.files import find_checkpoint, read_json
 from sam4mllm_tool.mllm.grammar_tokens import TokenGrammar, YesNoTokens, yes_no_tokens
 from sam4mllm_tool.protocols import ANYTHING, Dialogue, Reply, Taught, YesNoWords
 from sam4mllm_tool.types import RgbImage, YesNo
 
-_GIBIBYTE = 1 << 30
 LONGEST_REPLY = 4096
+_USUAL_REPLY = 64
 PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
@@ -49,7 +51,8 @@ class LocalMllm:
         name: for traces.
         format_name: dialogue format.
         taught: the bounds of what a small model was taught.
-        cache_bytes: bound for kept keys and values.
+        cache_bytes: bound for kept keys and values; those of dialogues under way have a bound of
+            the same size for themselves.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class LocalMllm:
         name: str,
         format_name: str = "sam4mllm",
         taught: Taught = ANYTHING,
-        cache_bytes: int = 4 * _GIBIBYTE,
+        cache_bytes: int = loading.USUAL_CACHE,
     ) -> None:
         self.name = name
         self.format_name = format_name
@@ -69,6 +72,7 @@ class LocalMllm:
         self.model = model
         self.encoder = DialogueEncoder(processor)
         self.engine = Engine(model, cache_bytes)
+        self.under_way = ByteBudget(cache_bytes)
         self.end_ids = _end_ids(model, self.encoder)
         self._image_inputs = lru_cache(maxsize=4)(self.encoder.image_inputs)
         self._grammar = lru_cache(maxsize=32)(self._token_grammar)
@@ -87,7 +91,8 @@ class LocalMllm:
         device_map: Any = None,
         merge_adapter: bool = False,
         compile: bool = False,
-        cache_bytes: int = 4 * _GIBIBYTE,
+        cache_bytes: int | None = None,
+        reserve_bytes: int = 0,
         name: str | None = None,
     ) -> Self:
         """Load a checkpoint directory or hub id, with an optional PEFT adapter.
@@ -97,21 +102,24 @@ class LocalMllm:
             adapter: directory or hub id of a LoRA adapter over it; a ``chat_template.jinja``
                 beside it takes the place of the checkpoint's.
             device: ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
-            dtype: ``"auto"`` (bfloat16 on CUDA, float16 on MPS, float32 on CPU) or a name.
+            dtype: ``"auto"`` (:func:`~sam4mllm_tool.mllm.loading.usual_dtype`) or a name.
             attn_implementation: as in transformers (``"sdpa"``, ``"flash_attention_2"``, …).
             quantization: ``"4bit"`` or ``"8bit"`` where bitsandbytes is installed.
             device_map: as in transformers, to spread a model over devices.
             merge_adapter: fold the adapter into the weights (faster, same within rounding).
             compile: run forward passes through ``torch.compile``.
-            cache_bytes: bound for kept keys and values of images and dialogues.
+            cache_bytes: bound for kept keys and values of images and dialogues, and another of the
+                same size for dialogues under way; by default 4 GiB, or a quarter of what the
+                device has left beside the weights.
+            reserve_bytes: memory of the device to leave for others.
             name: what reports call it, instead of checkpoint and adapter.
 
         Raises:
             CheckpointError: missing, corrupt or of the wrong kind.
             DeviceOutOfMemory: the device is too small for it.
         """
-        folder = loading.find_checkpoint(str(checkpoint))
-        adapted = None if adapter is None else loading.find_checkpoint(str(adapter))
+        folder = find_checkpoint(str(checkpoint))
+        adapted = None if adapter is None else find_checkpoint(str(adapter))
         placement = loading.choose_placement(
             device,
             dtype,
@@ -119,6 +127,7 @@ class LocalMllm:
             device_map=device_map,
             attn_implementation=attn_implementation,
         )
+        cache_bytes = loading.cache_room(folder, placement, cache_bytes, reserve_bytes)
         processor = loading.load_processor(folder, adapted)
         model = loading.load_model(folder, placement)
         if adapted is not None:
@@ -129,7 +138,7 @@ class LocalMllm:
         if adapted is not None:
             # Published adapters say nothing of themselves; they speak the dialogue of the paper.
             notes = {"format": "sam4mllm", **notes, **_read_notes(adapted)}
-        stock = format_for(model.config.model_type, _read_json(folder / PREPROCESSOR_FILE))
+        stock = format_for(model.config.model_type, read_json(folder / PREPROCESSOR_FILE))
         found = cls(
             model.eval(),
             processor,
@@ -154,14 +163,14 @@ class LocalMllm:
         Raises:
             CallCancelled, DeviceOutOfMemory.
         """
-        spot = self._open(image, dialogue)
-        if grammar is None:
-            spoken = speak_freely(self.engine, spot, self.end_ids, max_new_tokens)
-            free = len(spoken.ids)
-        else:
-            spoken = speak(self.engine, spot, self._grammar(grammar), LONGEST_REPLY)
-            free = len(spoken.forks)
-        self.engine.keep(spoken.spot)
+        with self._dialogue(image, dialogue, max_new_tokens) as spot:
+            if grammar is None:
+                spoken = speak_freely(self.engine, spot, self.end_ids, max_new_tokens)
+                free = len(spoken.ids)
+            else:
+                spoken = speak(self.engine, spot, self._grammar(grammar), LONGEST_REPLY)
+                free = len(spoken.forks)
+            self.engine.keep(spoken.spot)
         return self._reply(spoken, free, spoken.spot.passes)
 
     def alternates(
@@ -172,9 +181,10 @@ class LocalMllm:
         The first one is the greedy reply of :meth:`generate`; the others part from it at one
         choice and go on greedily, so each costs only its own tail.
         """
-        spot = self._open(image, dialogue)
-        replies = speak_alternates(self.engine, spot, self._grammar(grammar), LONGEST_REPLY, count)
-        self.engine.keep(replies[0].spot)
+        with self._dialogue(image, dialogue, count * _USUAL_REPLY) as spot:
+            rules = self._grammar(grammar)
+            replies = speak_alternates(self.engine, spot, rules, LONGEST_REPLY, count)
+            self.engine.keep(replies[0].spot)
         return [self._reply(r, len(r.forks), r.spot.passes) for r in replies]
 
     def answer_yes_no(
@@ -191,15 +201,27 @@ class LocalMllm:
         if count < 1:
             return []
         tokens = self._words(words)
-        answers, spot = answer_slots(self.engine, self._open(image, dialogue), tokens, count)
-        self.engine.keep(spot)
+        with self._dialogue(image, dialogue, count) as spot:
+            answers, after = answer_slots(self.engine, spot, tokens, count)
+            self.engine.keep(after)
         return answers
 
-    def _open(self, image: RgbImage, dialogue: Dialogue) -> Spot:
+    @contextmanager
+    def _dialogue(self, image: RgbImage, dialogue: Dialogue, reply: int) -> Iterator[Spot]:
+        """The end of a dialogue, once there is room for it and ``reply`` tokens more.
+
+        The picture is prepared before, without the model's turn and without that room.
+        """
+        encoded, inputs = self._encoded(image, dialogue)
+        each = self.engine.token_bytes
+        # As long as nothing was read, nobody knows how much a token takes: one at a time.
+        room = self.under_way.max_bytes if each is None else each * (len(encoded.ids) + reply)
+        with self.under_way.held(room):
+            yield self.engine.open(image.digest, encoded, inputs)
+
+    def _encoded(self, image: RgbImage, dialogue: Dialogue) -> tuple[Encoded, ImageInputs]:
         inputs = self._image_inputs(image)
-        encoded = self.encoder.encode(dialogue, inputs)
-        give: Callable[[], ImageInputs] = lambda: inputs  # noqa: E731
-        return self.engine.open(image.digest, encoded, give)
+        return self.encoder.encode(dialogue, inputs), inputs
 
     def _reply(self, spoken: Spoken, free: int, passes: int) -> Reply:
         text = self.encoder.decode_continuation(spoken.ids)
@@ -218,8 +240,8 @@ def base_of(adapter: str) -> str | None:
     Raises:
         CheckpointError: no such adapter.
     """
-    folder = loading.find_checkpoint(adapter)
-    ours, pefts = _read_notes(folder), _read_json(folder / "adapter_config.json")
+    folder = find_checkpoint(adapter)
+    ours, pefts = _read_notes(folder), read_json(folder / "adapter_config.json")
     named = ours.get("base_model") or pefts.get("base_model_name_or_path")
     return str(named) if named else None
 
@@ -240,17 +262,4 @@ def _end_ids(model: Any, encoder: DialogueEncoder) -> tuple[int, ...]:
 
 def _read_notes(folder: Path) -> dict[str, Any]:
     """What the project's own checkpoints say about themselves beside their weights."""
-    return _read_json(folder / "sam4mllm.json")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """The contents of a JSON file, nothing if it does not exist."""
-    if not file.is_file():
-        return {}
-    try:
-        contents = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(
-            f"{file} is damaged: {error}", hint="Download the checkpoint again."
-        ) from error
-    return contents if isinstance(contents, dict) else {}
+    return read_json(folder / "sam4mllm.json")

@@ -78,8 +78,7 @@ class RecomputeMllm(LocalMllm):
         self, image: RgbImage, dialogue: Dialogue, processor: LogitsProcessor | None, limit: int
     ) -> tuple[list[int], Tensor]:
         """New ids (end of turn included) and the float32 logits each was chosen from."""
-        inputs = self._image_inputs(image)
-        encoded = self.encoder.encode(dialogue, inputs)
+        encoded, inputs = self._encoded(image, dialogue)
         processors = [] if processor is None else [processor]
         config = GenerationConfig(
             do_sample=False,

@@ -82,6 +82,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+ROOM_FOR_SEGMENTER = 1 << 30
+"""Bytes that an MLLM on the same device leaves for the segmenter's activations and embeddings."""
 
 
 @dataclass(frozen=True)
@@ -133,12 +135,15 @@ class Sam4MLLM:
             DeviceOutOfMemory: the device is too small for it.
             EndpointError: the server cannot be reached.
         """
+        # First the segmenter: what the MLLM's check of memory finds is what is left beside it.
+        drawer = load_segmenter(segmenter, device=device, **(segmenter_options or {}))
         if not is_address(mllm):
-            mllm_options = {"device": device, "dtype": dtype, **mllm_options}
+            reserve = {"reserve_bytes": ROOM_FOR_SEGMENTER}
+            mllm_options = {"device": device, "dtype": dtype, **reserve, **mllm_options}
         talker = load_mllm(mllm, adapter=adapter, **mllm_options)
         return cls(
             mllm=talker,
-            segmenter=load_segmenter(segmenter, device=device, **(segmenter_options or {})),
+            segmenter=drawer,
             settings=settings or Settings(),
             format=get_format(format) if format else talker.own_format,
         )

@@ -1,0 +1,52 @@
+"""A bound on what several callers hold on one device at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sam4mllm_tool.concurrency import FairLock, check_cancelled
+
+_POLL_SECONDS = 0.1
+
+
+class ByteBudget:
+    """Lets callers in, in the order of asking, as long as what they hold together stays in bounds.
+
+    Whoever comes when nobody holds anything is let in whatever it needs: a bound smaller than one
+    dialogue slows callers down, and stops none.
+
+    Args:
+        max_bytes: bound of what all hold together.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._order = FairLock()
+        self._changed = threading.Condition()
+        self._held: list[int] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now."""
+        return sum(self._held)
+
+    @contextmanager
+    def held(self, nbytes: int) -> Iterator[None]:
+        """Hold so many bytes within the ``with`` block.
+
+        Raises:
+            CallCancelled: the current call is no longer wanted.
+        """
+        with self._order.taken(), self._changed:
+            while self._held and self.nbytes + nbytes > self.max_bytes:
+                self._changed.wait(_POLL_SECONDS)
+                check_cancelled()
+            self._held.append(nbytes)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held.remove(nbytes)
+                self._changed.notify_all()
