@@ -12,6 +12,7 @@ from sam4mllm_tool.cli.common import (
     FormatOption,
     JsonOption,
     MllmOption,
+    SamDecoderOption,
     SamOption,
     console,
     points_table,
@@ -32,6 +33,7 @@ def probe(
     adapter: AdapterOption = None,
     format: FormatOption = None,
     sam: SamOption = "embedded",
+    sam_decoder: SamDecoderOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -41,7 +43,14 @@ def probe(
 
     picture = load_image(image).image
     points = [_point(text) for text in point] if point else None
-    model = load(mllm, adapter=adapter, format=format, segmenter=sam, device=device)
+    model = load(
+        mllm,
+        adapter=adapter,
+        format=format,
+        segmenter=sam,
+        device=device,
+        segmenter_options={"decoder": sam_decoder},
+    )
     location = model.locate(picture, expression, TargetCount.ONE)
     box = location.objects[0].box
     answers = model.check_points(picture, location, box, points)
