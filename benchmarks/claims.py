@@ -28,7 +28,6 @@ from sam4mllm_tool.pipeline.model import Sam4MLLM, load
 from sam4mllm_tool.pipeline.points import Thresholds
 from sam4mllm_tool.pipeline.results import Settings
 from sam4mllm_tool.scenes.world import SMALL_WORLD, World
-from sam4mllm_tool.types import Strategy
 
 REFERENCE = "pqpp, 9 grid"
 COUNTS = (4, 9, 16, 25, 36)
@@ -38,8 +37,8 @@ SHOWN = ("cIoU", "gIoU", "point_accuracy", "questions", "seconds")
 
 def settings() -> Iterator[tuple[str, Settings]]:
     """Every setting that is compared, by name."""
-    yield "box only", Settings(strategy=Strategy.BOX_ONLY)
-    yield "ppg, 3 + 1", Settings(strategy=Strategy.PPG)
+    yield "box only", Settings(strategy="box_only")
+    yield "ppg, 3 + 1", Settings(strategy="ppg")
     for count in COUNTS:
         yield f"pqpp, {count} grid", Settings(points=count)
         yield f"pqpp, {count} poisson", Settings(points=count, candidates="poisson")
@@ -47,7 +46,7 @@ def settings() -> Iterator[tuple[str, Settings]]:
         limits = Thresholds(background=background, foreground=foreground)
         yield f"pqpp, p_no / p_yes over {name}", Settings(thresholds=limits)
     for budget in (6, 9):
-        yield f"adaptive, up to {budget}", Settings(strategy=Strategy.ADAPTIVE, budget=budget)
+        yield f"adaptive, up to {budget}", Settings(strategy="adaptive", budget=budget)
 
 
 def answer(model: Sam4MLLM, world: World, seed: int, limit: int) -> dict[str, list[Outcome]]:

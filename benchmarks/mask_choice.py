@@ -17,7 +17,8 @@ from rich.progress import track
 from rich.table import Table
 
 from sam4mllm_tool.masks.relations import mask_iou
-from sam4mllm_tool.pipeline.model import Sam4MLLM, choose_mask, load
+from sam4mllm_tool.pipeline.model import Sam4MLLM, load
+from sam4mllm_tool.pipeline.steps import choose_mask
 from sam4mllm_tool.protocols import MaskCandidate, SegmentPrompt
 from sam4mllm_tool.scenes.expressions import expressions
 from sam4mllm_tool.scenes.render import Scene, render_scene

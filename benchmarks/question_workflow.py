@@ -30,7 +30,7 @@ from sam4mllm_tool.evaluation.metrics import METRICS, Bootstrap, Outcome, compar
 from sam4mllm_tool.evaluation.scenes import scene_cases
 from sam4mllm_tool.grammar import Grammar
 from sam4mllm_tool.pipeline.model import Sam4MLLM, load
-from sam4mllm_tool.protocols import Dialogue, Mllm, Reply, Taught, YesNoWords
+from sam4mllm_tool.protocols import CheckpointNotes, Dialogue, Mllm, Reply, YesNoWords
 from sam4mllm_tool.tools.toolbox import Toolbox
 from sam4mllm_tool.types import Mask, RgbImage, YesNo
 
@@ -55,9 +55,9 @@ class CountingMllm:
         return self.inner.format_name
 
     @property
-    def taught(self) -> Taught:
+    def notes(self) -> CheckpointNotes:
         """Of the MLLM."""
-        return self.inner.taught
+        return self.inner.notes
 
     def generate(
         self,

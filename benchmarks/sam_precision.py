@@ -19,7 +19,7 @@ from rich.table import Table
 
 from sam4mllm_tool.evaluation.sam_prompts import true_prompts
 from sam4mllm_tool.masks.relations import mask_iou
-from sam4mllm_tool.pipeline.model import choose_mask
+from sam4mllm_tool.pipeline.steps import choose_mask
 from sam4mllm_tool.protocols import Segmenter, SegmentPrompt
 from sam4mllm_tool.scenes.render import Scene, render_scene
 from sam4mllm_tool.scenes.world import SAM_WORLD

@@ -4,6 +4,15 @@ The public names are listed in ``__init__.pyi`` and imported at first use, so th
 package imports no torch.
 """
 
+from importlib.metadata import version
+
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__version__ = version("sam4mllm-tool")
+
+__getattr__, _, _names = lazy_loader.attach_stub(__name__, __file__)
+__all__ = [*_names, "__version__"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -9,24 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, PositiveInt, field_serializer, field_validator
 
-from sam4mllm_tool.errors import CheckpointError
 from sam4mllm_tool.grammar import Grammar
 from sam4mllm_tool.types import Box, Mask, PromptPoint, RgbImage, YesNo
 
 __all__ = [
-    "ANYTHING",
+    "NO_NOTES",
+    "CheckpointNotes",
     "Dialogue",
     "MaskCandidate",
     "Mllm",
     "Reply",
     "SegmentPrompt",
     "Segmenter",
-    "Taught",
     "Turn",
     "YesNoWords",
 ]
@@ -73,54 +73,34 @@ class Reply:
     forward_passes: int = 0
 
 
-@dataclass(frozen=True)
-class Taught:
-    """The bounds of what a small checkpoint was taught; none for a model with a general vocabulary.
-
-    Read from ``sam4mllm.json`` beside the checkpoint and its adapter, the keys in brackets.
+class CheckpointNotes(BaseModel):
+    """What a checkpoint states about itself in ``sam4mllm.json`` beside its weights.
 
     Attributes:
-        words: lower-case words, ``None`` for any (``vocabulary``).
-        lower_case: its expressions had no capitals, so that others mean nothing to it
-            (``lower_case``).
-        points_per_question: most points of a round-2 question, ``None`` for as many as the format
-            lists (``points_per_question``).
+        vocabulary: lower-case words a small model was taught, ``None`` for a general vocabulary.
+        lower_case: whether it was taught lower-case expressions only.
+        points_per_question: the longest list of points it was taught to answer.
+        caution: a sentence that every result should carry.
     """
 
-    words: frozenset[str] | None = None
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    vocabulary: frozenset[str] | None = None
     lower_case: bool = False
-    points_per_question: int | None = None
+    points_per_question: PositiveInt | None = None
+    caution: str = ""
 
+    @field_validator("vocabulary")
     @classmethod
-    def from_notes(cls, notes: dict[str, Any]) -> Taught:
-        """What a checkpoint's notes say.
+    def _lower_case(cls, words: frozenset[str] | None) -> frozenset[str] | None:
+        return None if words is None else frozenset(word.lower() for word in words)
 
-        Raises:
-            CheckpointError: a limit that is no number above 0.
-        """
-        words, limit = notes.get("vocabulary"), notes.get("points_per_question")
-        if limit is not None and not (isinstance(limit, int) and limit > 0):
-            raise CheckpointError(
-                f"points_per_question is {limit!r} in the checkpoint's notes",
-                hint="sam4mllm.json needs a whole number above 0 there, or null.",
-            )
-        return cls(
-            None if words is None else frozenset(str(word).lower() for word in words),
-            bool(notes.get("lower_case", False)),
-            limit,
-        )
-
-    def to_notes(self) -> dict[str, Any]:
-        """The inverse of :meth:`from_notes`, JSON-ready."""
-        return {
-            "vocabulary": None if self.words is None else sorted(self.words),
-            "lower_case": self.lower_case,
-            "points_per_question": self.points_per_question,
-        }
+    @field_serializer("vocabulary")
+    def _sorted(self, words: frozenset[str] | None) -> list[str] | None:
+        return None if words is None else sorted(words)
 
 
-ANYTHING = Taught()
-"""Of a model without bounds."""
+NO_NOTES = CheckpointNotes()
 
 
 @runtime_checkable
@@ -136,8 +116,8 @@ class Mllm(Protocol):
         """Default dialogue format of this checkpoint (a key of ``formats.FORMATS``)."""
 
     @property
-    def taught(self) -> Taught:
-        """The bounds of what it was taught."""
+    def notes(self) -> CheckpointNotes:
+        """What the checkpoint states about itself."""
 
     def generate(
         self,

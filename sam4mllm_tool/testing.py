@@ -18,12 +18,12 @@ from sam4mllm_tool.formats.sam4mllm import Sam4MllmFormat
 from sam4mllm_tool.geometry import box_iou, from_grid
 from sam4mllm_tool.grammar import Grammar
 from sam4mllm_tool.protocols import (
-    ANYTHING,
+    NO_NOTES,
+    CheckpointNotes,
     Dialogue,
     MaskCandidate,
     Reply,
     SegmentPrompt,
-    Taught,
     YesNoWords,
 )
 from sam4mllm_tool.types import Box, Mask, PointLabel, RgbImage, YesNo
@@ -46,7 +46,7 @@ class TruthfulMllm:
     certainty: float = 0.97
     name: str = "truthful"
     format_name: str = "sam4mllm"
-    taught: Taught = ANYTHING
+    notes: CheckpointNotes = NO_NOTES
     said: list[str] = field(default_factory=list)
 
     def generate(
@@ -112,7 +112,7 @@ class ScriptedMllm:
     answers: list[list[YesNo]] = field(default_factory=list)
     name: str = "scripted"
     format_name: str = "sam4mllm"
-    taught: Taught = ANYTHING
+    notes: CheckpointNotes = NO_NOTES
 
     def generate(
         self,

@@ -89,15 +89,6 @@ class TargetCount(enum.StrEnum):
     ZERO_OR_MORE = "0+"
 
 
-class Strategy(enum.StrEnum):
-    """How prompts for SAM are asked of the MLLM."""
-
-    PQPP = "pqpp"
-    PPG = "ppg"
-    ADAPTIVE = "adaptive"
-    BOX_ONLY = "box_only"
-
-
 class Status(enum.StrEnum):
     """Outcome of a query that did not fail; *not found* is an outcome, not an error."""
 

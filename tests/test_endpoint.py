@@ -14,7 +14,7 @@ from sam4mllm_tool.formats import get_format
 from sam4mllm_tool.grammar import Choice, Literal, Number, Repeat, grammar_regex
 from sam4mllm_tool.mllm.endpoint import OpenAIEndpointMllm
 from sam4mllm_tool.protocols import Turn, YesNoWords
-from sam4mllm_tool.types import Strategy, TargetCount
+from sam4mllm_tool.types import TargetCount
 
 WORDS = YesNoWords(("Yes",), ("No",), "\n")
 FORMAT = get_format("sam4mllm")
@@ -66,7 +66,7 @@ def close(one, other):
     return all(a == pytest.approx(b, abs=1e-4) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("strategy", [Strategy.PQPP, Strategy.PPG])
+@pytest.mark.parametrize("strategy", ["pqpp", "ppg"])
 def test_the_pipeline_gives_the_same_masks_as_with_the_local_engine(
     embedded_model, endpoint, demo_image, strategy
 ):

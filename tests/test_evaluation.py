@@ -24,15 +24,15 @@ from sam4mllm_tool.evaluation.pictures import EXTRA, HIT, MISSED, choose_lines, 
 from sam4mllm_tool.evaluation.run import Line, Shard, measure, read_lines
 from sam4mllm_tool.evaluation.scenes import POOL, evaluate_scenes, position_baseline, scene_cases
 from sam4mllm_tool.pipeline.model import Sam4MLLM
-from sam4mllm_tool.protocols import ANYTHING, MaskCandidate, Taught
+from sam4mllm_tool.protocols import NO_NOTES, CheckpointNotes, MaskCandidate
 from sam4mllm_tool.scenes.export import export_scenes
 from sam4mllm_tool.scenes.expressions import Kind
 from sam4mllm_tool.scenes.world import SMALL_WORLD
 from sam4mllm_tool.testing import TruthfulMllm
-from sam4mllm_tool.types import Mask, RgbImage, Strategy
+from sam4mllm_tool.types import Mask, RgbImage
 
 RUNNER = CliRunner()
-BOTH = (Strategy.PQPP, Strategy.BOX_ONLY)
+BOTH = ("pqpp", "box_only")
 
 
 @dataclass
@@ -43,7 +43,7 @@ class KnowingMllm:
     unreadable: set[str] = field(default_factory=set)
     name: str = "knowing"
     format_name: str = "sam4mllm"
-    taught: Taught = ANYTHING
+    notes: CheckpointNotes = NO_NOTES
     asked: int = 0
 
     def generate(self, image, dialogue, **options):
@@ -166,7 +166,7 @@ def test_planted_faults_show_in_the_numbers(miniatures, tmp_path):
     model.mllm.unreadable = wrong
     lost = [case for case in listed if case.expression in wrong]
     areas = {case.case: case.truth()[0].area for case in listed}
-    report = evaluate(model, cases, [Strategy.BOX_ONLY], tmp_path, {"title": "x"})
+    report = evaluate(model, cases, ["box_only"], tmp_path, {"title": "x"})
     total = sum(areas.values())
     assert report["cIoU"] == pytest.approx((total - sum(areas[case.case] for case in lost)) / total)
     assert report["gIoU"] == pytest.approx(1 - len(lost) / len(listed))
@@ -274,7 +274,7 @@ def test_presence_is_asked_apart_so_that_t_acc_can_fall(tmp_path):
         return replace(reply, text="No object found.") if "(0+)" in dialogue[-1].text else reply
 
     model.mllm.generate = denying
-    once = [Strategy.BOX_ONLY]
+    once = ["box_only"]
     report = evaluate_scenes(model, tmp_path / "a", seed=5, limit=8, strategies=once, ask=None)
     assert texts and report["t_acc"] == 0 and report["cIoU"] == 1
     # Asked as the tools ask, the same model finds nothing: the question no longer helps it.

@@ -23,9 +23,9 @@ from sam4mllm_tool.evaluation.metrics import METRICS, Bootstrap, Outcome
 from sam4mllm_tool.evaluation.run import Shard, measure, read_lines
 from sam4mllm_tool.journal import open_journal, read_journal
 from sam4mllm_tool.pipeline.model import Sam4MLLM
-from sam4mllm_tool.protocols import ANYTHING, Taught
+from sam4mllm_tool.protocols import NO_NOTES, CheckpointNotes
 from sam4mllm_tool.testing import ColourSegmenter, TruthfulMllm
-from sam4mllm_tool.types import Box, Mask, RgbImage, Strategy
+from sam4mllm_tool.types import Box, Mask, RgbImage
 
 SIDE = 48
 
@@ -37,7 +37,7 @@ class MoodyMllm:
     truths: dict[str, dict[str, list[Mask]]]
     name: str = "moody"
     format_name: str = "sam4mllm"
-    taught: Taught = ANYTHING
+    notes: CheckpointNotes = NO_NOTES
     asked: dict[str, int] = field(default_factory=dict)
 
     def generate(self, image, dialogue, **options):
@@ -121,7 +121,7 @@ def test_an_unreadable_picture_is_skipped_named_and_counted(tmp_path, fault):
         case "another size":
             file.write_text("not a picture")
     run = tmp_path / "run"
-    report = evaluate(moody(), cases, [Strategy.PQPP], run, {"title": "x"})
+    report = evaluate(moody(), cases, ["pqpp"], run, {"title": "x"})
     assert report["cases"] == 9
     (skipped,) = report["skipped"]
     assert skipped["image"] == "2.png" and skipped["cases"] == ("2:0", "2:1", "2:2")
@@ -131,10 +131,10 @@ def test_an_unreadable_picture_is_skipped_named_and_counted(tmp_path, fault):
     # Once the picture is there, the same command fills the gap, and nothing else is asked again.
     file.write_bytes(whole)
     model = moody()
-    report = evaluate(model, cases, [Strategy.PQPP], run, {"title": "x"})
+    report = evaluate(model, cases, ["pqpp"], run, {"title": "x"})
     assert report["skipped"] == [] and report["cases"] == 12
     assert len(model.mllm.asked) == 1
-    again = evaluate(moody(), cases, [Strategy.PQPP], tmp_path / "whole", {"title": "x"})
+    again = evaluate(moody(), cases, ["pqpp"], tmp_path / "whole", {"title": "x"})
     assert timeless(report) == timeless(again)
 
 
@@ -144,11 +144,11 @@ def test_too_many_unreadable_pictures_end_the_run_and_keep_what_was_judged(tmp_p
         (tmp_path / f"data/{n}.png").write_bytes(b"x")
     run = tmp_path / "run"
     with pytest.raises(DatasetError, match="3 pictures cannot be read") as error:
-        measure(moody(6), cases(), [Strategy.PQPP], run, {"title": "x"}, unreadable_limit=2)
+        measure(moody(6), cases(), ["pqpp"], run, {"title": "x"}, unreadable_limit=2)
     assert "--unreadable-limit" in error.value.hint
     assert {line.judged.outcome.image for line in read_lines(run)} == {"0.png", "2.png"}
     model = moody(6)
-    measure(model, cases(), [Strategy.PQPP], run, {"title": "x"}, unreadable_limit=3)
+    measure(model, cases(), ["pqpp"], run, {"title": "x"}, unreadable_limit=3)
     assert {line.judged.outcome.image for line in read_lines(run)} == {"0.png", "2.png", "5.png"}
 
 
@@ -167,7 +167,7 @@ def test_a_corrupt_reasonseg_pair_is_passed_over(tmp_path):
     image = good[0].open_image()
     model = Sam4MLLM(MoodyMllm({image.digest: {"block 2": good[0].truth()}}), ColourSegmenter())
     run = tmp_path / "run"
-    report = evaluate_benchmark(model, "reasonseg", tmp_path, "val", [Strategy.PQPP], run)
+    report = evaluate_benchmark(model, "reasonseg", tmp_path, "val", ["pqpp"], run)
     assert report["cases"] == 1
     assert [one["image"] for one in report["skipped"]] == ["0", "1"]
     assert "0.json" in report["skipped"][0]["error"]
@@ -181,7 +181,7 @@ def test_a_corrupt_reasonseg_pair_is_passed_over(tmp_path):
 def test_probabilities_of_a_resumed_run_are_those_of_a_whole_one(tmp_path, lines):
     """Though the model's certainty depends on what it was asked before on the picture."""
     cases = folder_cases(tmp_path / "data")
-    both = [Strategy.PQPP, Strategy.BOX_ONLY]
+    both = ["pqpp", "box_only"]
     whole = evaluate(moody(), cases, both, tmp_path / "whole", {"title": "x"})
     file = tmp_path / "whole/outcomes-0-of-1.jsonl"
     broken = tmp_path / "broken"
@@ -198,12 +198,12 @@ def test_probabilities_of_a_resumed_run_are_those_of_a_whole_one(tmp_path, lines
 
 def test_a_damaged_line_names_the_file_and_the_line(tmp_path):
     cases = folder_cases(tmp_path / "data")
-    evaluate(moody(), cases, [Strategy.PQPP], tmp_path / "run", {"title": "x"})
+    evaluate(moody(), cases, ["pqpp"], tmp_path / "run", {"title": "x"})
     file = tmp_path / "run/outcomes-0-of-1.jsonl"
     text = file.read_text().splitlines(keepends=True)
     file.write_text("".join([*text[:4], "\x00\x00\x00\n", *text[4:]]))
     with pytest.raises(InputError, match=r"outcomes-0-of-1\.jsonl, line 5 is damaged"):
-        evaluate(moody(), cases, [Strategy.PQPP], tmp_path / "run", {"title": "x"})
+        evaluate(moody(), cases, ["pqpp"], tmp_path / "run", {"title": "x"})
 
 
 # --- a sample -------------------------------------------------------------------------------------
@@ -255,11 +255,11 @@ def test_a_second_process_on_the_same_shard_is_refused(tmp_path):
 
     def meanwhile(case):
         try:
-            measure(moody(), cases(), [Strategy.PQPP], run, {"title": "x"})
+            measure(moody(), cases(), ["pqpp"], run, {"title": "x"})
         except InputError as error:
             refused.append(error)
 
-    measure(moody(), cases(), [Strategy.PQPP], run, {"title": "x"}, on_case=meanwhile)
+    measure(moody(), cases(), ["pqpp"], run, {"title": "x"}, on_case=meanwhile)
     assert len(refused) == 12
     assert all("another process" in error.message and error.retryable for error in refused)
     lines = (run / "outcomes-0-of-1.jsonl").read_text().splitlines()
@@ -267,8 +267,8 @@ def test_a_second_process_on_the_same_shard_is_refused(tmp_path):
     # The other half of a run in two is not in the way.
     one, two = Shard(0, 2), Shard(1, 2)
     both = tmp_path / "both"
-    measure(moody(), cases(), [Strategy.PQPP], both, {"title": "x"}, shard=one,
-            on_case=lambda _: measure(moody(), cases(), [Strategy.PQPP], both, {"title": "x"},
+    measure(moody(), cases(), ["pqpp"], both, {"title": "x"}, shard=one,
+            on_case=lambda _: measure(moody(), cases(), ["pqpp"], both, {"title": "x"},
                                       shard=two))  # fmt: skip
     assert len(read_lines(both)) == 12
 
@@ -281,7 +281,7 @@ def test_a_lock_ends_with_its_process_however_that_ends(tmp_path):
     lock = tmp_path / ".lock-0-of-1"
     assert subprocess.run([sys.executable, "-c", code, str(lock)]).returncode == 9
     assert lock.exists()
-    measure(moody(), folder_cases(tmp_path / "data")(), [Strategy.PQPP], tmp_path, {"title": "x"})
+    measure(moody(), folder_cases(tmp_path / "data")(), ["pqpp"], tmp_path, {"title": "x"})
 
 
 # --- a full disk ----------------------------------------------------------------------------------
@@ -314,17 +314,17 @@ def test_a_full_disk_gives_a_typed_error_and_keeps_the_last_good_state(
     tmp_path, full_disk, monkeypatch
 ):
     cases = folder_cases(tmp_path / "data")
-    whole = evaluate(moody(), cases, [Strategy.PQPP], tmp_path / "whole", {"title": "x"})
+    whole = evaluate(moody(), cases, ["pqpp"], tmp_path / "whole", {"title": "x"})
     run, size = tmp_path / "run", (tmp_path / "whole/outcomes-0-of-1.jsonl").stat().st_size
     full_disk(size // 2)
     with pytest.raises(StorageError, match="No space left on device") as error:
-        evaluate(moody(), cases, [Strategy.PQPP], run, {"title": "x"})
+        evaluate(moody(), cases, ["pqpp"], run, {"title": "x"})
     assert error.value.retryable and "outcomes-0-of-1.jsonl" in error.value.message
     kept = read_journal(run / "outcomes-0-of-1.jsonl")
     data = (run / "outcomes-0-of-1.jsonl").read_bytes()
     assert 3 < len(kept) < 9 and data.endswith(b"}\n")
     full_disk(10 * size)
-    resumed = evaluate(moody(), cases, [Strategy.PQPP], run, {"title": "x"})
+    resumed = evaluate(moody(), cases, ["pqpp"], run, {"title": "x"})
     assert timeless(resumed) == timeless(whole)
 
 
@@ -336,7 +336,7 @@ from test_evaluation_survives import *
 where = Path(sys.argv[1])
 cases = folder_cases(where / "data", pictures=12, each=8)
 try:
-    evaluate(moody(12, 8), cases, [Strategy.PQPP], where / "small/run", {{"title": "x"}})
+    evaluate(moody(12, 8), cases, ["pqpp"], where / "small/run", {{"title": "x"}})
 except StorageError as error:
     print("typed:", error.message)
     print("kept:", len(read_journal(where / "small/run/outcomes-0-of-1.jsonl")))

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub.utils import enable_progress_bars
 from mllm_dialogues import FORM, ask_box
 from random_models import build, picture
 from safetensors.torch import load_file, save_file
@@ -23,7 +22,7 @@ from sam4mllm_tool.concurrency import CallCancelled, CallContext, call_context
 from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory
 from sam4mllm_tool.mllm import files, loading
 from sam4mllm_tool.mllm.local import LocalMllm
-from sam4mllm_tool.protocols import Mllm, Taught, YesNoWords
+from sam4mllm_tool.protocols import CheckpointNotes, Mllm, YesNoWords
 from sam4mllm_tool.types import TargetCount
 
 
@@ -139,7 +138,6 @@ def test_a_slow_hub_is_not_given_up_while_bytes_come(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr(files, "HUB_PATIENCE", 0.3)
-    enable_progress_bars()  # building the checkpoint has switched them off
     assert files.find_checkpoint("some/model") == folder
     assert "model.safetensors" in capfd.readouterr().err, "progress is shown meanwhile"
 
@@ -271,12 +269,13 @@ def test_notes_name_format_and_words(folder: Path) -> None:
     (folder / "sam4mllm.json").write_text('{"format": "other", "vocabulary": ["Red", "dog"]}')
     mllm = LocalMllm.from_pretrained(folder, device="cpu")
     assert mllm.format_name == "other"
-    assert mllm.taught == Taught(frozenset({"red", "dog"}))
+    assert mllm.notes == CheckpointNotes(vocabulary=frozenset({"red", "dog"}))
 
 
-def test_an_adapters_notes_go_before_its_bases(folder: Path, tmp_path: Path) -> None:
+def test_notes_bound_what_a_checkpoint_is_asked(folder: Path) -> None:
     (folder / "sam4mllm.json").write_text('{"lower_case": true, "points_per_question": 16}')
-    assert LocalMllm.from_pretrained(folder, device="cpu").taught == Taught(None, True, 16)
+    notes = LocalMllm.from_pretrained(folder, device="cpu").notes
+    assert notes.lower_case and notes.points_per_question == 16
     for wrong in ("0", "-3", '"many"', "2.5"):
         (folder / "sam4mllm.json").write_text(f'{{"points_per_question": {wrong}}}')
         assert "points_per_question" in str(fails(folder))
@@ -340,4 +339,4 @@ def test_half_precision_and_eager_attention_run(folder: Path) -> None:
 def test_the_embedded_model_loads() -> None:
     mllm = LocalMllm.from_pretrained(embedded.MLLM, device="cpu")
     assert isinstance(mllm, Mllm)
-    assert mllm.format_name == "sam4mllm" and mllm.taught.words
+    assert mllm.format_name == "sam4mllm" and mllm.notes.vocabulary

@@ -13,11 +13,13 @@ from sam4mllm_tool.errors import (
     PromptError,
 )
 from sam4mllm_tool.geometry import box_iou
-from sam4mllm_tool.pipeline.model import Sam4MLLM, choose_mask, replay
+from sam4mllm_tool.pipeline.model import Sam4MLLM, replay
 from sam4mllm_tool.pipeline.points import Thresholds
 from sam4mllm_tool.pipeline.results import Settings
+from sam4mllm_tool.pipeline.steps import choose_mask
+from sam4mllm_tool.pipeline.strategies import STRATEGIES
 from sam4mllm_tool.pipeline.trace import Trace
-from sam4mllm_tool.protocols import MaskCandidate, Taught
+from sam4mllm_tool.protocols import CheckpointNotes, MaskCandidate
 from sam4mllm_tool.testing import ColourSegmenter, ScriptedMllm, TruthfulMllm
 from sam4mllm_tool.types import (
     Box,
@@ -26,7 +28,6 @@ from sam4mllm_tool.types import (
     PointLabel,
     PromptPoint,
     Status,
-    Strategy,
     TargetCount,
     YesNo,
 )
@@ -34,7 +35,7 @@ from sam4mllm_tool.types import (
 ANY = TargetCount.ZERO_OR_MORE
 
 
-@pytest.mark.parametrize("strategy", [Strategy.PQPP, Strategy.ADAPTIVE, Strategy.BOX_ONLY])
+@pytest.mark.parametrize("strategy", ["pqpp", "adaptive", "box_only"])
 def test_the_true_mask_comes_out_exactly(model, blocks, truth, strategy):
     model = replace(model, settings=Settings(strategy=strategy))
     found = model.segment(blocks, "the red block")
@@ -46,7 +47,7 @@ def test_pqpp_asks_two_rounds_in_the_published_words(model, blocks):
     model.segment(blocks, "the red block")
     first, second = model.mllm.said
     assert first == (
-        "Please provide the bounding box coordinate of the region this sentence describes (1):\n"
+        "Please provide the bounding box coordinate of the region this sentence describes (0+):\n"
         '"the red block".'
     )
     head, points = second.split("\n")
@@ -68,8 +69,8 @@ def test_points_decide_what_the_box_cannot(blocks, truth):
     image = RgbImage.from_pil(Image.fromarray(pixels))
     ring = Mask((image.array == (214, 40, 40)).all(axis=2))
     mllm = TruthfulMllm({"the ring": [ring]})
-    by_box = Sam4MLLM(mllm, ColourSegmenter(), Settings(strategy=Strategy.BOX_ONLY))
-    by_points = replace(by_box, settings=Settings(strategy=Strategy.PQPP))
+    by_box = Sam4MLLM(mllm, ColourSegmenter(), Settings(strategy="box_only"))
+    by_points = replace(by_box, settings=Settings(strategy="pqpp"))
     assert by_box.segment(image, "the ring").objects[0].mask != ring
     assert by_points.segment(image, "the ring").objects[0].mask == ring
 
@@ -80,7 +81,7 @@ def test_several_objects_and_none_are_results(model, blocks, truth):
     none = model.segment(blocks, "the green block", count=ANY)
     assert none.status is Status.NOT_FOUND
     assert none.objects == ()
-    assert len(model.segment(blocks, "all blocks").objects) == 1
+    assert len(model.segment(blocks, "all blocks", count="1").objects) == 1
 
 
 def test_unsure_answers_are_not_shown_to_the_segmenter(truth, blocks):
@@ -93,7 +94,7 @@ def test_unsure_answers_are_not_shown_to_the_segmenter(truth, blocks):
 
 
 def test_adaptive_stays_within_its_budget_and_stops_when_settled(model, blocks):
-    adaptive = replace(model, settings=Settings(strategy=Strategy.ADAPTIVE, budget=4))
+    adaptive = replace(model, settings=Settings(strategy="adaptive", budget=4))
     found = adaptive.segment(blocks, "the red block")
     assert len(found.objects[0].points) <= 4
     assert found.trace.questions <= 3
@@ -101,7 +102,7 @@ def test_adaptive_stays_within_its_budget_and_stops_when_settled(model, blocks):
 
 def test_ppg_takes_box_and_points_from_one_reply(blocks, truth):
     reply = "[101,251,401,751] (200,500) (300,400) (150,300) (900,900)"
-    model = Sam4MLLM(ScriptedMllm([reply]), ColourSegmenter(), Settings(strategy=Strategy.PPG))
+    model = Sam4MLLM(ScriptedMllm([reply]), ColourSegmenter(), Settings(strategy="ppg"))
     found = model.segment(blocks, "the red block")
     labels = [p.label.value for p in found.objects[0].points]
     assert labels == ["foreground"] * 3 + ["background"]
@@ -140,7 +141,7 @@ def test_replies_without_a_box_are_dialogue_errors_with_the_reply(blocks, reply)
 
 
 def test_too_few_ppg_points_are_a_dialogue_error(blocks):
-    settings = Settings(strategy=Strategy.PPG)
+    settings = Settings(strategy="ppg")
     model = Sam4MLLM(ScriptedMllm(["[101,251,401,751] (1,1)"]), ColourSegmenter(), settings)
     with pytest.raises(DialogueError, match="1 points instead of 4"):
         model.segment(blocks, "x")
@@ -217,7 +218,7 @@ def test_verification_overrules_a_wrong_first_box(blocks, truth):
     """The model's first box is wrong and its second right; asked to look, it sees that."""
     wrong, right = "[600,166,900,500]", "[100,250,400,750]"
     mllm = ScriptedMllm([wrong, right], [[YesNo(0.1, 0.9)], [YesNo(0.8, 0.1)]])
-    settings = Settings(strategy=Strategy.BOX_ONLY, verified_boxes=2)
+    settings = Settings(strategy="box_only", verified_boxes=2)
     found = Sam4MLLM(mllm, ColourSegmenter(), settings).segment(blocks, "the red block")
     assert found.objects[0].mask == truth["the red block"][0]
     assert found.location.dialogue[-1].text == right
@@ -237,7 +238,7 @@ def test_mask_choice_by_agreement_overrules_a_wrong_estimate():
     assert choose_mask([wide, narrow], (), "agreement") is wide
 
 
-@pytest.mark.parametrize("strategy", list(Strategy))
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
 def test_a_saved_trace_replays_to_the_same_masks(embedded_model, demo_image, tmp_path, strategy):
     model = replace(embedded_model, settings=Settings(strategy=strategy))
     image, expression = demo_image
@@ -261,19 +262,23 @@ def test_a_trace_is_saved_as_its_extension_says(model, blocks, tmp_path):
 
 
 def test_capitals_are_folded_where_only_lower_case_was_taught(blocks, truth):
-    mllm = TruthfulMllm(truth, taught=Taught(lower_case=True))
+    mllm = TruthfulMllm(truth, notes=CheckpointNotes(lower_case=True))
     model = Sam4MLLM(mllm, ColourSegmenter())
     found = model.segment(blocks, "The RED Block")
     assert found.objects[0].mask == truth["the red block"][0]
     assert model.verify(blocks, "The Red Block", [found.objects[0].located.box])[0].p_yes > 0.9
-    assert model.stated(blocks, "The Red Block", Box(1, 2, 3, 4)).expression == "the red block"
+    assert (
+        model.stated(blocks, "The Red Block", Box(1, 2, 3, 4))
+        .dialogue[-2]
+        .text.endswith('"the red block".')
+    )
     assert not any("R" in asked or "B" in asked for asked in mllm.said[2:])
     as_they_are = Sam4MLLM(TruthfulMllm(truth), ColourSegmenter())
     assert as_they_are.segment(blocks, "The RED Block", count=ANY).status is Status.NOT_FOUND
 
 
 def test_lists_are_no_longer_than_what_was_taught(blocks, truth):
-    mllm = TruthfulMllm(truth, taught=Taught(points_per_question=4))
+    mllm = TruthfulMllm(truth, notes=CheckpointNotes(points_per_question=4))
     model = Sam4MLLM(mllm, ColourSegmenter(), Settings(points=9))
     found = model.segment(blocks, "the red block")
     asked = [text for text in mllm.said if text.startswith("Check")]

@@ -13,9 +13,9 @@ from sam4mllm_tool.formats import FORMATS
 from sam4mllm_tool.formats.molmo import MolmoFormat
 from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.pipeline.results import Settings
-from sam4mllm_tool.protocols import ANYTHING, Reply, Taught
+from sam4mllm_tool.protocols import NO_NOTES, CheckpointNotes, Reply
 from sam4mllm_tool.testing import ColourSegmenter
-from sam4mllm_tool.types import Box, Mask, Strategy, TargetCount, YesNo
+from sam4mllm_tool.types import Box, Mask, TargetCount, YesNo
 
 STOCK = [known for known in FORMATS.values() if known.name != "sam4mllm"]
 
@@ -29,7 +29,7 @@ class SeeingMllm:
     prose: str = "{}"
     boxes: tuple[Box, ...] = ()
     name: str = "seeing"
-    taught: Taught = ANYTHING
+    notes: CheckpointNotes = NO_NOTES
     questions: list[tuple[str, str]] = field(default_factory=list)
 
     @property
@@ -94,7 +94,7 @@ def test_marks_name_the_very_points_that_are_asked_about(known, blocks, red):
 @pytest.mark.parametrize("known", STOCK, ids=lambda known: known.name)
 def test_the_mask_comes_out_whatever_stands_around_the_box(known, prose, blocks, red):
     mllm = SeeingMllm(known, red, prose.replace("{}", "%s").replace("{", "{{").replace("%s", "{}"))
-    model = Sam4MLLM(mllm, ColourSegmenter(), Settings(strategy=Strategy.BOX_ONLY))
+    model = Sam4MLLM(mllm, ColourSegmenter(), Settings(strategy="box_only"))
     (found,) = model.segment(blocks, "the red block").objects
     assert found.mask == red
     nothing = replace(mllm, boxes=())
@@ -107,12 +107,12 @@ def test_the_mask_comes_out_whatever_stands_around_the_box(known, prose, blocks,
 def test_verification_chooses_among_the_boxes_of_a_reply(known, blocks, red, truth):
     wrong = truth["the blue block"][0].box
     mllm = SeeingMllm(known, red, boxes=(wrong, red.box))
-    settings = Settings(strategy=Strategy.BOX_ONLY)
-    plain = Sam4MLLM(mllm, ColourSegmenter(), settings).segment(blocks, "the red block")
+    settings = Settings(strategy="box_only")
+    plain = Sam4MLLM(mllm, ColourSegmenter(), settings).segment(blocks, "the red block", count="1")
     assert plain.objects[0].mask == truth["the blue block"][0]
     assert len(plain.objects[0].located.alternates) == 1
     checked = replace(settings, verified_boxes=2)
-    found = Sam4MLLM(mllm, ColourSegmenter(), checked).segment(blocks, "the red block")
+    found = Sam4MLLM(mllm, ColourSegmenter(), checked).segment(blocks, "the red block", count="1")
     assert found.objects[0].mask == red
 
 

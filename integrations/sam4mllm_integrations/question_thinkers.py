@@ -188,7 +188,7 @@ class LocalThinker:
     def understand(self, question: str, image_id: str, picture: Picture) -> Thought:
         """The question itself, and what the MLLM says if it reads like names of things."""
         model = self.toolbox.model
-        if model.mllm.taught.words is not None:
+        if model.mllm.notes.vocabulary is not None:
             return Thought(candidates=(question,))
         image = self.toolbox.workspace.image(image_id).image
         asked = (

@@ -13,7 +13,6 @@ from sam4mllm_tool.cli.common import (
     FormatOption,
     JsonOption,
     MllmOption,
-    SamDecoderOption,
     SamOption,
     console,
     counted,
@@ -39,7 +38,6 @@ def annotate(
     adapter: AdapterOption = None,
     format: FormatOption = None,
     sam: SamOption = "embedded",
-    sam_decoder: SamDecoderOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
@@ -50,14 +48,7 @@ def annotate(
 
     texts = read_expressions(expressions)
     total = len(plan(folder, texts))
-    model = load(
-        mllm,
-        adapter=adapter,
-        format=format,
-        segmenter=sam,
-        device=device,
-        segmenter_options={"decoder": sam_decoder},
-    )
+    model = load(mllm, adapter=adapter, format=format, segmenter=sam, device=device)
     with counted("pictures", total, quiet=as_json) as advance:
         done = run(model, folder, texts, out, count=count, on_picture=advance)
     number = len(done.document["annotations"])

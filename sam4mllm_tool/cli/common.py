@@ -15,7 +15,8 @@ from rich.table import Table
 
 from sam4mllm_tool.errors import BackendError, DialogueError, Sam4MllmError
 from sam4mllm_tool.pipeline.results import Segmentation
-from sam4mllm_tool.types import PromptPoint
+from sam4mllm_tool.pipeline.strategies import STRATEGIES, get_strategy
+from sam4mllm_tool.types import PromptPoint, TargetCount
 
 console = Console()
 _errors = Console(stderr=True)
@@ -34,18 +35,30 @@ FormatOption = Annotated[
 ]  # fmt: skip
 AdapterOption = Annotated[str | None, typer.Option(help="PEFT adapter over the MLLM.")]
 SamOption = Annotated[
-    str,
-    typer.Option(
-        "--sam",
-        help="'embedded', a checkpoint file of segment-anything or EfficientViT-SAM, or a "
-        "directory or hub id of a transformers SAM.",
-    ),
-]
-SamDecoderOption = Annotated[
-    str | None,
-    typer.Option("--sam-decoder", help="File of fine-tuned weights laid over a --sam file's."),
+    str, typer.Option("--sam", help="'embedded', a segment-anything checkpoint, or a SAM family.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+
+
+def known_strategy(value: str) -> str:
+    """Option callback for the name of a strategy.
+
+    Raises:
+        InputError: it is not a built-in one.
+    """
+    return get_strategy(value).name
+
+
+def known_strategies(values: list[str]) -> list[str]:
+    """Option callback for several; see :func:`known_strategy`."""
+    return [known_strategy(value) for value in values]
+
+
+STRATEGY_HELP = f"How the prompts are asked: {', '.join(STRATEGIES)}."
+CountOption = Annotated[
+    TargetCount,
+    typer.Option(help="How many objects may match: 0+ (it may be none), 1+, or exactly 1."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and no more.")]
 
 # 1 is Python's own; shells see at once whether the call, the model's words or the set-up is wrong.

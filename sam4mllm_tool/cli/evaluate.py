@@ -13,19 +13,20 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from sam4mllm_tool.cli.common import (
+    STRATEGY_HELP,
     AdapterOption,
     DeviceOption,
     FormatOption,
     JsonOption,
     MllmOption,
-    SamDecoderOption,
     SamOption,
     console,
     counted,
+    known_strategies,
     print_json,
 )
 from sam4mllm_tool.pipeline.results import Settings
-from sam4mllm_tool.types import Strategy, TargetCount
+from sam4mllm_tool.types import TargetCount
 
 if TYPE_CHECKING:
     from sam4mllm_tool.scenes.world import World
@@ -41,7 +42,6 @@ def sam_command(
         str, typer.Option(help="sam; or crowded: smaller, more and more hidden things.")
     ] = "sam",
     sam: SamOption = "embedded",
-    sam_decoder: SamDecoderOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -49,7 +49,7 @@ def sam_command(
     from sam4mllm_tool.evaluation.sam import evaluate_sam
     from sam4mllm_tool.segmenter import load_segmenter
 
-    drawn, segmenter = _world(world), load_segmenter(sam, decoder=sam_decoder, device=device)
+    drawn, segmenter = _world(world), load_segmenter(sam, device=device)
     with nullcontext() if as_json else console.status("measuring …"):
         report = evaluate_sam(segmenter, seed=seed, objects=objects, world=drawn).to_json()
     if as_json:
@@ -69,10 +69,13 @@ def sam_command(
 
 _POINTS = Settings().points
 StrategyOption = Annotated[
-    list[Strategy],
-    typer.Option(help="Repeatable: several are compared on the same expressions."),
+    list[str],
+    typer.Option(
+        callback=known_strategies,
+        help=f"{STRATEGY_HELP} Repeatable: several are compared on the same expressions.",
+    ),
 ]
-PointsOption = Annotated[int, typer.Option(min=1, max=100, help="Points a box.")]
+PointsOption = Annotated[int, typer.Option(min=1, max=100, help="Points to ask about per box.")]
 LimitOption = Annotated[
     int | None, typer.Option(min=1, help="A sample of so many expressions, over as many pictures.")
 ]
@@ -99,7 +102,7 @@ def scenes_command(
     per_kind: Annotated[
         int | None, typer.Option(min=1, help="Equally many of each kind instead; some are rare.")
     ] = None,
-    strategy: StrategyOption = [Strategy.PQPP],  # noqa: B006
+    strategy: StrategyOption = ["pqpp"],  # noqa: B006
     points: PointsOption = _POINTS,
     world: Annotated[str, typer.Option(help="small, full, …")] = "small",
     ask: Annotated[
@@ -109,7 +112,6 @@ def scenes_command(
     adapter: AdapterOption = None,
     format: FormatOption = None,
     sam: SamOption = "embedded",
-    sam_decoder: SamDecoderOption = None,
     device: DeviceOption = "auto",
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run: kept, resumed. Else nothing is kept.")
@@ -122,7 +124,7 @@ def scenes_command(
     from sam4mllm_tool.scenes.expressions import Kind
 
     drawn = _world(world)
-    model = _load(mllm, adapter, format, sam, sam_decoder, device, points)
+    model = _load(mllm, adapter, format, sam, device, points)
     limit = per_kind * len(get_args(Kind)) if per_kind else limit
     with _folder(out) as folder, counted("expressions", limit, quiet=as_json) as on_case:
         report = evaluate_scenes(
@@ -142,15 +144,14 @@ def _benchmark_command(name: str, splits: tuple[str, ...]) -> Callable[..., None
             str, typer.Option(help="Count in the questions: data (what the set promises), 0+, …")
         ] = "data",
         unreadable_limit: UnreadableOption = _UNREADABLE,
+        strategy: StrategyOption = ["pqpp"],  # noqa: B006
         protocol: ProtocolOption = "ours",
         rule: RuleOption = [],  # noqa: B006
-        strategy: StrategyOption = [Strategy.PQPP],  # noqa: B006
         points: PointsOption = _POINTS,
         mllm: MllmOption = "embedded",
         adapter: AdapterOption = None,
         format: FormatOption = None,
         sam: SamOption = "embedded",
-        sam_decoder: SamDecoderOption = None,
         device: DeviceOption = "auto",
         out: Annotated[
             Path | None, typer.Option(help="Folder of the run; default runs/NAME-SPLIT-PROTOCOL.")
@@ -164,7 +165,7 @@ def _benchmark_command(name: str, splits: tuple[str, ...]) -> Callable[..., None
 
         rules = get_protocol(protocol).with_rules(rule)
         check_present(name, data, split)
-        model = _load(mllm, adapter, format, sam, sam_decoder, device, points)
+        model = _load(mllm, adapter, format, sam, device, points)
         folder = out or Path("runs") / "-".join([name, split, *rules.name.split()])
         with counted("expressions", limit, quiet=as_json) as on_case:
             report = evaluate_benchmark(
@@ -191,25 +192,13 @@ for _name, _splits in _BENCHMARKS.items():
 
 
 def _load(
-    mllm: str,
-    adapter: str | None,
-    format: str | None,
-    sam: str,
-    sam_decoder: str | None,
-    device: str,
-    points: int,
+    mllm: str, adapter: str | None, format: str | None, sam: str, device: str, points: int
 ) -> Any:
     from sam4mllm_tool.pipeline.model import load
 
     settings = Settings(points=points, budget=points)
     return load(
-        mllm,
-        adapter=adapter,
-        format=format,
-        segmenter=sam,
-        device=device,
-        settings=settings,
-        segmenter_options={"decoder": sam_decoder},
+        mllm, adapter=adapter, format=format, segmenter=sam, device=device, settings=settings
     )
 
 

@@ -14,7 +14,6 @@ from sam4mllm_tool.cli.common import (
     DeviceOption,
     FormatOption,
     MllmOption,
-    SamDecoderOption,
     SamOption,
 )
 from sam4mllm_tool.errors import InputError
@@ -72,7 +71,6 @@ def mcp(
     adapter: AdapterOption = None,
     format: FormatOption = None,
     sam: SamOption = "embedded",
-    sam_decoder: SamDecoderOption = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Serve the tools to MCP clients (needs the extra 'mcp')."""
@@ -84,14 +82,7 @@ def mcp(
     def load_models() -> Sam4MLLM:
         from sam4mllm_tool.pipeline.model import load
 
-        return load(
-            mllm,
-            adapter=adapter,
-            format=format,
-            segmenter=sam,
-            device=device,
-            segmenter_options={"decoder": sam_decoder},
-        )
+        return load(mllm, adapter=adapter, format=format, segmenter=sam, device=device)
 
     serve(
         load_models,

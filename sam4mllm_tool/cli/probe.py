@@ -12,14 +12,14 @@ from sam4mllm_tool.cli.common import (
     FormatOption,
     JsonOption,
     MllmOption,
-    SamDecoderOption,
     SamOption,
     console,
     points_table,
     print_json,
 )
-from sam4mllm_tool.errors import PromptError
-from sam4mllm_tool.types import Point, TargetCount
+from sam4mllm_tool.errors import ExpressionError, PromptError
+from sam4mllm_tool.pipeline.validation import check_image_points
+from sam4mllm_tool.types import Point
 
 
 def probe(
@@ -33,7 +33,6 @@ def probe(
     adapter: AdapterOption = None,
     format: FormatOption = None,
     sam: SamOption = "embedded",
-    sam_decoder: SamDecoderOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -43,15 +42,15 @@ def probe(
 
     picture = load_image(image).image
     points = [_point(text) for text in point] if point else None
-    model = load(
-        mllm,
-        adapter=adapter,
-        format=format,
-        segmenter=sam,
-        device=device,
-        segmenter_options={"decoder": sam_decoder},
-    )
-    location = model.locate(picture, expression, TargetCount.ONE)
+    model = load(mllm, adapter=adapter, format=format, segmenter=sam, device=device)
+    if points:
+        check_image_points(points, picture)
+    location = model.locate(picture, expression)
+    if not location.objects:
+        raise ExpressionError(
+            f"nothing in the picture matches {expression!r}",
+            hint="Describe something that is there.",
+        )
     box = location.objects[0].box
     answers = model.check_points(picture, location, box, points)
     if as_json:

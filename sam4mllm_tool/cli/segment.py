@@ -8,13 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from sam4mllm_tool.cli.common import (
+    STRATEGY_HELP,
     AdapterOption,
+    CountOption,
     DeviceOption,
     FormatOption,
     JsonOption,
     MllmOption,
-    SamDecoderOption,
     SamOption,
+    known_strategy,
     print_json,
     segmentation_document,
     show_dialogue,
@@ -22,16 +24,14 @@ from sam4mllm_tool.cli.common import (
 )
 from sam4mllm_tool.errors import InputError
 from sam4mllm_tool.pipeline.results import Segmentation, Settings
-from sam4mllm_tool.types import RgbImage, Strategy, TargetCount
+from sam4mllm_tool.types import RgbImage, TargetCount
 
 
 def segment(
     image: Annotated[str, typer.Argument(help="Path, data URI, or URL with --network.")],
     expression: Annotated[str, typer.Argument(help="What to segment.")],
-    count: Annotated[TargetCount, typer.Option(help="How many objects may match.")] = (
-        TargetCount.ONE
-    ),
-    strategy: Annotated[Strategy, typer.Option(help="How the prompts are asked.")] = Strategy.PQPP,
+    count: CountOption = TargetCount.ZERO_OR_MORE,
+    strategy: Annotated[str, typer.Option(callback=known_strategy, help=STRATEGY_HELP)] = "pqpp",
     points: Annotated[int, typer.Option(min=1, max=100, help="Points to ask about.")] = (
         Settings().points
     ),
@@ -39,7 +39,6 @@ def segment(
     adapter: AdapterOption = None,
     format: FormatOption = None,
     sam: SamOption = "embedded",
-    sam_decoder: SamDecoderOption = None,
     device: DeviceOption = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder for masks and overlay.")] = None,
     trace: Annotated[
@@ -60,13 +59,7 @@ def segment(
     loaded = load_image(image, ImagePolicy(allow_network=network))
     settings = Settings(strategy=strategy, points=points, budget=points)
     model = load(
-        mllm,
-        adapter=adapter,
-        format=format,
-        segmenter=sam,
-        device=device,
-        settings=settings,
-        segmenter_options={"decoder": sam_decoder},
+        mllm, adapter=adapter, format=format, segmenter=sam, device=device, settings=settings
     )
     found = model.segment(loaded.image, expression, count=count, source=Path(image).name[:200])
     files = write_files(found, loaded.image, out) if out else []

@@ -24,13 +24,13 @@ from sam4mllm_tool.evaluation.run import (
     read_skipped,
 )
 from sam4mllm_tool.pipeline.model import Sam4MLLM
-from sam4mllm_tool.types import Strategy, TargetCount
+from sam4mllm_tool.types import TargetCount
 
 
 def evaluate(
     model: Sam4MLLM,
     cases: Cases,
-    strategies: Sequence[Strategy],
+    strategies: Sequence[str],
     folder: Path,
     about: dict[str, Any],
     *,
@@ -53,7 +53,7 @@ def evaluate(
         The JSON document, see :func:`~sam4mllm_tool.evaluation.report.build_report`.
     """
     noted = {**about, "mllm": model.mllm.name, "segmenter": model.segmenter.name,
-             "settings": _settings(model), "strategies": [s.value for s in strategies],
+             "settings": _settings(model), "strategies": list(strategies),
              "protocol": protocol.name, "rules": protocol.rules}  # fmt: skip
     measure(
         model, cases(), strategies, folder, noted,
@@ -104,7 +104,7 @@ def evaluate_benchmark(
     name: str,
     data: Path,
     split: str,
-    strategies: Sequence[Strategy],
+    strategies: Sequence[str],
     folder: Path,
     *,
     limit: int | None = None,

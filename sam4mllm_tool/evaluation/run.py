@@ -26,7 +26,6 @@ from sam4mllm_tool.evaluation.judge import Judged, judge
 from sam4mllm_tool.evaluation.metrics import Outcome
 from sam4mllm_tool.journal import open_journal, read_journal
 from sam4mllm_tool.pipeline.model import Sam4MLLM
-from sam4mllm_tool.types import Strategy
 
 UNREADABLE_LIMIT = 20
 """Pictures that may be unreadable before a run fails."""
@@ -105,7 +104,7 @@ class Skipped:
 def measure(
     model: Sam4MLLM,
     cases: Iterable[Case],
-    strategies: Sequence[Strategy],
+    strategies: Sequence[str],
     folder: Path,
     about: dict[str, Any],
     *,
@@ -128,7 +127,7 @@ def measure(
         StorageError: there is no room; what was judged before is kept.
     """
     share = shard or Shard()
-    models = {s.value: replace(model, settings=replace(model.settings, strategy=s))
+    models = {s: replace(model, settings=replace(model.settings, strategy=s))
               for s in strategies}  # fmt: skip
     with _claimed(folder, about, share):
         done = {(line.case, line.strategy) for line in read_lines(folder)}

@@ -25,7 +25,7 @@ from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.scenes.expressions import ReferringExpression, expressions
 from sam4mllm_tool.scenes.render import Scene, render_scene
 from sam4mllm_tool.scenes.world import SMALL_WORLD, World
-from sam4mllm_tool.types import Box, Mask, RgbImage, Strategy, TargetCount
+from sam4mllm_tool.types import Box, Mask, RgbImage, TargetCount
 
 MOST_SCENES = 20_000
 POOL = 4
@@ -86,7 +86,7 @@ def evaluate_scenes(
     *,
     seed: int,
     limit: int,
-    strategies: Sequence[Strategy] = (Strategy.PQPP,),
+    strategies: Sequence[str] = ("pqpp",),
     world: World = SMALL_WORLD,
     per_kind: int | None = None,
     ask: TargetCount | None = TargetCount.ZERO_OR_MORE,
@@ -110,7 +110,7 @@ def evaluate_scenes(
     cases = scene_cases(seed, drawn, world=world, per_kind=per_kind, ask=ask)
     cases = sampled(cases, limit, seed)
     report = evaluate(model, cases, strategies, folder, about, shard=shard, on_case=on_case)
-    asked = next((s.value for s in strategies if s in (Strategy.PQPP, Strategy.ADAPTIVE)), None)
+    asked = next((s for s in strategies if s in ("pqpp", "adaptive")), None)
     outcomes = [one.judged.outcome for one in read_lines(folder) if one.strategy == asked]
     return {**report, "point_baseline": position_baseline(outcomes)}
 

@@ -38,6 +38,21 @@ class LoadedImage:
     notes: tuple[str, ...] = ()
 
 
+ImageLike: TypeAlias = "RgbImage | LoadedImage | ImageSource"
+"""What the pipeline takes as an image."""
+
+
+def to_rgb_image(image: ImageLike) -> RgbImage:
+    """The picture of whatever a caller gave as an image; files are read under the default policy.
+
+    Raises:
+        ImageError, AccessDenied: see :func:`load_image`.
+    """
+    if isinstance(image, RgbImage):
+        return image
+    return image.image if isinstance(image, LoadedImage) else load_image(image).image
+
+
 def load_image(source: ImageSource, policy: ImagePolicy | None = None) -> LoadedImage:
     """Load one picture as upright RGB.
 

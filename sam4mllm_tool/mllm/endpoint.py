@@ -22,7 +22,7 @@ from sam4mllm_tool.concurrency import check_cancelled
 from sam4mllm_tool.errors import DialogueError, EndpointError, ProbabilitiesMissing
 from sam4mllm_tool.formats import DialogueFormat
 from sam4mllm_tool.grammar import Grammar, grammar_regex
-from sam4mllm_tool.protocols import ANYTHING, Dialogue, Reply, Taught, YesNoWords
+from sam4mllm_tool.protocols import NO_NOTES, Dialogue, Reply, YesNoWords
 from sam4mllm_tool.types import RgbImage, YesNo
 
 try:
@@ -85,7 +85,7 @@ class OpenAIEndpointMllm:
         EndpointError: the server cannot be reached, or does not serve ``model``.
     """
 
-    taught: Taught = ANYTHING
+    notes = NO_NOTES  # a server does not say what it serves
     own_format: DialogueFormat | None = None  # a server does not tell what it serves
 
     def __init__(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from pydantic import ValidationError
 
 from sam4mllm_tool.errors import CheckpointError
 from sam4mllm_tool.formats import DialogueFormat, format_for
@@ -26,7 +27,7 @@ from sam4mllm_tool.mllm.encoding import DialogueEncoder, Encoded, ImageInputs
 from sam4mllm_tool.mllm.engine import Engine, Spot
 from sam4mllm_tool.mllm.files import find_checkpoint, read_json
 from sam4mllm_tool.mllm.grammar_tokens import TokenGrammar, YesNoTokens, yes_no_tokens
-from sam4mllm_tool.protocols import ANYTHING, Dialogue, Reply, Taught, YesNoWords
+from sam4mllm_tool.protocols import NO_NOTES, CheckpointNotes, Dialogue, Reply, YesNoWords
 from sam4mllm_tool.types import RgbImage, YesNo
 
 LONGEST_REPLY = 4096
@@ -50,7 +51,7 @@ class LocalMllm:
         processor: its processor, with a chat template.
         name: for traces.
         format_name: dialogue format.
-        taught: the bounds of what a small model was taught.
+        notes: what the checkpoint states about itself.
         cache_bytes: bound for kept keys and values; those of dialogues under way have a bound of
             the same size for themselves.
     """
@@ -62,13 +63,13 @@ class LocalMllm:
         *,
         name: str,
         format_name: str = "sam4mllm",
-        taught: Taught = ANYTHING,
+        notes: CheckpointNotes = NO_NOTES,
         cache_bytes: int = loading.USUAL_CACHE,
     ) -> None:
         self.name = name
         self.format_name = format_name
         self.own_format: DialogueFormat | None = None
-        self.taught = taught
+        self.notes = notes
         self.model = model
         self.encoder = DialogueEncoder(processor)
         self.engine = Engine(model, cache_bytes)
@@ -144,7 +145,7 @@ class LocalMllm:
             processor,
             name=name or str(checkpoint) + (f" + {adapter}" if adapter is not None else ""),
             format_name=notes.get("format", stock.name),
-            taught=Taught.from_notes(notes),
+            notes=_checkpoint_notes(notes, folder),
             cache_bytes=cache_bytes,
         )
         found.own_format = None if "format" in notes else stock
@@ -258,6 +259,18 @@ def _end_ids(model: Any, encoder: DialogueEncoder) -> tuple[int, ...]:
             hint="Set eos_token_id in its generation_config.json.",
         )
     return tuple(found)
+
+
+def _checkpoint_notes(notes: dict[str, Any], folder: Path) -> CheckpointNotes:
+    """Raises CheckpointError with the name of a key that makes no sense."""
+    try:
+        return CheckpointNotes.model_validate(notes)
+    except ValidationError as error:
+        (first, *_) = error.errors(include_url=False)
+        raise CheckpointError(
+            f"the notes of {folder} (sam4mllm.json): {first['loc'][0]}: {first['msg']}",
+            hint="Correct that key, or remove it.",
+        ) from error
 
 
 def _read_notes(folder: Path) -> dict[str, Any]:

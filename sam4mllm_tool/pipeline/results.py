@@ -9,7 +9,7 @@ from sam4mllm_tool.formats.base import PointAsking
 from sam4mllm_tool.pipeline.points import Thresholds
 from sam4mllm_tool.pipeline.trace import Trace
 from sam4mllm_tool.protocols import Dialogue, MaskCandidate
-from sam4mllm_tool.types import Box, Mask, PromptPoint, Status, Strategy, TargetCount
+from sam4mllm_tool.types import Box, Mask, PromptPoint, Status, TargetCount
 
 
 @dataclass(frozen=True)
@@ -17,23 +17,23 @@ class Settings:
     """How the dialogue is held.
 
     Attributes:
-        strategy: see :class:`~sam4mllm_tool.types.Strategy`.
-        points: candidate points a box in round 2.
+        strategy: name of a built-in strategy, see :mod:`sam4mllm_tool.pipeline.strategies`.
+        points: candidate points per box in round 2.
         candidates: how they are spread over the box: an even grid, Poisson disk (the authors'
             training), or a jittered grid (their demo, with ``points=15``).
         thresholds: which answers count.
         point_asking: points named by coordinates, or by numbered marks drawn on the picture (one
             extra image for all points); ``None`` = as the dialogue format prefers.
         verified_boxes: with more than one, that many candidate boxes are each shown to the MLLM
-            ("does this region show …?") and the surest is taken; for count 1.
+            ("does this region show …?") and the surest is taken, if one object is found.
         positive, negative: points asked for in a PPG reply.
-        budget: most points *adaptive* asks about, an object.
+        budget: most points *adaptive* asks about per object.
         per_question: points *adaptive* asks about at a time.
         choose_by: which of SAM's masks is taken: the best predicted IoU (the paper), or that plus
             the share of confident points it agrees with.
     """
 
-    strategy: Strategy = Strategy.PQPP
+    strategy: str = "pqpp"
     points: int = 9
     candidates: Literal["grid", "poisson", "jittered"] = "grid"
     thresholds: Thresholds = field(default_factory=Thresholds)

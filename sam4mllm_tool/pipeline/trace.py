@@ -17,13 +17,13 @@ from pydantic import BaseModel, Field
 from sam4mllm_tool.errors import InputError
 from sam4mllm_tool.grammar import Grammar
 from sam4mllm_tool.protocols import (
+    CheckpointNotes,
     Dialogue,
     MaskCandidate,
     Mllm,
     Reply,
     Segmenter,
     SegmentPrompt,
-    Taught,
     YesNoWords,
 )
 from sam4mllm_tool.types import RgbImage, YesNo
@@ -170,7 +170,7 @@ class RecordingMllm:
     def __init__(self, mllm: Mllm, recorder: Recorder) -> None:
         self._mllm, self._recorder = mllm, recorder
         self.name, self.format_name = mllm.name, mllm.format_name
-        self.taught = mllm.taught
+        self.notes = mllm.notes
 
     def generate(
         self,
@@ -280,10 +280,10 @@ def _prompt_data(prompt: SegmentPrompt) -> dict[str, Any]:
 class ReplayMllm:
     """Answers from a trace: the same question on the same picture gets the recorded reply."""
 
-    def __init__(self, trace: Trace, format_name: str, taught: Taught) -> None:
+    def __init__(self, trace: Trace, format_name: str, notes: CheckpointNotes) -> None:
         self.name = trace.models.get("mllm", "replay")
         self.format_name = format_name
-        self.taught = taught
+        self.notes = notes
         self._exchanges = {
             (e.kind, e.image, tuple(e.dialogue), e.count): e for e in trace.exchanges
         }

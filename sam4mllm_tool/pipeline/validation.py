@@ -5,8 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from sam4mllm_tool.errors import ExpressionError, PointOutsideImage, PromptError
-from sam4mllm_tool.types import Point, RgbImage
+from sam4mllm_tool.errors import (
+    ExpressionError,
+    InputError,
+    PointOutsideImage,
+    PromptError,
+    nearest,
+)
+from sam4mllm_tool.types import Point, RgbImage, TargetCount
 
 MAX_EXPRESSION = 2_000
 MAX_POINTS = 1_000
@@ -29,6 +35,21 @@ def check_expression(expression: str) -> str:
             hint="Describe one object, or one group of objects, in a sentence.",
         )
     return text
+
+
+def check_count(count: TargetCount | str) -> TargetCount:
+    """The count, from its value or its text.
+
+    Raises:
+        InputError: not one of them.
+    """
+    try:
+        return TargetCount(count)
+    except ValueError as error:
+        raise InputError(
+            f"{str(count)[:60]!r} is not a count",
+            hint=nearest(str(count), [known.value for known in TargetCount], "Counts"),
+        ) from error
 
 
 def check_image_points(points: Sequence[Point], image: RgbImage) -> None:

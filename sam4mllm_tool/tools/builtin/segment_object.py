@@ -24,7 +24,7 @@ from sam4mllm_tool.tools.schemas import (
     OutsideThreshold,
     ToolArguments,
 )
-from sam4mllm_tool.types import Strategy, TargetCount
+from sam4mllm_tool.types import TargetCount
 
 
 class SegmentObjectArguments(ToolArguments):
@@ -52,7 +52,7 @@ def segment_object(context: ToolContext, arguments: SegmentObjectArguments) -> T
     settings = context.model.settings
     settings = replace(
         settings,
-        strategy=Strategy(arguments.strategy or settings.strategy),
+        strategy=arguments.strategy or settings.strategy,
         points=arguments.points or settings.points,
         budget=arguments.points or settings.budget,
         thresholds=changed_thresholds(

@@ -1,0 +1,332 @@
+"""The steps of the dialogue: locate, ask about points, draw. Each is a method; state is passed on.
+
+SAM4MLLM's PQPP dialogue (ECCV 2024, arXiv 2409.10542): round 1 asks for a box, round 2 whether
+points lie on the object, SAM draws the mask. ``strategies.py`` puts the steps together.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar
+
+from sam4mllm_tool.concurrency import stage
+from sam4mllm_tool.drawing.marks import draw_marks
+from sam4mllm_tool.errors import DialogueError
+from sam4mllm_tool.formats import DialogueFormat, get_format
+from sam4mllm_tool.geometry import clip_box
+from sam4mllm_tool.images.loading import ImageLike, to_rgb_image
+from sam4mllm_tool.pipeline.points import (
+    Thresholds,
+    grid_points,
+    jittered_points,
+    label_point,
+    poisson_disk_points,
+)
+from sam4mllm_tool.pipeline.results import LocatedObject, Location, ScoredBox, Settings
+from sam4mllm_tool.pipeline.validation import check_count, check_expression, check_image_points
+from sam4mllm_tool.protocols import (
+    Dialogue,
+    MaskCandidate,
+    Mllm,
+    Reply,
+    Segmenter,
+    SegmentPrompt,
+    Turn,
+)
+from sam4mllm_tool.types import (
+    Box,
+    Mask,
+    Point,
+    PointLabel,
+    PromptPoint,
+    RgbImage,
+    TargetCount,
+    YesNo,
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DialogueSteps:
+    """Two models and the steps of the dialogue between them.
+
+    Images are anything that :func:`~sam4mllm_tool.load_image` reads, or what it returns;
+    coordinates are pixels of the upright image. Safe to share between threads as far as the two
+    backends are (ours are).
+    """
+
+    mllm: Mllm
+    segmenter: Segmenter
+    settings: Settings = field(default_factory=Settings)
+    format: DialogueFormat | None = None
+
+    @property
+    def speech(self) -> DialogueFormat:
+        """The dialogue format in use: the one given, else the checkpoint's own."""
+        return self.format or get_format(self.mllm.format_name)
+
+    def locate(
+        self,
+        image: ImageLike,
+        expression: str,
+        count: TargetCount | str = TargetCount.ZERO_OR_MORE,
+        *,
+        alternates: int = 0,
+    ) -> Location:
+        """Round 1: the box(es) the expression means, each with up to ``alternates`` others.
+
+        Raises:
+            ExpressionError: empty or overlong expression.
+            InputError: unknown ``count``.
+            ImageError, AccessDenied: see :func:`~sam4mllm_tool.load_image`.
+            DialogueError: the reply could not be read.
+        """
+        image, count, text = to_rgb_image(image), check_count(count), check_expression(expression)
+        stage("locate")
+        verified = self.settings.verified_boxes
+        alternates = max(alternates, verified - 1)
+        question = self.speech.ask_boxes(self._wording(text), count, image.size)
+        grammar = self.speech.box_grammar(count)
+        dialogue = self._opening(question)
+        if alternates and grammar is not None:
+            best, *others = self.mllm.alternates(
+                image, dialogue, grammar=grammar, count=alternates + 1
+            )
+        else:
+            best, others = self.mllm.generate(image, dialogue, grammar=grammar), []
+        read = self.speech.read_boxes(best.text, image.size)
+        boxes = read.boxes[:1] if count is TargetCount.ONE else read.boxes
+        # A free reply may hold several boxes where one was asked for: the rest are alternates.
+        spare = tuple(ScoredBox(box) for box in read.boxes[len(boxes) :])
+        other_boxes = spare + self._other_boxes(others, image, boxes)
+        found = tuple(LocatedObject(box, _score(best), other_boxes) for box in boxes)
+        notes = (*read.notes, *self._notes(text))
+        spoken = (*dialogue, Turn("assistant", best.text))
+        location = Location(text, count, spoken, found, notes)
+        return self._surest(image, location) if verified > 1 else location
+
+    def locate_with_points(
+        self,
+        image: ImageLike,
+        expression: str,
+        count: TargetCount | str = TargetCount.ZERO_OR_MORE,
+    ) -> Location:
+        """PPG: box(es) and labelled points in one reply. Raises as :meth:`locate`."""
+        image, count, text = to_rgb_image(image), check_count(count), check_expression(expression)
+        stage("locate")
+        n_in, n_out = self.settings.positive, self.settings.negative
+        wording = self._wording(text)
+        question = self.speech.ask_box_and_points(wording, count, n_in, n_out, image.size)
+        grammar = self.speech.box_and_points_grammar(count, n_in, n_out)
+        dialogue = self._opening(question)
+        reply = self.mllm.generate(image, dialogue, grammar=grammar)
+        read = self.speech.read_box_and_points(reply.text, n_in, n_out, image.size)
+        found = tuple(LocatedObject(r.box, _score(reply), (), r.points) for r in read)
+        found = found[:1] if count is TargetCount.ONE else found
+        spoken = (*dialogue, Turn("assistant", reply.text))
+        return Location(text, count, spoken, found, self._notes(text))
+
+    def stated(self, image: ImageLike, expression: str, box: Box) -> Location:
+        """A location as if the MLLM had answered with this box, so that round 2 can follow."""
+        image, text = to_rgb_image(image), check_expression(expression)
+        question = self.speech.ask_boxes(self._wording(text), TargetCount.ONE, image.size)
+        reply = self.speech.write_boxes([box], image.size)
+        dialogue = (*self._opening(question), Turn("assistant", reply))
+        return Location(text, TargetCount.ONE, dialogue, (LocatedObject(box),))
+
+    def candidate_points(self, box: Box, image: ImageLike) -> list[Point]:
+        """The points to ask about: spread over the part of the box inside the image."""
+        image = to_rgb_image(image)
+        inside = clip_box(box, image.width, image.height)
+        count, rng = self.settings.points, random.Random(0)
+        match self.settings.candidates:
+            case "grid":
+                return grid_points(inside, count)
+            case "poisson":
+                return poisson_disk_points(inside, count, rng)
+            case "jittered":
+                return jittered_points(inside, count, rng)
+
+    def check_points(
+        self,
+        image: ImageLike,
+        location: Location,
+        box: Box,
+        points: Sequence[Point] | None = None,
+        *,
+        thresholds: Thresholds | None = None,
+    ) -> tuple[PromptPoint, ...]:
+        """Round 2: is each point on the object? The standard candidate points if none are given.
+
+        A point given twice is asked about once. Answers come in the order of ``points``.
+
+        Raises:
+            PointOutsideImage, PromptError: points outside, not finite, or too many.
+        """
+        image = to_rgb_image(image)
+        stage("points")
+        asked = self.candidate_points(box, image) if points is None else list(points)
+        check_image_points(asked, image)
+        limits = thresholds or self.settings.thresholds
+        different = list(dict.fromkeys(asked))
+        asking = self.settings.point_asking or self.speech.point_asking
+        ask = self._ask_by_marks if asking == "marks" else self._ask_by_coordinates
+        answers: dict[Point, PromptPoint] = {}
+        for point, answer in zip(different, ask(image, location, box, different), strict=True):
+            label = label_point(answer, limits)
+            answers[point] = PromptPoint(*point, label, answer.p_yes, answer.p_no)
+        return tuple(answers[point] for point in asked)
+
+    def _ask_by_coordinates(
+        self, image: RgbImage, location: Location, box: Box, points: Sequence[Point]
+    ) -> list[YesNo]:
+        """Round 2 as the paper has it: the dialogue of round 1 goes on."""
+        answers: list[YesNo] = []
+        wording = self._wording(location.expression)
+        for some in batched(points, self._longest_list):
+            question = self.speech.ask_points(wording, box, some, image.size)
+            dialogue = (*location.dialogue, Turn("user", question))
+            answers += self._yes_no(image, dialogue, len(some))
+        return answers
+
+    def _ask_by_marks(
+        self, image: RgbImage, location: Location, box: Box, points: Sequence[Point]
+    ) -> list[YesNo]:
+        """Round 2 on a copy of the picture with numbered marks, which is a dialogue of its own."""
+        marked = draw_marks(image, points, box)
+        answers: list[YesNo] = []
+        wording = self._wording(location.expression)
+        for some in batched(range(1, len(points) + 1), self._longest_list):
+            question = self.speech.ask_marks(wording, some)
+            answers += self._yes_no(marked, self._opening(question), len(some))
+        return answers
+
+    def _yes_no(self, image: RgbImage, dialogue: Dialogue, count: int) -> list[YesNo]:
+        words = self.speech.yes_no
+        answers = self.mllm.answer_yes_no(image, dialogue, words=words, count=count)
+        if len(answers) != count:
+            raise DialogueError(
+                f"{len(answers)} answers came back for {count} points",
+                raw_reply="".join("Yes" if a.p_yes >= a.p_no else "No" for a in answers),
+                hint="Ask about fewer points at a time.",
+            )
+        return answers
+
+    def verify(self, image: ImageLike, expression: str, boxes: Sequence[Box]) -> list[YesNo]:
+        """For each box, whether its region shows what the expression describes."""
+        image, wording = to_rgb_image(image), self._wording(check_expression(expression))
+        stage("verify")
+        questions = [self.speech.ask_verification(wording, box, image.size) for box in boxes]
+        return [self._yes_no(image, self._opening(q), 1)[0] for q in questions]
+
+    def _surest(self, image: RgbImage, location: Location) -> Location:
+        """The location with the candidate box that verification is surest of."""
+        if len(location.objects) != 1 or not location.objects[0].alternates:
+            return location
+        first = location.objects[0]
+        candidates = [ScoredBox(first.box, first.score), *first.alternates]
+        answers = self.verify(image, location.expression, [c.box for c in candidates])
+        ranked = sorted(
+            zip(candidates, answers, strict=True), key=lambda pair: pair[1].p_yes, reverse=True
+        )
+        (best, _), *others = ranked
+        reply = self.speech.write_boxes([best.box], image.size)
+        return replace(
+            location,
+            dialogue=(*location.dialogue[:-1], Turn("assistant", reply)),
+            objects=(LocatedObject(best.box, best.score, tuple(other for other, _ in others)),),
+        )
+
+    def draw(self, image: ImageLike, prompts: Sequence[SegmentPrompt]) -> list[MaskCandidate]:
+        """Box and confident points → the chosen one of SAM's three masks, for each prompt."""
+        candidates = self.draw_all(image, prompts)
+        return [
+            choose_mask(some, prompt.points, self.settings.choose_by)
+            for some, prompt in zip(candidates, prompts, strict=True)
+        ]
+
+    def draw_all(
+        self, image: ImageLike, prompts: Sequence[SegmentPrompt]
+    ) -> list[tuple[MaskCandidate, ...]]:
+        """All of SAM's masks for each prompt, boxes clipped to the image."""
+        image = to_rgb_image(image)
+        stage("mask")
+        clipped = [replace(p, box=_clip(p.box, image)) for p in prompts]
+        return self.segmenter.predict(image, clipped)
+
+    def _opening(self, question: str) -> Dialogue:
+        system = self.speech.system_prompt
+        first = (Turn("system", system),) if system else ()
+        return (*first, Turn("user", question))
+
+    def _other_boxes(
+        self, replies: Sequence[Reply], image: RgbImage, taken: Sequence[Box]
+    ) -> tuple[ScoredBox, ...]:
+        others: dict[Box, ScoredBox] = {}
+        for reply in replies:
+            for box in self.speech.read_boxes(reply.text, image.size).boxes[:1]:
+                if box not in taken:
+                    others.setdefault(box, ScoredBox(box, _score(reply)))
+        return tuple(others.values())
+
+    @property
+    def _longest_list(self) -> int:
+        """Most points in one question: what the format allows and the checkpoint was taught."""
+        taught = self.mllm.notes.points_per_question
+        allowed = self.speech.points_per_question
+        return allowed if taught is None else min(allowed, taught)
+
+    def _wording(self, expression: str) -> str:
+        """The expression as the checkpoint was taught to read it."""
+        return expression.lower() if self.mllm.notes.lower_case else expression
+
+    def _notes(self, expression: str) -> tuple[str, ...]:
+        """What a reader should know: of the checkpoint, and of words it was not taught."""
+        notes = self.mllm.notes
+        general = (notes.caution,) if notes.caution else ()
+        if notes.vocabulary is None:
+            return general
+        words = "".join(c if c.isalpha() else " " for c in expression.lower()).split()
+        strange = [word for word in dict.fromkeys(words) if word not in notes.vocabulary]
+        if not strange:
+            return general
+        listed = ", ".join(strange[:8])
+        return (*general, f"the model was not taught these words and may guess: {listed}")
+
+
+def agreement(mask: Mask, points: Sequence[PromptPoint]) -> float:
+    """Share of the foreground and background points that the mask agrees with, 1 if none."""
+    sure = [p for p in points if p.label is not PointLabel.UNDECIDED]
+    agreeing = [mask.contains(p.x, p.y) == (p.label is PointLabel.FOREGROUND) for p in sure]
+    return sum(agreeing) / len(sure) if sure else 1.0
+
+
+def choose_mask(
+    candidates: Sequence[MaskCandidate],
+    points: Sequence[PromptPoint],
+    choose_by: Literal["predicted_iou", "agreement"] = "predicted_iou",
+) -> MaskCandidate:
+    """One of SAM's masks for a prompt: the first of the best ones."""
+    if choose_by == "predicted_iou":
+        return max(candidates, key=lambda c: c.predicted_iou)
+    return max(candidates, key=lambda c: c.predicted_iou + agreement(c.mask, points))
+
+
+def _score(reply: Reply) -> float | None:
+    if reply.log_probability is None or not reply.tokens:
+        return None
+    return math.exp(reply.log_probability / reply.tokens)
+
+
+def _clip(box: Box | None, image: RgbImage) -> Box | None:
+    return None if box is None else clip_box(box, image.width, image.height)
+
+
+def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Consecutive slices of at most ``size`` items (``itertools.batched`` needs Python 3.12)."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

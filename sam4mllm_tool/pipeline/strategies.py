@@ -1,0 +1,190 @@
+"""Strategies: how an expression becomes masks. The place to read the flow from top to bottom.
+
+A strategy is a value with a name and one method. One of your own is passed to
+``Sam4MLLM.segment(strategy=…)``::
+
+    class FirstBox:
+        name = "first_box"
+
+        def run(self, steps, image, expression, count):
+            location = steps.locate(image, expression, count)
+            found = location.objects[:1]
+            drawn = steps.draw(image, [SegmentPrompt(one.box) for one in found])
+            objects = tuple(SegmentedObject(o, (), m) for o, m in zip(found, drawn, strict=True))
+            return location, objects
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from sam4mllm_tool.concurrency import stage
+from sam4mllm_tool.errors import InputError, nearest
+from sam4mllm_tool.geometry import clip_box
+from sam4mllm_tool.pipeline.points import uncertain_points
+from sam4mllm_tool.pipeline.results import LocatedObject, Location, SegmentedObject
+from sam4mllm_tool.pipeline.steps import DialogueSteps, agreement, choose_mask
+from sam4mllm_tool.protocols import MaskCandidate, SegmentPrompt
+from sam4mllm_tool.types import PromptPoint, RgbImage, TargetCount
+
+Found = tuple[Location, tuple[SegmentedObject, ...]]
+
+
+@runtime_checkable
+class Strategy(Protocol):
+    """Puts the steps of the dialogue together."""
+
+    @property
+    def name(self) -> str:
+        """What traces and settings call it."""
+
+    def run(
+        self, steps: DialogueSteps, image: RgbImage, expression: str, count: TargetCount
+    ) -> Found:
+        """Locate, and draw a mask for each object found."""
+
+
+@dataclass(frozen=True)
+class BoxOnly:
+    """Round 1 only: the box is all that SAM gets."""
+
+    name: str = "box_only"
+
+    def run(
+        self, steps: DialogueSteps, image: RgbImage, expression: str, count: TargetCount
+    ) -> Found:
+        """Box → mask."""
+        location = steps.locate(image, expression, count)
+        return _drawn(steps, image, location, [() for _ in location.objects])
+
+
+@dataclass(frozen=True)
+class Pqpp:
+    """The paper's main method: a box, then yes or no for points spread over it."""
+
+    name: str = "pqpp"
+
+    def run(
+        self, steps: DialogueSteps, image: RgbImage, expression: str, count: TargetCount
+    ) -> Found:
+        """Box → points → mask."""
+        location = steps.locate(image, expression, count)
+        points = [steps.check_points(image, location, one.box) for one in location.objects]
+        return _drawn(steps, image, location, points)
+
+
+@dataclass(frozen=True)
+class Ppg:
+    """The paper's other method: box and labelled points in one reply."""
+
+    name: str = "ppg"
+
+    def run(
+        self, steps: DialogueSteps, image: RgbImage, expression: str, count: TargetCount
+    ) -> Found:
+        """Box with points → mask."""
+        location = steps.locate_with_points(image, expression, count)
+        return _drawn(steps, image, location, [one.points for one in location.objects])
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Ask next where SAM is least sure, until answers and mask agree or the budget is spent."""
+
+    name: str = "adaptive"
+
+    def run(
+        self, steps: DialogueSteps, image: RgbImage, expression: str, count: TargetCount
+    ) -> Found:
+        """Box → mask → points → mask → …"""
+        location = steps.locate(image, expression, count)
+        if location.objects:
+            stage("image embedding")
+            steps.segmenter.embed(image)
+        return location, tuple(_adapt(steps, image, location, one) for one in location.objects)
+
+
+STRATEGIES: dict[str, Strategy] = {
+    strategy.name: strategy for strategy in (Pqpp(), Ppg(), Adaptive(), BoxOnly())
+}
+"""The built-in strategies by name, the default first."""
+
+
+def get_strategy(strategy: Strategy | str) -> Strategy:
+    """A strategy, or the built-in one of that name.
+
+    Raises:
+        InputError: no built-in strategy has this name.
+    """
+    if not isinstance(strategy, str):
+        return strategy
+    if strategy not in STRATEGIES:
+        raise InputError(
+            f"there is no strategy {strategy[:60]!r}",
+            hint=nearest(strategy, STRATEGIES, "Strategies"),
+        )
+    return STRATEGIES[strategy]
+
+
+def _drawn(
+    steps: DialogueSteps,
+    image: RgbImage,
+    location: Location,
+    points: Sequence[tuple[PromptPoint, ...]],
+) -> Found:
+    """The masks for located objects and their prompt points, drawn in one call."""
+    if not location.objects:
+        return location, ()
+    stage("image embedding")
+    steps.segmenter.embed(image)
+    pairs = zip(location.objects, points, strict=True)
+    drawn = steps.draw(image, [SegmentPrompt(found.box, some) for found, some in pairs])
+    parts = zip(location.objects, points, drawn, strict=True)
+    return location, tuple(SegmentedObject(*part) for part in parts)
+
+
+def _adapt(
+    steps: DialogueSteps, image: RgbImage, location: Location, found: LocatedObject
+) -> SegmentedObject:
+    settings = steps.settings
+    box = clip_box(found.box, image.width, image.height)
+    spacing = math.sqrt(max(box.area, 1.0)) / 8
+    points: tuple[PromptPoint, ...] = ()
+    drawn, doubt = _draw_with_doubt(steps, image, SegmentPrompt(box))
+    while len(points) < settings.budget:
+        wanted = min(settings.per_question, settings.budget - len(points))
+        for point in points:
+            _blot(doubt, point, spacing)
+        places = uncertain_points(doubt, box, wanted, spacing)
+        if not places:
+            break
+        new = steps.check_points(image, location, found.box, places)
+        points += new
+        settled = agreement(drawn.mask, new) == 1.0
+        drawn, doubt = _draw_with_doubt(steps, image, SegmentPrompt(box, points))
+        if settled:
+            break
+    return SegmentedObject(found, points, drawn)
+
+
+def _draw_with_doubt(
+    steps: DialogueSteps, image: RgbImage, prompt: SegmentPrompt
+) -> tuple[MaskCandidate, np.ndarray]:
+    """The chosen mask, and at each pixel how much the three masks and the logits leave open."""
+    (candidates,) = steps.draw_all(image, [prompt])
+    drawn = choose_mask(candidates, prompt.points, steps.settings.choose_by)
+    votes = np.mean([c.mask.pixels for c in candidates], axis=0, dtype=np.float32)
+    logits = steps.segmenter.logits_at_image_size(image, drawn.logits)
+    disagreement = 4 * votes * (1 - votes)  # 1 where the masks are split evenly
+    return drawn, (disagreement + np.exp(-np.abs(logits))).astype(np.float32)
+
+
+def _blot(doubt: np.ndarray, point: PromptPoint, radius: float) -> None:
+    """Set the doubt around a point that was asked about to zero, in place."""
+    rows, columns = np.ogrid[: doubt.shape[0], : doubt.shape[1]]
+    doubt[(rows + 0.5 - point.y) ** 2 + (columns + 0.5 - point.x) ** 2 < radius**2] = 0
