@@ -13,6 +13,7 @@ from sam4mllm_tool.cli import (
     doctor,
     evaluate,
     mcp,
+    models,
     probe,
     scenes,
     schemas,
@@ -35,6 +36,7 @@ app.command("tools")(schemas.tools)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
 app.command("mcp")(mcp.mcp)
+app.command("models")(models.models)
 app.command("scenes")(scenes.scenes)
 app.add_typer(evaluate.app, name="eval")
 app.command("dialogues")(train.dialogues)
