@@ -7,10 +7,12 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from recipes.embedded_mllm.scenes import BaseScene, Reference
+import numpy as np
+
+from recipes.embedded_mllm.scenes import LABEL_SIDE, BaseScene, Reference
 from sam4mllm_tool.datasets.vqa import BACKGROUND
 from sam4mllm_tool.formats.sam4mllm import Sam4MllmFormat
-from sam4mllm_tool.geometry import box_iou
+from sam4mllm_tool.geometry import box_iou, intersection, union_box
 from sam4mllm_tool.pipeline.points import grid_points, poisson_disk_points
 from sam4mllm_tool.types import Box, Point, TargetCount
 
@@ -51,10 +53,13 @@ class Plan:
     verify: float = 1
     ppg: float = 0
     list_sizes: tuple[int, ...] = (2, 3, 5)
+    hard: float = 0.0  # share of round 2's points off the object that are moved onto other ones
+    shared: float = 0.0  # share of round 2's boxes that hold an overlapping object too
+    jitter: float = 0.1  # most that an inexact box's edge moves, of its side
     kinds: dict[str, float] = field(
         default_factory=lambda: {
             "category": 1.0, "colour": 1.0, "function": 0.8, "size": 3.0, "position": 2.5,
-            "ordinal": 3.5, "relation": 1.5, "plural": 3.0,
+            "ordinal": 3.5, "relation": 1.5, "plural": 3.0, "compound": 2.5,
         }
     )  # fmt: skip
 
@@ -121,11 +126,14 @@ class Teacher:
         boxes = [box_of(scene, target) for target in targets]
         exact = self.rng.random() < 0.4
         if not exact:
-            boxes = [self._jitter(box) for box in boxes]
-        asked = self._candidates(scene, targets[chosen], boxes[chosen], plan)
+            boxes = [self._jitter(box, plan.jitter) for box in boxes]
+        spoken = boxes[chosen]
+        if exact and self.rng.random() < plan.shared:
+            spoken = self._shared(scene, targets[chosen])
+        asked = self._candidates(scene, targets[chosen], spoken, plan)
         inside = [scene.object_at(point.x, point.y) == targets[chosen] for point in asked]
         first = Turn(self._where(reference), FORMAT.write_boxes(boxes, UNIT), taught=exact)
-        question = FORMAT.ask_points(reference.text, boxes[chosen], asked, UNIT)
+        question = FORMAT.ask_points(reference.text, spoken, asked, UNIT)
         reply = "".join("Yes" if one else "No" for one in inside)
         return Lesson("points", (first, Turn(question, reply)))
 
@@ -186,11 +194,18 @@ class Teacher:
         several = len(reference.targets) > 1
         return self.rng.choices(counts, [0.0 if several else 0.3, 0.3, 0.4])[0]
 
-    def _jitter(self, box: Box) -> Box:
-        """The box with its edges moved by up to a tenth of its size."""
+    def _shared(self, scene: BaseScene, target: int) -> Box:
+        """A box around the object and one that overlaps its box, if there is one."""
+        box, others = box_of(scene, target), range(len(scene.things))
+        near = [box_of(scene, n) for n in others if n != target]
+        near = [other for other in near if intersection(box, other)]
+        return union_box((box, self.rng.choice(near))) if near else box
+
+    def _jitter(self, box: Box, share: float = 0.1) -> Box:
+        """The box with its edges moved by up to a share of its size."""
 
         def move(size: float) -> float:
-            return self.rng.triangular(-0.1, 0.1) * size
+            return self.rng.triangular(-share, share) * size
 
         return Box(
             min(max(box.x_min + move(box.width), 0.0), EDGE),
@@ -212,11 +227,32 @@ class Teacher:
         count = self.rng.choice(plan.list_sizes)
         draw = self.rng.random()
         if draw < 0.55:
-            return [_clamped(point) for point in grid_points(box, count)]
-        points = [_clamped(p) for p in poisson_disk_points(box, count, self.rng, 0.1)]
-        if draw < 0.7:
+            points = [_clamped(point) for point in grid_points(box, count)]
+        else:
+            points = [_clamped(p) for p in poisson_disk_points(box, count, self.rng, 0.1)]
+        points = self._hardened(scene, target, box, points, plan.hard)
+        if 0.55 <= draw < 0.7:
             points = in_rows(points)
         return points or [_clamped(point) for point in grid_points(box, 1)]
+
+    def _hardened(
+        self, scene: BaseScene, target: int, box: Box, points: list[Point], share: float
+    ) -> list[Point]:
+        """Some of the points off the target moved onto other objects in the box."""
+        x0, y0, x1, y1 = (int(edge * LABEL_SIDE) for edge in box)
+        window = scene.labels[y0 : y1 + 1, x0 : x1 + 1]
+        places = np.argwhere((window > 0) & (window != target + 1)) if share else []
+        if not len(places):
+            return points
+        moved = list(points)
+        for number, point in enumerate(points):
+            if scene.object_at(point.x, point.y) != target and self.rng.random() < share:
+                row, column = self.rng.choice(places)
+                moved[number] = Point(
+                    (x0 + column + self.rng.random()) / LABEL_SIDE,
+                    (y0 + row + self.rng.random()) / LABEL_SIDE,
+                )
+        return moved
 
     def _place(self, scene: BaseScene) -> tuple[Point, str]:
         """A place and its word: seven in ten in some object's box, the rest anywhere."""

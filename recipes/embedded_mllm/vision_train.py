@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import LlavaForConditionalGeneration
 
 from recipes.embedded_mllm.forward import to_pixels, tower_features
 from recipes.embedded_mllm.init import init_vision
@@ -114,22 +115,32 @@ def main() -> None:
     parser.add_argument("--optimizer", default="muon", choices=["muon", "adamw"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="vision")
+    parser.add_argument(
+        "--start", type=Path, help="a saved base whose tower goes on; its code stays what it is"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     shape, world = BaseShape(), WORLDS[options.world]
     questions = questions_of(world)
-    model = build_model(build_tokenizer(words_of(world)), shape)
-    init_vision(model, shape)
-    tower = model.model.vision_tower
     heads = DenseHeads(shape.vision_width, questions)
     weights = torch.ones(questions.count)
     weights[questions.groups["relations"]] = 0.5
     scenes = options.folder / "scenes"
+    if options.start is None:
+        model = build_model(build_tokenizer(words_of(world)), shape)
+        init_vision(model, shape)
+        tower = model.model.vision_tower
+    else:
+        model = LlavaForConditionalGeneration.from_pretrained(options.start, dtype=torch.float32)
+        tower = model.model.vision_tower
+        print("heads", fit_heads(scenes, tower, heads, shape), flush=True)
+        heads.requires_grad_(False)  # the decoder has learnt to read what they read
     batches = DenseBatches(scenes, questions, shape.grid, options.batch, options.seed, "train")
     loader = iter(DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=4))
     held_out = dense_batch(SceneShards(scenes, "val"), np.arange(200), questions, shape.grid)
     named = [*tower.named_parameters(), *heads.named_parameters()]
+    named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     optimizers = make_optimizers(named, options.rate, options.optimizer)
     started, step, sums = time.time(), 0, np.zeros(2)
     while (share := (time.time() - started) / (options.minutes * 60)) < 1:
