@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy.ndimage import distance_transform_edt
 
 from recipes.embedded_mllm.scenes import LABEL_SIDE, BaseScene, Reference
 from sam4mllm_tool.datasets.vqa import BACKGROUND
@@ -170,6 +171,8 @@ class Teacher:
         spread = poisson_disk_points(_inside_picture(box), 60, self.rng, 0.12)
         inside = [p for p in spread if self._depth(scene, target, p) == 1]
         outside = [p for p in spread if self._depth(scene, target, p) == 0]
+        away = distance_transform_edt(scene.labels != target + 1)  # the surest first
+        outside.sort(key=lambda p: -away[int(p.y * LABEL_SIDE), int(p.x * LABEL_SIDE)])
         if len(inside) < on or len(outside) < off:
             return None
         points = in_rows(inside[:on]) + in_rows(outside[:off])

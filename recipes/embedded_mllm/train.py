@@ -48,16 +48,18 @@ from sam4mllm_tool.training.token_loss import TokenLoss
 
 TOPICS = (
     "category", "colour", "function", "size", "position", "ordinal", "relation", "plural",
-    "absent", "what", "what list", "points", "verify", "ppg",
+    "compound", "absent", "what", "what list", "points", "verify", "ppg",
 )  # fmt: skip
 COURSE = (
     Plan(boxes=5, absent=1.5, what=4, what_lists=1, points=1, verify=1, list_sizes=(2, 3, 4, 5)),
     Plan(boxes=5, absent=1.5, what=2, what_lists=1, points=3, verify=1, list_sizes=(2, 4, 6, 9)),
     Plan(boxes=5, absent=1.5, what=0.5, what_lists=0.5, points=3, verify=0.5, ppg=0.7,
          list_sizes=(4, 6, 9, 9, 10, 12, LONGEST_LIST)),
+    Plan(boxes=2, absent=1, what=0.2, what_lists=0.4, points=3, verify=0.2, ppg=0.4, hard=0.5,
+         shared=0.15, jitter=0.25, list_sizes=(6, 9, 9, 12, LONGEST_LIST, LONGEST_LIST)),
 )  # fmt: skip
-"""Lesson plans, easy to hard."""
-GATES = ({"what": 0.7, "lists": 0.55}, {"points": 0.72})
+"""Lesson plans, easy to hard; the last asks which thing a point lies on."""
+GATES = ({"what": 0.7, "lists": 0.55}, {"points": 0.72}, {"box": 0.9})
 """What an examination must show before the next plan."""
 Batch = tuple[Tensor, Packed, Tensor, Tensor]
 
