@@ -44,12 +44,20 @@ def _share_on(mask: Mask, draws) -> float:
 def test_hard_points_lie_on_other_objects_in_the_box() -> None:
     plain, hard = (_share_on(NEIGHBOUR, _draws(replace(PLAIN, hard_points=h))) for h in (0, 0.4))
     assert plain == pytest.approx(20 * 20 / 40**2, abs=0.02), "its share of the box"
-    # Four in ten are moved onto it, the others stay where they were.
-    assert hard == pytest.approx(0.4 + 0.6 * plain, abs=0.02)
-    for box, points in _draws(replace(PLAIN, hard_points=1.0), number=20):
-        assert box == BOX
+    # The L and the neighbour fill the box, so all that is off the one is on the other already.
+    assert hard == pytest.approx(plain, abs=0.02)
+    wide = replace(PLAIN, jitter=0.25)
+    kept, moved = (list(_draws(replace(wide, hard_points=h))) for h in (0, 0.4))
+    assert [box for box, _ in kept] == [box for box, _ in moved]
+    on, rest = _share_on(TARGET, kept), 1 - _share_on(TARGET, kept) - _share_on(NEIGHBOUR, kept)
+    assert rest > 0.1
+    assert _share_on(TARGET, moved) == pytest.approx(on), "as many are on the object as before"
+    gained = _share_on(NEIGHBOUR, moved) - _share_on(NEIGHBOUR, kept)
+    assert gained == pytest.approx(0.4 * rest, abs=0.02)
+    for box, points in _draws(replace(wide, hard_points=1.0), number=20):
         assert len(points) == 12
-        assert all(NEIGHBOUR.contains(*p) and p.x < 60 for p in points), "none outside the box"
+        assert all(TARGET.contains(*p) or NEIGHBOUR.contains(*p) for p in points)
+        assert all(box.x_min <= p.x < box.x_max + 1 for p in points), "none outside the box"
 
 
 def test_without_neighbours_points_stay_as_they_are() -> None:

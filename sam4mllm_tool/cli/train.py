@@ -47,7 +47,9 @@ JitterOption = Annotated[
 ]
 HardPointsOption = Annotated[
     float,
-    typer.Option(min=0, max=1, help="Share of round-2 points moved onto other objects in the box."),
+    typer.Option(
+        min=0, max=1, help="Share of round-2 points off the object moved onto others in the box."
+    ),
 ]
 SharedBoxesOption = Annotated[
     float,

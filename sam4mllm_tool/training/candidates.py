@@ -32,8 +32,9 @@ class Candidates:
         grids: share of questions about an even grid over the box, in row order, as the pipeline
             spreads its candidates; the published recipe has none.
         jitter: each edge of the box moves by up to this share of its side.
-        hard_points: share of a question's points that are moved onto other objects in the box,
-            where there are any; in a shared box onto any object, the one that is meant too.
+        hard_points: share of a question's points off the object that are moved onto other objects
+            in the box, where there are any: as many points as before are on the object. In a
+            shared box, share of the points off all objects, moved onto any.
         shared_boxes: share of questions whose box holds a neighbour too, where one overlaps it.
     """
 
@@ -62,33 +63,30 @@ class Candidates:
             if near:
                 both = union_box((box, rng.choice(near)))
                 rng = random.Random(f"{key}/{tuple(both)}")
-                return both, self._points(both, [mask, *others], rng)
+                objects = [mask, *others]
+                return both, self._points(both, objects, objects, rng)
         asked = jittered(box, self.jitter, (mask.width, mask.height), rng)
-        return asked, self._points(asked, others, rng)
+        return asked, self._points(asked, [mask], others, rng)
 
-    def _points(self, box: Box, hard: Sequence[Mask], rng: random.Random) -> list[Point]:
-        """Points of the box; ``hard``: what some of them are moved onto."""
+    def _points(
+        self, box: Box, kept: Sequence[Mask], hard: Sequence[Mask], rng: random.Random
+    ) -> list[Point]:
+        """Points of the box, some of those that are not on ``kept`` moved onto ``hard``."""
         number = rng.randint(*self.asked)
         if self.grids and rng.random() < self.grids:
             points = grid_points(box, number)
         else:
             spread = poisson_disk_points(box, self.spread, rng, self.radius)
             points = rng.sample(spread, min(number, len(spread)))
-        return self._hardened(points, box, hard, rng) if self.hard_points else points
-
-    def _hardened(
-        self, points: list[Point], box: Box, hard: Sequence[Mask], rng: random.Random
-    ) -> list[Point]:
-        """The same number of points, some of them moved onto those masks, in their order."""
-        places = _pixels_in(box, hard)
+        places = _pixels_in(box, hard) if self.hard_points else []
         if not len(places):
             return points
-        kept = list(points)
-        for number in range(len(kept)):
-            if rng.random() < self.hard_points:
+        moved = list(points)
+        for number, point in enumerate(points):
+            if not any(mask.contains(*point) for mask in kept) and rng.random() < self.hard_points:
                 row, column = places[rng.randrange(len(places))]
-                kept[number] = Point(float(column) + 0.5, float(row) + 0.5)
-        return kept
+                moved[number] = Point(float(column) + 0.5, float(row) + 0.5)
+        return moved
 
 
 def jittered(box: Box, share: float, size: tuple[int, int], rng: random.Random) -> Box:
