@@ -244,7 +244,7 @@ class Teacher:
         """Some of the points off the target moved onto other objects in the box."""
         x0, y0, x1, y1 = (int(edge * LABEL_SIDE) for edge in box)
         window = scene.labels[y0 : y1 + 1, x0 : x1 + 1]
-        places = np.argwhere((window > 0) & (window != target + 1)) if share else []
+        places = np.argwhere((window > 0) & (window != target + 1))
         if not len(places):
             return points
         moved = list(points)

@@ -78,7 +78,7 @@ class Candidates:
         else:
             spread = poisson_disk_points(box, self.spread, rng, self.radius)
             points = rng.sample(spread, min(number, len(spread)))
-        places = _pixels_in(box, hard) if self.hard_points else []
+        places = _pixels_in(box, hard) if self.hard_points else np.empty((0, 2), dtype=int)
         if not len(places):
             return points
         moved = list(points)
