@@ -98,7 +98,8 @@ def byte_tokenizer(
     merges += [("Ġ", word) for word in _WORDS]
     pieces = [*special, *alphabet, *(left + right for left, right in merges)]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    # A piece that is a token is one token (as with Llama-3): else 863 would be 8 and 63.
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
     pattern = rf"\p{{N}}{{1,{numbers}}}| ?\p{{L}}+| ?[^\s\p{{L}}\p{{N}}]+|\n+|\s"
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [

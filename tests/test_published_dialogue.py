@@ -21,6 +21,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from sam4mllm_tool import embedded
 from sam4mllm_tool.errors import CheckpointError
 from sam4mllm_tool.formats.sam4mllm import Sam4MllmFormat
+from sam4mllm_tool.grammar import Number
 from sam4mllm_tool.mllm.encoding import DialogueEncoder, ImageInputs
 from sam4mllm_tool.mllm.grammar_tokens import TokenGrammar, yes_no_tokens
 from sam4mllm_tool.mllm.loading import load_processor
@@ -190,6 +191,26 @@ def test_both_rounds_are_read_as_published(published: DialogueEncoder) -> None:
     at = first.index(IMAGE_ID)
     assert first[at - 4 : at + 2] == [128006, 882, 128007, 271, IMAGE_ID, 198]
     assert second[:10] == [58, 15282, 11, 13860, 11, 26051, 11, 5500, 60, 128009]
+
+
+def test_both_rounds_are_learnt_as_they_are_asked(published: DialogueEncoder) -> None:
+    """Training: the same ids in one sequence, with the recorded replies under loss."""
+    reply = "".join("Yes" if i == YES else "No" for i in DEMO_IDS[:-1])
+    dialogue = (SYSTEM, BIRD_1, Turn("assistant", DEMO_REPLY), _bird_2(), Turn("assistant", reply))
+    image = ImageInputs((published.image_token_id,), {}, {})
+    (transcript,) = published.transcripts(dialogue, image)
+    first, second = (_ids(published, dialogue[:number]) for number in (2, 4))
+    assert list(transcript.ids) == second + DEMO_IDS
+    boxes, answers = (list(transcript.ids[start:end]) for start, end in transcript.replies)
+    assert transcript.replies[0][0] == len(first) and transcript.replies[1][0] == len(second)
+    assert boxes == _reference(f"{DEMO_REPLY}<|eot_id|>") and answers == DEMO_IDS
+
+
+def test_every_number_of_the_grid_is_one_token(published: DialogueEncoder) -> None:
+    grammar = TokenGrammar((Number(3),), published, [END])
+    meta = Tokenizer.get_instance()
+    expected = {meta.encode(f"{n:03d}", bos=False, eos=False)[0] for n in range(1000)}
+    assert set(grammar.allowed(grammar.start)) == expected and len(expected) == 1000
 
 
 def test_a_dialogue_without_an_image_is_metas_own(published: DialogueEncoder) -> None:

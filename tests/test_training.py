@@ -258,7 +258,7 @@ def test_loss_is_on_the_assistants_words_only(base: Path) -> None:
     processor = load_processor(base)
     encoder = ConversationEncoder(processor, PQPP)
     (conversation, *_) = conversations(_examples()[:1], PQPP)
-    encoded = encoder.encode(conversation)
+    (encoded,) = encoder.encode(conversation)
     tokens, labels = encoded.inputs["input_ids"][0], encoded.labels[0]
     under_loss = [processor.tokenizer.decode([t]) for t in labels[labels != -100]]
     answers = conversation.turns[3].text.replace("Yes", "Yes ").replace("No", "No ").split()
@@ -276,14 +276,14 @@ def test_what_does_not_fit_is_left_out_by_whole_questions(base: Path) -> None:
     processor = load_processor(base)
     many = [_example(n, "a", (10, 5, 30, 25), count=TargetCount.ONE) for n in range(4)]
     (conversation,) = conversations(many, PQPP)
-    whole = ConversationEncoder(processor, PQPP).fit(conversation)
+    (whole,) = ConversationEncoder(processor, PQPP).fit(conversation)
     length = whole.labels.shape[1]
-    cut = ConversationEncoder(processor, PQPP, length - 1).fit(conversation)
-    shorter = ConversationEncoder(processor, PQPP).fit(conversation.shortened())
+    (cut,) = ConversationEncoder(processor, PQPP, length - 1).fit(conversation)
+    (shorter,) = ConversationEncoder(processor, PQPP).fit(conversation.shortened())
     assert cut.labels.shape[1] < length
     assert torch.equal(cut.labels, shorter.labels)
     assert torch.equal(cut.labels, whole.labels[:, : cut.labels.shape[1]])
-    one = ConversationEncoder(processor, PQPP, 1).fit(conversation)
+    (one,) = ConversationEncoder(processor, PQPP, 1).fit(conversation)
     assert (one.labels == processor.tokenizer.eos_token_id).sum() == 1
 
 
@@ -329,7 +329,7 @@ def test_padding_is_not_under_loss(base: Path) -> None:
     encoder = ConversationEncoder(load_processor(base), PQPP)
     encoded = [encoder.encode(c) for c in conversations(_examples(), PQPP)]
     batch = Collator(0)(encoded)
-    for row, one in enumerate(encoded):
+    for row, (one,) in enumerate(encoded):
         length = one.labels.shape[1]
         assert (batch["labels"][row, length:] == -100).all()
         assert (batch["attention_mask"][row, length:] == 0).all()
@@ -461,7 +461,7 @@ def test_a_saved_adapter_gives_the_same_logits(base: Path, adapters: tuple[Path,
 
     encoder = ConversationEncoder(load_processor(base), PQPP)
     (conversation, *_) = conversations(_examples()[:1], PQPP)
-    inputs = encoder.encode(conversation).inputs
+    inputs = encoder.encode(conversation)[0].inputs
     plain = load_model(base, choose_placement("cpu", "float32"))
     with torch.no_grad():
         before = plain(**inputs).logits

@@ -1,5 +1,7 @@
 """A dialogue as token ids, in which nothing but the chat template writes control tokens.
 
+The one encoder of questions that are asked and of conversations that are learnt.
+
 For harmless text the ids are those of ``processor.apply_chat_template``. Text that spells a
 control token (``</s>``, ``<image>``, ``<|im_end|>``, …) would end the turn or ask for an image
 there; such text is encoded in pieces in which no control token can be found.
@@ -58,6 +60,32 @@ class Encoded:
     image_end: int
 
 
+@dataclass(frozen=True)
+class Transcript:
+    """A dialogue with its replies, as a model reads it that learns to say them.
+
+    Attributes:
+        ids: all token ids, the image's tokens included.
+        image_end: number of leading ids up to and including the image's last token.
+        replies: (start, end) of the ids of each reply that is learnt here, with its end of turn.
+            What stands before ``start`` is exactly what the model reads when it is asked.
+    """
+
+    ids: tuple[int, ...]
+    image_end: int
+    replies: tuple[tuple[int, int], ...]
+
+
+def model_inputs(image: ImageInputs, ids: Sequence[int], image_end: int) -> dict[str, torch.Tensor]:
+    """The model's arguments for reading ``ids`` (a batch of one) with the image among them."""
+    tokens = torch.tensor([list(ids)])
+    arguments = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **image.tensors}
+    for name, values in image.per_token.items():
+        arguments[name] = torch.zeros_like(tokens)
+        arguments[name][0, image_end - len(values) : image_end] = values
+    return arguments
+
+
 class DialogueEncoder:
     """Turns dialogues into ids with a processor's own chat template. Safe from many threads."""
 
@@ -78,6 +106,38 @@ class DialogueEncoder:
         at = ids.index(self.image_token_id)
         before, after = tuple(ids[:at]), tuple(ids[at + 1 :])
         return Encoded(before + image.ids + after, at + len(image.ids))
+
+    def transcripts(self, dialogue: Dialogue, image: ImageInputs) -> tuple[Transcript, ...]:
+        """A dialogue whose replies are learnt: each prompt as :meth:`encode` gives it, then the
+        reply's ids as they are decoded.
+
+        One transcript, as long as the template writes earlier replies just as they are decoded.
+        Where it writes them otherwise (with a space or newline of its own, without their thoughts,
+        without an end of turn), the next reply begins another.
+        """
+        found: list[Transcript] = []
+        for number, turn in enumerate(dialogue):
+            if turn.role != "assistant":
+                continue
+            asked = self.encode(dialogue[:number], image)
+            said = self._reply_ids(turn.text)
+            here = (len(asked.ids), len(asked.ids) + len(said))
+            before = found.pop() if found else None
+            if before is not None and asked.ids[: len(before.ids)] != before.ids:
+                found.append(before)
+                before = None
+            earlier = before.replies if before else ()
+            found.append(Transcript(asked.ids + said, asked.image_end, (*earlier, here)))
+        return tuple(found)
+
+    def _reply_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of a whole reply and its end of turn; control tokens in the text stay text."""
+        with self._lock:
+            ids = self.encode_continuation(text)
+            if self._controls(ids):
+                ids = self._encode_plain(text)
+        ends = self.end_of_turn_ids() or [self.tokenizer.eos_token_id]
+        return (*ids, ends[0])
 
     def text_ids(self, dialogue: Dialogue, image: ImageInputs) -> list[int]:
         """Ids of a dialogue in which a single token stands for the image."""

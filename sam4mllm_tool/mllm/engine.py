@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from sam4mllm_tool.concurrency import FairLock
 from sam4mllm_tool.errors import BackendError, DeviceOutOfMemory
-from sam4mllm_tool.mllm.encoding import Encoded, ImageInputs
+from sam4mllm_tool.mllm.encoding import Encoded, ImageInputs, model_inputs
 from sam4mllm_tool.mllm.prefix import Prefix
 from sam4mllm_tool.mllm.store import ImageKey, PrefixStore
 
@@ -170,15 +170,9 @@ class Engine:
     def image_arguments(
         self, inputs: ImageInputs, ids: tuple[int, ...], image_end: int
     ) -> dict[str, Any]:
-        """The model's arguments for reading ``ids`` with the image among them."""
-        tokens = torch.tensor([ids], device=self.device)
-        arguments: dict[str, Any] = {
-            name: self._on_device(tensor) for name, tensor in inputs.tensors.items()
-        }
-        for name, values in inputs.per_token.items():
-            arguments[name] = torch.zeros_like(tokens)
-            arguments[name][0, image_end - len(values) : image_end] = values.to(self.device)
-        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **arguments}
+        """The model's arguments for reading ``ids`` with the image among them, on its device."""
+        arguments = model_inputs(inputs, ids, image_end)
+        return {name: self._on_device(tensor) for name, tensor in arguments.items()}
 
     def _read_on(self, prefix: Prefix, ids: tuple[int, ...], keep: int) -> tuple[Prefix, Tensor]:
         start = len(prefix.ids)

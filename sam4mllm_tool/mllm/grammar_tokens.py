@@ -158,16 +158,22 @@ def _chain(parts: Sequence[Part], rest: _Track | None) -> _Track | None:
 
 @dataclass(frozen=True)
 class _DigitTokens:
-    """Tokens made of ASCII digits only, by their number of digits."""
+    """Tokens made of ASCII digits only.
+
+    Attributes:
+        by_length: ids by number of digits.
+        values: number by id.
+        thousand: the ids of 000 … 999, if this tokenizer writes each as one token.
+    """
 
     by_length: dict[int, tuple[int, ...]]
     values: dict[int, int]
+    thousand: tuple[int, ...]
 
     def groups(self, digits: int) -> list[tuple[int, tuple[int, ...]]]:
         """(length, tokens) that a number with that many digits left may go on with."""
-        whole = self.by_length.get(digits, ())
-        if len(whole) == 10**digits:
-            return [(digits, whole)]
+        if digits == 3 and self.thousand:
+            return [(3, self.thousand)]
         return [(n, tokens) for n, tokens in sorted(self.by_length.items()) if n <= digits]
 
 
@@ -184,7 +190,10 @@ def _digit_tokens(encoder: DialogueEncoder) -> _DigitTokens:
             hint="Ask without a grammar, or use another checkpoint.",
         )
     values = {index: int(t) for t, index in vocabulary.items() if t.isascii() and t.isdigit()}
-    return _DigitTokens({n: tuple(sorted(ids)) for n, ids in by_length.items()}, values)
+    # A vocabulary may hold numbers that its tokenizer never writes.
+    written = encoder.encode_continuation(",".join(f"{n:03d}" for n in range(1000)))[::2]
+    thousand = tuple(written) if [values.get(i) for i in written] == list(range(1000)) else ()
+    return _DigitTokens({n: tuple(sorted(ids)) for n, ids in by_length.items()}, values, thousand)
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from sam4mllm_tool import embedded
 from sam4mllm_tool.errors import CheckpointError, InputError
 from sam4mllm_tool.formats import get_format
+from sam4mllm_tool.mllm.encoding import DialogueEncoder, ImageInputs, Transcript, model_inputs
 from sam4mllm_tool.mllm.loading import (
     TEMPLATE_FILE,
     choose_placement,
     load_model,
     load_processor,
 )
+from sam4mllm_tool.protocols import Turn
 from sam4mllm_tool.training.dialogues import Conversation, Recipe
 from sam4mllm_tool.training.progress import HeldOut
 from sam4mllm_tool.training.token_loss import SPREAD, TokenLoss
@@ -94,11 +96,11 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """One conversation as the model reads it.
+class Learnt:
+    """One sequence of a conversation as the model reads it while it learns.
 
     Attributes:
-        inputs: what the processor gives, without padding; ``input_ids`` is 1 x L.
+        inputs: the model's arguments, without padding; ``input_ids`` is 1 x L.
         labels: 1 x L; the token itself where the assistant speaks, else -100.
     """
 
@@ -107,87 +109,46 @@ class Encoded:
 
 
 class ConversationEncoder:
-    """Conversations to tokens, with labels on the assistant's words and its end-of-turn token."""
+    """Conversations to the ids that are read when they are asked, with labels on the replies.
+
+    A conversation is one sequence, or several where the chat template writes an earlier reply
+    otherwise than it is said (:meth:`DialogueEncoder.transcripts`).
+    """
 
     def __init__(self, processor: Any, recipe: Recipe, longest: int | None = None) -> None:
-        self.processor, self.longest = processor, longest
-        self.system = get_format(recipe.format).system_prompt
+        self.encoder, self.longest = DialogueEncoder(processor), longest
+        system = get_format(recipe.format).system_prompt
+        self._opening = () if system is None else (Turn("system", system),)
 
-    def fit(self, conversation: Conversation) -> Encoded:
-        """Tokens of as many of its questions as the limit allows, of one at least."""
+    def fit(self, conversation: Conversation) -> tuple[Learnt, ...]:
+        """As many of its questions as the limit of tokens per sequence allows, one at least."""
         encoded = self.encode(conversation)
-        while self.longest and encoded.labels.shape[1] > self.longest:
+        while self.longest and max(one.labels.shape[1] for one in encoded) > self.longest:
             if len(conversation.topics) == 1:
                 break
             conversation = conversation.shortened()
             encoded = self.encode(conversation)
         return encoded
 
-    def encode(self, conversation: Conversation) -> Encoded:
-        """Tokens of the whole conversation.
-
-        Labels are found in the text before the image is expanded into its tokens: whatever the
-        expansion is, the tokens behind the image are the same, counted from the end.
-        """
-        messages = self._messages(conversation)
-        text = self._render(messages)
-        spans = self._spans(messages, text)
-        inputs = dict(
-            self.processor(
-                text=[text],
-                images=[conversation.image.pil],
-                return_tensors="pt",
-                add_special_tokens=False,
-            )
-        )
-        inputs.pop("token_type_ids", None)
-        tokens = inputs["input_ids"]
-        plain = self.processor.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True
-        )
-        labels = torch.full_like(tokens, IGNORED)
-        behind = len(plain["input_ids"])
-        for index, (start, end) in enumerate(plain["offset_mapping"]):
-            if any(first <= start and end <= last and start < end for first, last in spans):
-                place = tokens.shape[1] - behind + index
-                assert int(tokens[0, place]) == plain["input_ids"][index]
-                labels[0, place] = tokens[0, place]
-        return Encoded(inputs, labels)
-
-    def _messages(self, conversation: Conversation) -> list[dict[str, Any]]:
-        messages: list[dict[str, Any]] = []
-        if self.system is not None:
-            messages.append({"role": "system", "content": _text(self.system)})
-        for number, turn in enumerate(conversation.turns):
-            picture = [{"type": "image"}] if number == 0 else []
-            messages.append({"role": turn.role, "content": picture + _text(turn.text)})
-        return messages
-
-    def _render(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
-        return str(
-            self.processor.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=prompt
-            )
-        )
-
-    def _spans(self, messages: list[dict[str, Any]], text: str) -> list[tuple[int, int]]:
-        """(start, end) characters of each reply with its end-of-turn token."""
-        spans = []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(messages[:number], prompt=True)
-            upto = self._render(messages[: number + 1])
-            assert text.startswith(before), "the template writes a turn by what comes after it"
-            closing = upto[len(before) :]
-            end_token = self.processor.tokenizer.eos_token
-            cut = closing.find(end_token)
-            length = cut + len(end_token) if cut >= 0 else len(closing)
-            spans.append((len(before), len(before) + length))
-        return spans
+    def encode(self, conversation: Conversation) -> tuple[Learnt, ...]:
+        """The whole conversation; each reply is under loss in one of the sequences."""
+        image = self.encoder.image_inputs(conversation.image)
+        # Templates may trim earlier replies: what is learnt must be what they leave.
+        turns = (replace(turn, text=turn.text.strip()) if turn.role == "assistant" else turn
+                 for turn in conversation.turns)  # fmt: skip
+        transcripts = self.encoder.transcripts((*self._opening, *turns), image)
+        return tuple(_learnt(transcript, image) for transcript in transcripts)
 
 
-class ConversationSet(Dataset[Encoded]):
+def _learnt(transcript: Transcript, image: ImageInputs) -> Learnt:
+    inputs = model_inputs(image, transcript.ids, transcript.image_end)
+    labels = torch.full_like(inputs["input_ids"], IGNORED)
+    for start, end in transcript.replies:
+        labels[0, start:end] = inputs["input_ids"][0, start:end]
+    return Learnt(inputs, labels)
+
+
+class ConversationSet(Dataset[tuple[Learnt, ...]]):
     """Conversations for the trainer, encoded when asked for."""
 
     def __init__(self, conversations: Sequence[Conversation], encoder: ConversationEncoder) -> None:
@@ -196,31 +157,38 @@ class ConversationSet(Dataset[Encoded]):
     def __len__(self) -> int:
         return len(self._conversations)
 
-    def __getitem__(self, index: int) -> Encoded:
+    def __getitem__(self, index: int) -> tuple[Learnt, ...]:
         return self._encoder.fit(self._conversations[index])
 
 
 class Collator:
-    """Pads a batch on the right; picture inputs are stacked along their first dimension."""
+    """Pads the sequences of a batch of conversations on the right, and stacks their pictures.
+
+    Pictures of unequal numbers of tiles are filled up with zeros, as the families' processors do.
+    """
 
     def __init__(self, pad: int) -> None:
         self._pad = pad
 
-    def __call__(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
+    def __call__(self, batch: Sequence[Sequence[Learnt]]) -> dict[str, Tensor]:
         """One dictionary for the model's forward."""
-        longest = max(one.labels.shape[1] for one in batch)
-
-        def grow(value: Tensor, filler: int) -> Tensor:
-            return torch.nn.functional.pad(value, (0, longest - value.shape[1]), value=filler)
-
-        out = {"labels": torch.cat([grow(one.labels, IGNORED) for one in batch])}
-        fillers = {"input_ids": self._pad, "attention_mask": 0, "mm_token_type_ids": 0}
-        for key in batch[0].inputs:
-            values = [one.inputs[key] for one in batch]
-            if key in fillers:
-                values = [grow(value, fillers[key]) for value in values]
-            out[key] = torch.cat(values)
+        sequences = [one for conversation in batch for one in conversation]
+        out = {"labels": _padded([one.labels for one in sequences], IGNORED)}
+        for key in sequences[0].inputs:
+            filler = self._pad if key == "input_ids" else 0
+            out[key] = _padded([one.inputs[key] for one in sequences], filler)
         return out
+
+
+def _padded(values: Sequence[Tensor], filler: int) -> Tensor:
+    """Tensors joined along their first dimension, the others brought to the largest size."""
+    shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+    grown = []
+    for value in values:
+        missing = [(0, most - size) for most, size in zip(shape, value.shape[1:], strict=True)]
+        flat = [end for pair in reversed(missing) for end in pair]  # the last dimension first
+        grown.append(torch.nn.functional.pad(value, flat, value=filler))
+    return torch.cat(grown)
 
 
 class DialogueTrainer(Trainer):
@@ -448,10 +416,6 @@ def save_adapter(
     }
     (out / "sam4mllm.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return out
-
-
-def _text(text: str) -> list[dict[str, str]]:
-    return [{"type": "text", "text": text}]
 
 
 def _tensorboard(folder: Path) -> TrainerCallback:
