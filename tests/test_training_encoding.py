@@ -171,7 +171,7 @@ def test_a_training_pass_sees_what_the_engine_sees(family: Path) -> None:
             logits = mllm.model(**row.inputs).logits[0]
         for start, end in transcript.replies:
             prompt = mllm.encoder.encode((SYSTEM, *TURNS[: 2 * replies + 1]), image)
-            spot = mllm.engine.open(IMAGE.digest, prompt, lambda: image)
+            spot = mllm.engine.open(IMAGE.digest, prompt, image)
             _, seen = mllm.engine.read(spot, transcript.ids[start : end - 1], end - start)
             # Linear attention is summed in another order in one pass (3e-4).
             torch.testing.assert_close(logits[start - 1 : end - 1], seen, atol=1e-3, rtol=1e-3)
