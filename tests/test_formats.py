@@ -29,7 +29,7 @@ def sizes_and_boxes(draw):
 
 def grid(known, size):
     """The size in pixels of one unit of the format's grid, across and down."""
-    extent = known.frame.extent(size) if known.name != "sam4mllm" else (1000, 1000)
+    extent = known.grid.extent(size) if known.name != "sam4mllm" else (1000, 1000)
     return size[0] / extent[0], size[1] / extent[1]
 
 
@@ -108,9 +108,9 @@ def test_the_processors_pixel_limits_decide_the_frame():
     old = {"min_pixels": 3136, "max_pixels": 100_352, "patch_size": 14, "merge_size": 2}
     new = {"size": {"shortest_edge": 3136, "longest_edge": 100_352}}
     for config in (old, new):
-        width, height = format_for("qwen2_5_vl", config).frame.extent((1000, 500))
+        width, height = format_for("qwen2_5_vl", config).grid.extent((1000, 500))
         assert width * height <= 100_352
-    assert format_for("qwen2_5_vl").frame.extent((1000, 500)) == (1008, 504)
+    assert format_for("qwen2_5_vl").grid.extent((1000, 500)) == (1008, 504)
 
 
 # --- replies as the makers document them ----------------------------------------------------------

@@ -11,7 +11,7 @@ from sam4mllm_tool.formats.base import BoxesRead, DialogueFormat, PromptsRead
 from sam4mllm_tool.formats.gemma3 import Gemma3Format
 from sam4mllm_tool.formats.generic import GenericFormat
 from sam4mllm_tool.formats.glm4v import Glm4vFormat
-from sam4mllm_tool.formats.grids import ResizedPixelFrame
+from sam4mllm_tool.formats.grids import ResizedPixelGrid
 from sam4mllm_tool.formats.internvl import InternVlFormat
 from sam4mllm_tool.formats.molmo import MolmoFormat
 from sam4mllm_tool.formats.paligemma import PaliGemmaFormat
@@ -95,5 +95,5 @@ def format_for(
     """
     found = FORMATS[_BY_MODEL_TYPE.get(model_type, "generic")]
     if processor_config and isinstance(found, Qwen25VlFormat):
-        return replace(found, frame=ResizedPixelFrame.from_processor(processor_config))
+        return replace(found, grid=ResizedPixelGrid.from_processor(processor_config))
     return found

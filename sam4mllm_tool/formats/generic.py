@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from sam4mllm_tool.errors import DialogueError
 from sam4mllm_tool.formats import reading
 from sam4mllm_tool.formats.base import BoxesRead, PointAsking, PromptsRead, Size
-from sam4mllm_tool.formats.grids import PER_MILLE, Frame
+from sam4mllm_tool.formats.grids import PER_MILLE, Grid
 from sam4mllm_tool.grammar import Grammar
 from sam4mllm_tool.protocols import YesNoWords
 from sam4mllm_tool.types import Box, Point, PointLabel, PromptPoint, TargetCount
@@ -34,18 +34,18 @@ class GenericFormat:
     """Asks in plain words for JSON boxes on a 0–1000 scale; families override what differs.
 
     Attributes:
-        frame: the grid that this family's coordinates are in.
+        grid: the grid that this family's coordinates are in.
         box_key: JSON key of a box.
         y_first: numbers stand as y, x instead of x, y.
-        frame_words: how the question names the frame.
+        grid_words: how the question names the grid.
         point_asking: the better way to ask this family about points.
     """
 
     name: str = "generic"
-    frame: Frame = PER_MILLE
+    grid: Grid = PER_MILLE
     box_key: str = "bbox_2d"
     y_first: bool = False
-    frame_words: str = "integers from 0 to 1000 relative to the image's width and height"
+    grid_words: str = "integers from 0 to 1000 relative to the image's width and height"
     system_prompt: str | None = None
     yes_no: YesNoWords = _YES_NO
     points_per_question: int = 1
@@ -56,7 +56,7 @@ class GenericFormat:
         return (
             f"Locate {_which(count)}: {quoted(expression)}.\n"
             f'Reply with JSON only: [{{"{self.box_key}": {self._box_shape}, "label": "..."}}], '
-            f"coordinates as {self.frame_words}.{_if_none(count)}"
+            f"coordinates as {self.grid_words}.{_if_none(count)}"
         )
 
     def box_grammar(self, count: TargetCount) -> Grammar | None:
@@ -69,7 +69,7 @@ class GenericFormat:
 
     def read_boxes(self, reply: str, size: Size) -> BoxesRead:
         """Boxes of a reply, whatever stands around them."""
-        return reading.read_boxes(reply, size, self.frame, y_first=self.y_first)
+        return reading.read_boxes(reply, size, self.grid, y_first=self.y_first)
 
     def ask_points(self, expression: str, box: Box, points: Sequence[Point], size: Size) -> str:
         """Round 2 by coordinates; one point a question by default."""
@@ -109,7 +109,7 @@ class GenericFormat:
             f"well inside it and {negative} points near it but not on it.\n"
             f'Reply with JSON only: {{"{self.box_key}": {self._box_shape}, '
             f'"points_on": [{pair}, ...], "points_off": [{pair}, ...]}}, '
-            f"coordinates as {self.frame_words}.{_if_none(count)}"
+            f"coordinates as {self.grid_words}.{_if_none(count)}"
         )
 
     def box_and_points_grammar(
@@ -140,7 +140,7 @@ class GenericFormat:
         )
         labels = (PointLabel.FOREGROUND, PointLabel.BACKGROUND)
         points = tuple(
-            PromptPoint(*reading.place_point(pair, size, self.frame, y_first=self.y_first), label)
+            PromptPoint(*reading.place_point(pair, size, self.grid, y_first=self.y_first), label)
             for part, label, most in zip(parts, labels, (positive, negative), strict=True)
             for pair in reading.two_numbers(part)[:most]
         )
@@ -154,8 +154,8 @@ class GenericFormat:
         )
 
     def box_numbers(self, box: Box, size: Size) -> list[int]:
-        """The box as whole numbers of the frame, in the family's order."""
-        x_unit, y_unit = (e / s for e, s in zip(self.frame.extent(size), size, strict=True))
+        """The box as whole numbers of the grid, in the family's order."""
+        x_unit, y_unit = (e / s for e, s in zip(self.grid.extent(size), size, strict=True))
         x1, y1, x2, y2 = (round(v * u) for v, u in zip(box, (x_unit, y_unit) * 2, strict=True))
         return [y1, x1, y2, x2] if self.y_first else [x1, y1, x2, y2]
 
@@ -165,7 +165,7 @@ class GenericFormat:
 
     def point_text(self, point: Point, size: Size) -> str:
         """How a question names a point."""
-        right, bottom = self.frame.extent(size)
+        right, bottom = self.grid.extent(size)
         x, y = round(point.x / size[0] * right), round(point.y / size[1] * bottom)
         return f"[{y}, {x}]" if self.y_first else f"[{x}, {y}]"
 

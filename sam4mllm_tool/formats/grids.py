@@ -11,15 +11,15 @@ Size = tuple[int, int]
 """(width, height) of the upright image in pixels."""
 
 
-class Frame(Protocol):
+class Grid(Protocol):
     """A coordinate grid laid over the image."""
 
     def extent(self, size: Size) -> tuple[float, float]:
-        """The numbers that the image's right and bottom edges have in this frame."""
+        """The numbers that the image's right and bottom edges have in this grid."""
 
 
 @dataclass(frozen=True)
-class RelativeFrame:
+class RelativeGrid:
     """0 at the left (top) edge, ``steps`` at the right (bottom) edge, whatever the image's size."""
 
     steps: int
@@ -29,11 +29,11 @@ class RelativeFrame:
         return float(self.steps), float(self.steps)
 
 
-PER_MILLE = RelativeFrame(1000)
+PER_MILLE = RelativeGrid(1000)
 
 
 @dataclass(frozen=True)
-class ResizedPixelFrame:
+class ResizedPixelGrid:
     """Pixels of the picture after the processor's "smart resize".
 
     Both sides become multiples of ``factor``, the area is brought between ``min_pixels`` and
@@ -51,7 +51,7 @@ class ResizedPixelFrame:
         return float(width), float(height)
 
     @classmethod
-    def from_processor(cls, config: Mapping[str, Any]) -> ResizedPixelFrame:
+    def from_processor(cls, config: Mapping[str, Any]) -> ResizedPixelGrid:
         """The limits of a ``preprocessor_config.json``, in its old or its new spelling."""
         size = config.get("size") or {}
         return cls(
@@ -76,4 +76,4 @@ def smart_resize(size: Size, factor: int, min_pixels: int, max_pixels: int) -> S
     return fitted[0], fitted[1]
 
 
-DEFAULT_RESIZED = ResizedPixelFrame()
+DEFAULT_RESIZED = ResizedPixelGrid()

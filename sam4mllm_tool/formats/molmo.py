@@ -15,7 +15,7 @@ from sam4mllm_tool.errors import DialogueError
 from sam4mllm_tool.formats import reading
 from sam4mllm_tool.formats.base import BoxesRead, PromptsRead, Size
 from sam4mllm_tool.formats.generic import GenericFormat, quoted
-from sam4mllm_tool.formats.grids import PER_MILLE, Frame
+from sam4mllm_tool.formats.grids import PER_MILLE, Grid
 from sam4mllm_tool.types import Box, Point, PointLabel, PromptPoint, TargetCount
 
 _NUMBER = r"(\d{1,3}(?:\.\d{1,6})?)"
@@ -29,7 +29,7 @@ class MolmoFormat(GenericFormat):
     """Points in percent with one decimal, which is a grid of 1000; boxes by their corners."""
 
     name: str = "molmo"
-    frame: Frame = PER_MILLE
+    grid: Grid = PER_MILLE
 
     def ask_boxes(self, expression: str, count: TargetCount, size: Size) -> str:
         """Point to two corners."""
@@ -63,7 +63,7 @@ class MolmoFormat(GenericFormat):
                 hint="Use strategy 'ppg', which asks this family for points on the object.",
             )
         corners = [(*a, *b) for a, b in zip(points[::2], points[1::2], strict=False)]
-        return reading.read_boxes(reply, size, self.frame, lambda _: corners)
+        return reading.read_boxes(reply, size, self.grid, lambda _: corners)
 
     def ask_box_and_points(
         self, expression: str, count: TargetCount, positive: int, negative: int, size: Size
@@ -82,7 +82,7 @@ class MolmoFormat(GenericFormat):
         points = _permille_points(reply)[2 : 2 + positive]
         if not boxes:
             return ()
-        on = (reading.place_point(point, size, self.frame) for point in points)
+        on = (reading.place_point(point, size, self.grid) for point in points)
         labelled = tuple(PromptPoint(x, y, PointLabel.FOREGROUND) for x, y in on)
         return (PromptsRead(boxes[0], labelled),)
 

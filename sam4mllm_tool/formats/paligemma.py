@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from sam4mllm_tool.formats import reading
 from sam4mllm_tool.formats.base import BoxesRead, Size
 from sam4mllm_tool.formats.generic import GenericFormat
-from sam4mllm_tool.formats.grids import Frame, RelativeFrame
+from sam4mllm_tool.formats.grids import Grid, RelativeGrid
 from sam4mllm_tool.types import Box, Point, TargetCount
 
-_BINS = RelativeFrame(1024)
+_BINS = RelativeGrid(1024)
 _LOCATIONS = re.compile(r"<loc(\d{4})>" * 4)
 
 
@@ -26,7 +26,7 @@ class PaliGemmaFormat(GenericFormat):
     """Task prefixes instead of sentences, location tokens instead of JSON."""
 
     name: str = "paligemma"
-    frame: Frame = _BINS
+    grid: Grid = _BINS
     y_first: bool = True
 
     def ask_boxes(self, expression: str, count: TargetCount, size: Size) -> str:
@@ -43,7 +43,7 @@ class PaliGemmaFormat(GenericFormat):
         """
         if not reply.strip():
             return BoxesRead(())
-        return reading.read_boxes(reply, size, self.frame, _find, y_first=True)
+        return reading.read_boxes(reply, size, self.grid, _find, y_first=True)
 
     def ask_points(self, expression: str, box: Box, points: Sequence[Point], size: Size) -> str:
         """``answer en …`` about a location."""

@@ -10,17 +10,17 @@ from dataclasses import dataclass
 
 from sam4mllm_tool.formats.base import Size
 from sam4mllm_tool.formats.generic import GenericFormat, quoted
-from sam4mllm_tool.formats.grids import DEFAULT_RESIZED, Frame
+from sam4mllm_tool.formats.grids import DEFAULT_RESIZED, Grid
 from sam4mllm_tool.types import TargetCount
 
 
 @dataclass(frozen=True)
 class Qwen25VlFormat(GenericFormat):
-    """Asks in the cookbook's manner; ``frame`` must carry the processor's pixel limits."""
+    """Asks in the cookbook's manner; ``grid`` must carry the processor's pixel limits."""
 
     name: str = "qwen2_5_vl"
-    frame: Frame = DEFAULT_RESIZED
-    frame_words: str = "absolute pixel coordinates of the image"
+    grid: Grid = DEFAULT_RESIZED
+    grid_words: str = "absolute pixel coordinates of the image"
 
     def ask_boxes(self, expression: str, count: TargetCount, size: Size) -> str:
         """Locate … and output in JSON; the model knows the form from its training."""

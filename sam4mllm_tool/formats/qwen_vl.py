@@ -32,7 +32,7 @@ class QwenVlFormat(Qwen2VlFormat):
     system_prompt: str | None = "You are a helpful assistant."
 
     def ask_boxes(self, expression: str, count: TargetCount, size: Size) -> str:
-        """ "Frame the position of … in the picture", in Chinese (the maker's wording)."""
+        """ "Grid the position of … in the picture", in Chinese (the maker's wording)."""
         none = f"。如果图中没有，请回答：{NONE}" if count is TargetCount.ZERO_OR_MORE else ""
         return f"框出图中{quoted(expression)}的位置{none}"
 

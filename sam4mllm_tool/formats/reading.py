@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from sam4mllm_tool.errors import DialogueError
 from sam4mllm_tool.formats.base import BoxesRead
-from sam4mllm_tool.formats.grids import Frame, Size
+from sam4mllm_tool.formats.grids import Grid, Size
 from sam4mllm_tool.types import Box, Point
 
 Numbers = tuple[float, ...]
@@ -87,7 +87,7 @@ def two_numbers(text: str) -> list[Numbers]:
 def read_boxes(
     reply: str,
     size: Size,
-    frame: Frame,
+    grid: Grid,
     find: Callable[[str], list[Numbers]] = four_numbers,
     *,
     y_first: bool = False,
@@ -97,7 +97,7 @@ def read_boxes(
     Args:
         reply: what the model said, with anything around it.
         size: (width, height) of the upright image in pixels.
-        frame: the grid the numbers are in.
+        grid: the grid the numbers are in.
         find: finds the groups of four numbers.
         y_first: the numbers are y_min, x_min, y_max, x_max.
 
@@ -118,18 +118,18 @@ def read_boxes(
     notes = [f"only the first {MAX_BOXES} boxes were read"] if len(found) > MAX_BOXES else []
     boxes = []
     for numbers in found[:MAX_BOXES]:
-        box, remarks = place_box(numbers, size, frame, y_first=y_first)
+        box, remarks = place_box(numbers, size, grid, y_first=y_first)
         boxes.append(box)
         notes += remarks
     return BoxesRead(tuple(boxes), tuple(dict.fromkeys(notes)))
 
 
 def place_box(
-    numbers: Numbers, size: Size, frame: Frame, *, y_first: bool = False
+    numbers: Numbers, size: Size, grid: Grid, *, y_first: bool = False
 ) -> tuple[Box, list[str]]:
-    """Four numbers of the frame → a box inside the image, with notes on what was mended."""
+    """Four numbers of the grid → a box inside the image, with notes on what was corrected."""
     notes = []
-    right, bottom = frame.extent(size)
+    right, bottom = grid.extent(size)
     a, b, c, d = (numbers[i] for i in ((1, 0, 3, 2) if y_first else (0, 1, 2, 3)))
     if max(a, b, c, d) <= 1 < right and any(n != int(n) for n in (a, b, c, d)):
         a, c, b, d = a * right, c * right, b * bottom, d * bottom
@@ -146,10 +146,10 @@ def place_box(
     return Box(x[0] * x_unit, y[0] * y_unit, x[1] * x_unit, y[1] * y_unit), notes
 
 
-def place_point(numbers: Numbers, size: Size, frame: Frame, *, y_first: bool = False) -> Point:
-    """Two numbers of the frame → a point inside the image (clamped to it)."""
+def place_point(numbers: Numbers, size: Size, grid: Grid, *, y_first: bool = False) -> Point:
+    """Two numbers of the grid → a point inside the image (clamped to it)."""
     x, y = reversed(numbers) if y_first else numbers
-    right, bottom = frame.extent(size)
+    right, bottom = grid.extent(size)
     # A point on the far edge lies in no pixel, so it is moved into the last one.
     return Point(
         min(max(x / right, 0.0) * size[0], size[0] - 0.5),

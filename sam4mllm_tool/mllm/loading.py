@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
+from sam4mllm_tool.devices import choose_device
 from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory
 from sam4mllm_tool.mllm import files
 from sam4mllm_tool.mllm.files import find_checkpoint
@@ -70,13 +71,7 @@ def choose_placement(
         raise CheckpointError(
             f"unknown quantization {quantization!r}", hint="Use '4bit', '8bit' or None."
         )
-    try:
-        chosen = torch.device(_best_device() if device == "auto" else device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise CheckpointError(
-            f"device {device!r} cannot be used: {error}", hint="Use device='auto' or 'cpu'."
-        ) from error
+    chosen = choose_device(device)
     kind = usual_dtype(chosen) if dtype == "auto" else getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise CheckpointError(
@@ -355,9 +350,3 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

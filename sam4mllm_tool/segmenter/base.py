@@ -266,25 +266,6 @@ def _groups_of_one_kind(prompts: Sequence[SegmentPrompt]) -> Iterator[list[int]]
             yield numbers[start : start + _PROMPTS_AT_ONCE]
 
 
-def choose_device(device: str) -> torch.device:
-    """``"auto"``: CUDA before MPS before CPU.
-
-    Raises:
-        CheckpointError: a device this machine does not have.
-    """
-    try:
-        if device == "auto":
-            mps = "mps" if torch.backends.mps.is_available() else "cpu"
-            device = "cuda" if torch.cuda.is_available() else mps
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise CheckpointError(
-            f"device {device!r} cannot be used: {error}", hint="Use device='auto' or 'cpu'."
-        ) from error
-    return chosen
-
-
 def choose_dtype(dtype: str) -> torch.dtype:
     """The image encoder's dtype: ``"auto"`` and ``"float32"``, or ``"bfloat16"``.
 

@@ -17,13 +17,13 @@ from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 
+from sam4mllm_tool.devices import choose_device
 from sam4mllm_tool.errors import CheckpointError
 from sam4mllm_tool.protocols import SegmentPrompt
 from sam4mllm_tool.segmenter.base import (
     DEFAULT_CACHE_BYTES,
     EmbeddingSegmenter,
     box_array,
-    choose_device,
     choose_dtype,
     mask_array,
     padded_size,

@@ -20,13 +20,13 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForMaskGeneration
 from transformers.utils import logging as transformers_logging
 
+from sam4mllm_tool.devices import choose_device
 from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory
 from sam4mllm_tool.protocols import SegmentPrompt
 from sam4mllm_tool.segmenter.base import (
     DEFAULT_CACHE_BYTES,
     EmbeddingSegmenter,
     box_array,
-    choose_device,
     choose_dtype,
     mask_array,
     padded_size,
