@@ -273,17 +273,21 @@ def test_the_demos_answers_become_the_demos_prompt() -> None:
         assert (point.x, point.y) == pytest.approx((x * 0.64, y * 0.479))
 
 
-def test_the_template_lies_beside_a_converted_adapter_and_is_used(tmp_path: Path) -> None:
-    base = build("llava_next", tmp_path / "base")
+def _small_adapter(folder: Path) -> None:
+    """An adapter of the original code base, over the random LLaVA-NeXT."""
     layer = "base_model.model.model.layers.0.mlp.up_proj"
     factors = {f"{layer}.lora_A.weight": torch.ones(2, 64), f"{layer}.lora_B.weight":
                torch.ones(128, 2)}  # fmt: skip
-    source = tmp_path / "old"
-    source.mkdir()
-    save_file(factors, source / "adapter_model.safetensors")
+    folder.mkdir()
+    save_file(factors, folder / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["up_proj"]}
-    (source / "adapter_config.json").write_text(json.dumps(settings))
-    adapter = convert_adapter(source, tmp_path / "new")
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def test_the_template_lies_beside_a_converted_adapter_and_is_used(tmp_path: Path) -> None:
+    base = build("llava_next", tmp_path / "base")
+    _small_adapter(tmp_path / "old")
+    adapter = convert_adapter(tmp_path / "old", tmp_path / "new")
     mllm = LocalMllm.from_pretrained(base, adapter, device="cpu")
     dialogue = (SYSTEM, BIRD_1, Turn("assistant", f" {DEMO_REPLY}"), ROUND_2)
     ids = mllm.encoder.encode(dialogue, mllm.encoder.image_inputs(picture(0))).ids
@@ -296,6 +300,38 @@ def test_the_template_lies_beside_a_converted_adapter_and_is_used(tmp_path: Path
     other = build("qwen2_5_vl", tmp_path / "other")
     with pytest.raises(CheckpointError, match="no token of this base"):
         load_processor(other, adapter)
+
+
+@pytest.mark.parametrize("adds_start", [False, True])
+def test_the_tokenizer_beside_an_adapter_tells_what_the_original_code_read(
+    adds_start: bool, tmp_path: Path
+) -> None:
+    """Its function for prompts with an image doubles the start token, or loses a newline."""
+    _small_adapter(tmp_path / "old")
+    llama3(adds_start).backend_tokenizer.save(str(tmp_path / "old/tokenizer.json"))
+    adapter = convert_adapter(tmp_path / "old", tmp_path / "new")
+    encoder = DialogueEncoder(
+        _Text(llama3(adds_start), (adapter / "chat_template.jinja").read_text())
+    )
+    dialogue = (SYSTEM, BIRD_1, Turn("assistant", DEMO_REPLY), _bird_2())
+    rest = _reference(f"<|eot_id|>{_ASSISTANT}{DEMO_REPLY}<|eot_id|>{_USER}{QUESTION_2}<|eot_id|>"
+                      f"{_ASSISTANT}")  # fmt: skip
+    if adds_start:
+        read = _reference(128000, _HEAD + _USER, IMAGE_ID, "\n" + QUESTION_1)
+    else:
+        read = _reference(_HEAD + _USER, IMAGE_ID, QUESTION_1)
+    assert _ids(encoder, dialogue) == read + rest
+
+
+def test_a_tokenizer_of_another_base_is_refused(tmp_path: Path) -> None:
+    _small_adapter(tmp_path / "old")
+    qwen().backend_tokenizer.save(str(tmp_path / "old/tokenizer.json"))
+    with pytest.raises(CheckpointError, match="begin_of_text"):
+        convert_adapter(tmp_path / "old", tmp_path / "new")
+    (tmp_path / "old/tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        convert_adapter(tmp_path / "old", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 # What llava-hf publishes beside llama3-llava-next-8b: a newline before every text, no start token

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from sam4mllm_tool.errors import CheckpointError
@@ -48,6 +49,7 @@ CHAT_TEMPLATE = """\
 """
 """Llama-3's dialogue as the authors hold it: texts are trimmed, and the image token stands before
 the first question with one newline between them. Our writing of a published format."""
+_START = "<|begin_of_text|>"
 
 _ROOT = "base_model.model."
 # Names below the root: (pattern in the original code base, name in transformers), first match wins.
@@ -77,7 +79,8 @@ def convert_adapter(
     Args:
         source_dir: holds ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``,
             read as plain tensors only), and ``non_lora_trainables.bin`` (or ``.safetensors``) if
-            weights were trained whole.
+            weights were trained whole. A ``tokenizer.json`` beside them says how the original code
+            base read the dialogue.
         out_dir: made if needed; its adapter files are replaced.
         base_model: hub id or directory of the base in transformers' layout, for the notes in the
             adapter (peft does not need it to load).
@@ -92,13 +95,39 @@ def convert_adapter(
     source, out = Path(source_dir).expanduser(), Path(out_dir).expanduser()
     config = _read_config(source)
     tensors = _folded(_renamed(_read_tensors(source, "adapter_model"), _read_whole(source)), config)
+    template = _chat_template(source)
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     converted = _converted_config(config, set(tensors), base_model)
     (out / "adapter_config.json").write_text(json.dumps(converted, indent=2) + "\n")
     (out / "sam4mllm.json").write_text(json.dumps({"format": "sam4mllm"}) + "\n")
-    (out / TEMPLATE_FILE).write_text(CHAT_TEMPLATE, encoding="utf-8")
+    (out / TEMPLATE_FILE).write_text(template, encoding="utf-8")
     return out
+
+
+def _chat_template(source: Path) -> str:
+    """The dialogue as the original code base made ids of it, as far as its tokenizer is known.
+
+    LLaVA-NeXT's ``tokenizer_image_token`` tokenizes the text before and after the image apart, and
+    takes the first token of each part for a start token if the first part begins with one. The
+    template writes a start token too: with a tokenizer that adds its own, the prompt begins with
+    two; with one that does not, the newline behind the image is lost. The authors save the
+    tokenizer beside the adapter; without it nothing is doubled or lost.
+    """
+    file = source / "tokenizer.json"
+    if not file.exists():
+        return CHAT_TEMPLATE
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing more exact
+        raise _unreadable(file, error) from error
+    if tokenizer.token_to_id(_START) is None:
+        raise CheckpointError(
+            f"{file} knows no {_START}", hint="Only adapters over Llama-3 are converted."
+        )
+    if tokenizer.encode("a").ids[0] == tokenizer.token_to_id(_START):
+        return CHAT_TEMPLATE.replace(_START, _START * 2)
+    return CHAT_TEMPLATE.replace("<image>\\n", "<image>")
 
 
 def renamed(name: str) -> str:
