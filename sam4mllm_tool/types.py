@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from sam4mllm_tool.display import encoded, show
+
 
 class Box(NamedTuple):
     """An axis-aligned box in pixels, maxima exclusive."""
@@ -137,6 +139,10 @@ class RgbImage:
         array.setflags(write=False)
         return array
 
+    def _repr_jpeg_(self) -> bytes:
+        """How a notebook shows it, bounded in size."""
+        return encoded(self.pil, "JPEG")
+
 
 @dataclass(frozen=True, eq=False)
 class Mask:
@@ -172,6 +178,14 @@ class Mask:
     def to_pil(self) -> Image.Image:
         """Mode "L" picture: 255 on the object, 0 elsewhere."""
         return Image.fromarray(self.pixels.astype(np.uint8) * 255)
+
+    def show(self) -> None:
+        """White on black: in a notebook as the cell's output, else in the desktop's viewer."""
+        show(self, self.to_pil())
+
+    def _repr_png_(self) -> bytes:
+        """How a notebook shows it, bounded in size."""
+        return encoded(self.to_pil(), "PNG")
 
     def resized(self, size: tuple[int, int]) -> Mask:
         """The mask at another (width, height), each pixel the nearest one's."""

@@ -63,12 +63,12 @@ def overlay_masks(image: RgbImage, masks: Mapping[int, Mask]) -> Image.Image:
 
 
 def overlay(image: RgbImage, objects: Sequence[Mapping[str, Any]]) -> Image.Image:
-    """The picture with masks, boxes and points of a trace's ``objects``.
+    """The picture with masks (where there are any), boxes and points of a trace's ``objects``.
 
     Foreground points are green discs, background points red crosses, undecided ones grey squares;
     their size follows the answer's probability.
     """
-    masks = {n: Mask.from_rle(one["mask"]) for n, one in enumerate(objects, 1)}
+    masks = {n: Mask.from_rle(one["mask"]) for n, one in enumerate(objects, 1) if "mask" in one}
     picture = overlay_masks(image, masks)
     draw = ImageDraw.Draw(picture)
     width = max(1, round(max(image.size) / 300))
@@ -79,6 +79,39 @@ def overlay(image: RgbImage, objects: Sequence[Mapping[str, Any]]) -> Image.Imag
         for point in one["points"]:
             _point(draw, point, unit=max(image.size) / 160)
     return picture
+
+
+def small_overlay(
+    image: Image.Image | None,
+    size: tuple[int, int],
+    objects: Sequence[Mapping[str, Any]],
+    max_side: int,
+    blank: Colour = (128, 128, 128),
+) -> Image.Image:
+    """:func:`overlay` at no more than ``max_side`` pixels, drawn at that size.
+
+    Args:
+        image: the picture, at any size; ``None`` = draw on ``blank``.
+        size: (width, height) that the objects' numbers belong to.
+        objects: as in a trace; one without a ``mask`` is drawn as box and points.
+        max_side: bound on both sides of the result.
+        blank: colour of the ground where there is no picture.
+    """
+    scale = min(1.0, max_side / max(size))
+    small = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+    ground = image.resize(small) if image is not None else Image.new("RGB", small, blank)
+    return overlay(RgbImage.from_pil(ground), [_scaled(one, small, size) for one in objects])
+
+
+def _scaled(
+    one: Mapping[str, Any], small: tuple[int, int], size: tuple[int, int]
+) -> Mapping[str, Any]:
+    """An object's numbers and mask on a picture of another size."""
+    x, y = small[0] / size[0], small[1] / size[1]
+    points = [{**point, "x": point["x"] * x, "y": point["y"] * y} for point in one["points"]]
+    box = [number * (x, y)[place % 2] for place, number in enumerate(one["box"])]
+    mask = {"mask": Mask.from_rle(one["mask"]).resized(small).to_rle()} if "mask" in one else {}
+    return {**one, "points": points, "box": box, **mask}
 
 
 def numbered_view(

@@ -26,6 +26,7 @@ __all__ = [
     "BoxesRead",
     "DialogueFormat",
     "PromptsRead",
+    "describe_numbers",
     "format_for",
     "get_format",
 ]
@@ -68,6 +69,20 @@ _BY_MODEL_TYPE = {
     "molmo": "molmo",
     "molmo2": "molmo",
 }
+
+
+_NUMBERS = {
+    "qwen2_5_vl": "pixels of the picture as the model resized it",
+    "paligemma": "parts in 1024 of the picture's height and width",
+    "molmo": "percent of the picture's width and height",
+}
+
+
+def describe_numbers(name: str) -> str:
+    """What the coordinates in dialogues of a format are, for people who read them."""
+    if name not in FORMATS:
+        return "in the format's own unit"
+    return _NUMBERS.get(name, "thousandths of the picture's width and height")
 
 
 def get_format(name: str) -> DialogueFormat:

@@ -131,9 +131,10 @@ class Sam4MLLM(DialogueSteps):
             mllm=RecordingMllm(self.mllm, recorder),
             segmenter=RecordingSegmenter(self.segmenter, recorder),
         )
-        location, objects = chosen.run(recorded, picture, expression, check_count(count))
+        location, drawn = chosen.run(recorded, picture, expression, check_count(count))
+        objects = tuple(replace(one, image=picture) for one in drawn)
         trace = _trace(self, recorder, chosen, picture, source, location, objects)
-        return Segmentation(location, objects, trace)
+        return Segmentation(location, objects, trace, picture)
 
 
 load = Sam4MLLM.from_pretrained
@@ -203,19 +204,7 @@ def _trace(
         },
         exchanges=recorder.exchanges,
         mask_calls=recorder.mask_calls,
-        objects=[_object_data(o, f"obj_{n}") for n, o in enumerate(objects, 1)],
+        objects=[one.data(f"obj_{number}") for number, one in enumerate(objects, 1)],
         timings=recorder.timings,
         notes=list(location.notes),
     )
-
-
-def _object_data(found: SegmentedObject, object_id: str) -> dict[str, Any]:
-    return {
-        "object_id": object_id,
-        "box": list(found.located.box),
-        "score": found.located.score,
-        "points": [{**asdict(point), "label": point.label.value} for point in found.points],
-        "mask": found.mask.to_rle(),
-        "predicted_iou": found.drawn.predicted_iou,
-        "area": found.mask.area,
-    }

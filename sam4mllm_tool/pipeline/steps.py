@@ -106,7 +106,7 @@ class DialogueSteps:
         found = tuple(LocatedObject(box, _score(best), other_boxes) for box in boxes)
         notes = (*read.notes, *self._notes(text))
         spoken = (*dialogue, Turn("assistant", best.text))
-        location = Location(text, count, spoken, found, notes)
+        location = Location(text, count, spoken, found, notes, image)
         return self._surest(image, location) if verified > 1 else location
 
     def locate_with_points(
@@ -128,7 +128,7 @@ class DialogueSteps:
         found = tuple(LocatedObject(r.box, _score(reply), (), r.points) for r in read)
         found = found[:1] if count is TargetCount.ONE else found
         spoken = (*dialogue, Turn("assistant", reply.text))
-        return Location(text, count, spoken, found, self._notes(text))
+        return Location(text, count, spoken, found, self._notes(text), image)
 
     def stated(self, image: ImageLike, expression: str, box: Box) -> Location:
         """A location as if the MLLM had answered with this box, so that round 2 can follow."""
@@ -136,7 +136,7 @@ class DialogueSteps:
         question = self.speech.ask_boxes(self._wording(text), TargetCount.ONE, image.size)
         reply = self.speech.write_boxes([box], image.size)
         dialogue = (*self._opening(question), Turn("assistant", reply))
-        return Location(text, TargetCount.ONE, dialogue, (LocatedObject(box),))
+        return Location(text, TargetCount.ONE, dialogue, (LocatedObject(box),), image=image)
 
     def candidate_points(self, box: Box, image: ImageLike) -> list[Point]:
         """The points to ask about: spread over the part of the box inside the image."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from sam4mllm_tool.errors import InputError
+from sam4mllm_tool.formats import describe_numbers
 from sam4mllm_tool.grammar import Grammar
 from sam4mllm_tool.protocols import (
     CheckpointNotes,
@@ -117,10 +118,34 @@ class Trace(BaseModel):
                 f"{path} is not a trace: {error}", hint="Give a file written by --trace or save()."
             ) from error
 
+    def html(self, image: RgbImage | None = None) -> str:
+        """A notebook's view of the run; without the picture, masks stand on plain grey."""
+        from sam4mllm_tool.drawing.notebook import result_html, small_picture
+
+        size = self.image["width"], self.image["height"]
+        return result_html(
+            self.expression,
+            f"{len(self.objects)} found" if self.objects else "not found",
+            small_picture(image, size, self.objects),
+            self.objects,
+            dialogue=self.conversation(),
+            numbers=self.numbers,
+            notes=self.notes,
+        )
+
+    def _repr_html_(self) -> str:
+        return self.html()
+
+    @property
+    def numbers(self) -> str:
+        """What the coordinates in the dialogue are, for people who read it."""
+        return describe_numbers(self.settings.get("format", ""))
+
     def page_data(self) -> dict[str, Any]:
         """The plain dictionary that :func:`sam4mllm_tool.drawing.overlay.trace_page` draws."""
         data = self.model_dump(mode="json", exclude={"exchanges", "mask_calls"})
         data["dialogue"] = self.conversation()
+        data["numbers"] = self.numbers
         data["events"] = [
             {"kind": "mask", "detail": call.model_dump(mode="json")} for call in self.mask_calls
         ]

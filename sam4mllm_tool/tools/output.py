@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from sam4mllm_tool.pipeline.points import Thresholds
@@ -94,13 +95,16 @@ def rounded(value: float | None) -> float | None:
 
 
 def located_record(record: ImageRecord, location: Location, found: LocatedObject) -> ObjectRecord:
-    """What the workspace keeps of an object that round 1 found."""
+    """What the workspace keeps of an object that round 1 found.
+
+    The picture is kept by its own handle, within the workspace's bound on bytes, and not here.
+    """
     return ObjectRecord(
         image_id=record.image_id,
         name=location.expression,
         box=found.box,
         score=found.score,
-        location=location,
+        location=replace(location, image=None),
         points=found.points,
     )
 
