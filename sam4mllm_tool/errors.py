@@ -12,6 +12,7 @@
     │   ├── UnknownHandle        image_id or object_id never given out, or expired since
     │   └── AccessDenied         path or URL the policy does not allow
     ├── DialogueError        the model's reply could not be read; carries ``raw_reply``
+    │   └── ThoughtCutOff        a thinking model has not come to its answer
     └── BackendError         the system's fault: never disguised as tool output
         ├── CheckpointError      missing, corrupt or wrong kind of checkpoint
         ├── DeviceOutOfMemory    the device is too small for the checkpoint or the picture
@@ -98,6 +99,18 @@ class DialogueError(Sam4MllmError):
     ) -> None:
         super().__init__(message, hint=hint, retryable=retryable)
         self.raw_reply = raw_reply
+
+
+class ThoughtCutOff(DialogueError):
+    """A thinking model was still thinking when its budget was spent: there is no answer yet."""
+
+    def __init__(self, *, raw_reply: str, budget: int) -> None:
+        super().__init__(
+            f"the model was still thinking after {budget} tokens, or stopped without an answer",
+            raw_reply=raw_reply,
+            hint="Give it more (thought_budget=…), or serve a checkpoint that does not think.",
+            retryable=False,
+        )
 
 
 class BackendError(Sam4MllmError):

@@ -1,22 +1,28 @@
 """The endpoint MLLM through the official client, against a real HTTP server."""
 
 import json
+import math
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 from endpoint_server import Manners, TestServer, running
+from mllm_dialogues import ask_box
+from random_models import build, picture
+from tokenizers.processors import TemplateProcessing
 
 from sam4mllm_tool.concurrency import CallCancelled, CallContext, call_context
-from sam4mllm_tool.errors import DialogueError, EndpointError, ProbabilitiesMissing
+from sam4mllm_tool.errors import DialogueError, EndpointError, ProbabilitiesMissing, ThoughtCutOff
 from sam4mllm_tool.formats import get_format
 from sam4mllm_tool.grammar import Choice, Literal, Number, Repeat, grammar_regex
 from sam4mllm_tool.mllm.endpoint import OpenAIEndpointMllm
+from sam4mllm_tool.mllm.local import LocalMllm
 from sam4mllm_tool.protocols import Turn, YesNoWords
 from sam4mllm_tool.types import TargetCount
 
 WORDS = YesNoWords(("Yes",), ("No",), "\n")
+PUBLISHED = YesNoWords(("Yes",), ("No",))
 FORMAT = get_format("sam4mllm")
 
 
@@ -94,35 +100,174 @@ def test_a_reply_keeps_to_its_grammar_and_is_scored_alike(embedded_model, endpoi
         assert theirs.log_probability == pytest.approx(ours.log_probability, abs=1e-3)
 
 
-def test_answers_are_those_of_the_local_engine(embedded_model, endpoint, asked):
+@pytest.mark.parametrize("kind", ["vllm", "vllm-0.12"])
+def test_answers_are_those_of_the_local_engine(embedded_model, serving, server, asked, kind):
     image, opening, dialogue = asked
+    mllm = OpenAIEndpointMllm(serving[1], server=kind, top_logprobs=10_000)
     for turns in (dialogue, opening):  # the second asks for no yes or no at all
         ours = embedded_model.mllm.answer_yes_no(image, turns, words=WORDS, count=9)
-        theirs = endpoint.answer_yes_no(image, turns, words=WORDS, count=9)
+        theirs = mllm.answer_yes_no(image, turns, words=WORDS, count=9)
         assert all(close(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_a_model_that_keeps_to_yes_and_no_is_asked_once(endpoint, server, asked):
+@pytest.mark.parametrize("kind", ["vllm-0.12", "sglang"])
+def test_a_model_that_keeps_to_yes_and_no_is_asked_once(server, serving, asked, kind):
     image, _, dialogue = asked
+    mllm = OpenAIEndpointMllm(serving[1], "tiny", server=kind, top_logprobs=10_000)
     server.manners.likely = ("\n", *["Yes", "No"] * 4)
-    answers = endpoint.answer_yes_no(image, dialogue, words=WORDS, count=8)
+    answers = mllm.answer_yes_no(image, dialogue, words=WORDS, count=8)
     assert [answer.p_yes > answer.p_no for answer in answers] == [True, False] * 4
     assert len(server.manners.requests) == 1
     server.manners.likely = ("\n", "Yes", "No", ":", "No", "Yes")
     server.manners.requests.clear()
-    assert len(endpoint.answer_yes_no(image, dialogue, words=WORDS, count=4)) == 4
+    assert len(mllm.answer_yes_no(image, dialogue, words=WORDS, count=4)) == 4
     second = server.manners.requests[1]
     assert second["messages"][-1]["content"] in ("\nYesNoYes", "\nYesNoNo")
     assert second["continue_final_message"] is True
 
 
-def test_a_missing_prefix_is_put_there(embedded_model, endpoint, server, asked):
+def test_a_missing_prefix_is_put_there(embedded_model, serving, server, asked):
     image, _, dialogue = asked
+    mllm = OpenAIEndpointMllm(serving[1], server="vllm-0.12", top_logprobs=10_000)
     server.manners.say_first = "["
     ours = embedded_model.mllm.answer_yes_no(image, dialogue, words=WORDS, count=3)
-    theirs = endpoint.answer_yes_no(image, dialogue, words=WORDS, count=3)
+    theirs = mllm.answer_yes_no(image, dialogue, words=WORDS, count=3)
     assert all(close(a, b) for a, b in zip(ours, theirs, strict=True))
     assert server.manners.requests[1]["messages"][-1] == {"role": "assistant", "content": "\n"}
+
+
+# --- vLLM: all answers in one request -------------------------------------------------------------
+
+
+def test_vllm_is_asked_once_for_all_answers(embedded_model, endpoint, server, asked):
+    """Also where the model would rather say something else at every slot."""
+    image, opening, dialogue = asked
+    endpoint.answer_yes_no(image, dialogue, words=PUBLISHED, count=1)  # the examination is over
+    for turns in (dialogue, opening):
+        server.manners.requests.clear()
+        ours = embedded_model.mllm.answer_yes_no(image, turns, words=PUBLISHED, count=30)
+        theirs = endpoint.answer_yes_no(image, turns, words=PUBLISHED, count=30)
+        assert all(close(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert len(server.manners.requests) == 1
+    assert sum(ours[0]) < 0.9, "probabilities among yes and no alone would prove nothing"
+    tokens = embedded_model.mllm._yes_no_tokens(PUBLISHED)
+    request = server.manners.requests[0]
+    for name in ("allowed_token_ids", "logprob_token_ids"):
+        assert sorted(request[name]) == sorted((*tokens.yes, *tokens.no))
+    assert request["max_tokens"] == request["min_tokens"] == 30
+    assert "top_logprobs" not in request
+
+
+def test_the_server_is_examined_once(endpoint, server, asked):
+    image, _, dialogue = asked
+    endpoint.answer_yes_no(image, dialogue, words=PUBLISHED, count=2)
+    examined = len(server.manners.tokenized), len(server.manners.requests)
+    for _ in range(3):
+        endpoint.answer_yes_no(image, dialogue, words=PUBLISHED, count=2)
+    assert (len(server.manners.tokenized), len(server.manners.requests) - 3) == examined
+
+
+@pytest.mark.parametrize(
+    ("manners", "error", "message", "hint"),
+    [
+        ({"logprobs": False}, ProbabilitiesMissing, "no token probabilities", "'logprobs'"),
+        ({"ignored": {"logprob_token_ids"}}, ProbabilitiesMissing, "no probability for token",
+         "'logprob_token_ids'"),
+        ({"ignored": {"allowed_token_ids"}}, EndpointError, "neither yes nor no",
+         "'allowed_token_ids'"),
+        ({"ignored": {"return_tokens_as_token_ids"}}, EndpointError, "by its text",
+         "'return_tokens_as_token_ids'"),
+        ({"longest": 1}, EndpointError, "1 of 2 questions", "'min_tokens'"),
+        ({"other_ids": True}, ProbabilitiesMissing, "no probability for", "logprob_token_ids"),
+        ({"processed": True}, ProbabilitiesMissing, "whole vocabulary", "--logprobs-mode"),
+        ({"value": math.nan}, EndpointError, "nan of yes", "damaged"),
+        ({"value": 0.5}, EndpointError, "which are none", "damaged"),
+        ({"value": math.inf}, EndpointError, "which are none", "damaged"),
+        ({"tokenizes": False}, EndpointError, "how it tokenises", "/tokenize"),
+    ],
+)  # fmt: skip
+def test_a_server_that_misbehaves_is_named_in_one_sentence(
+    endpoint, server, asked, manners, error, message, hint
+):
+    for name, value in manners.items():
+        setattr(server.manners, name, value)
+    for _ in range(2):  # a failed examination is no passed one
+        with pytest.raises(error, match=message) as caught:
+            endpoint.answer_yes_no(asked[0], asked[2], words=PUBLISHED, count=3)
+        assert hint in caught.value.hint and not caught.value.retryable
+
+
+@pytest.mark.parametrize("value", [math.nan, 0.5])
+def test_no_probabilities_are_no_answers_of_any_server(server, serving, asked, value):
+    mllm = OpenAIEndpointMllm(serving[1], server="vllm-0.12", top_logprobs=10_000)
+    server.manners.value = value
+    with pytest.raises(EndpointError, match="which are none"):
+        mllm.answer_yes_no(asked[0], asked[2], words=PUBLISHED, count=3)
+
+
+def test_a_template_with_something_before_past_replies_is_named(endpoint, server, asked):
+    """As where a published template writes a newline before every text."""
+    processor = server.mllm.encoder.processor
+    own = processor.chat_template
+    processor.chat_template = own.replace("'<|assistant|>\\n'", "'<|assistant|>\\n\\n'", 1)
+    assert processor.chat_template != own
+    try:
+        with pytest.raises(EndpointError, match="past reply elsewhere") as caught:
+            endpoint.answer_yes_no(asked[0], asked[2], words=PUBLISHED, count=3)
+        assert "--chat-template" in caught.value.hint
+    finally:
+        processor.chat_template = own
+
+
+def test_the_start_token_is_put_where_the_template_leaves_it_out(tmp_path):
+    """LLaVA-1.5's template writes none: its processor does, and vLLM does not unless asked to."""
+    loaded = LocalMllm.from_pretrained(build("llava", tmp_path), device="cpu")
+    processor = loaded.encoder.processor
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", processor.tokenizer.bos_token_id)]
+    )
+    mllm = LocalMllm(loaded.model, processor, name="llava")
+    image = picture(0)
+    opening = ask_box("abc", image)
+    grammar = FORMAT.box_grammar(TargetCount.ONE)
+    server = TestServer(mllm)
+    server.grammars[grammar_regex(grammar)] = grammar
+    with running(server) as url:
+        remote = OpenAIEndpointMllm(url, format_name="generic")
+        there = remote.answer_yes_no(image, opening, words=PUBLISHED, count=4)
+        here = mllm.answer_yes_no(image, opening, words=PUBLISHED, count=4)
+        assert all(close(a, b) for a, b in zip(here, there, strict=True))
+        said = remote.generate(image, opening, grammar=grammar)
+        assert said.text == mllm.generate(image, opening, grammar=grammar).text
+        assert all(request["add_special_tokens"] for request in server.manners.requests)
+
+
+def test_the_start_token_is_not_written_twice(endpoint, server, asked):
+    endpoint.answer_yes_no(asked[0], asked[2], words=PUBLISHED, count=2)
+    assert not any(request.get("add_special_tokens") for request in server.manners.requests)
+
+
+# --- thinking models ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_thought_is_no_part_of_the_answer(server, serving, asked, apart):
+    """Without and with --reasoning-parser; the thought holds a box that is not the answer."""
+    mllm = OpenAIEndpointMllm(serving[1])
+    server.manners.thought = "[001,002,003,004]</think>\n[100,200,300,400]"
+    server.manners.apart = apart
+    said = mllm.generate(asked[0], asked[1], max_new_tokens=40).text
+    assert said.startswith("[100,200,300,400]") and "001,002" not in said
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_thought_that_was_cut_off_is_no_answer(server, serving, asked, apart):
+    mllm = OpenAIEndpointMllm(serving[1])
+    server.manners.thought = "<think>[001,002,003,004] or no object found"
+    server.manners.apart = apart
+    with pytest.raises(ThoughtCutOff) as caught:
+        mllm.generate(asked[0], asked[1], max_new_tokens=20)
+    assert "thought_budget" in caught.value.hint and caught.value.raw_reply
 
 
 def test_a_server_without_probabilities_is_refused_loudly(endpoint, server, asked):
