@@ -170,7 +170,7 @@ def _paper_on_qwen_vl() -> Combination:
         ),
         run=False,
         notes="the replies in its documentation are read as drawn there; the server runs the "
-        "model's own code and holds its memory",
+        "checkpoint's tokenizer code and holds its memory",
     )
 
 
