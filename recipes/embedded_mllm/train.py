@@ -132,13 +132,15 @@ def start_model(
 
 
 def earlier_model(
-    folder: Path, start: Path, world: str, shape: BaseShape
+    folder: Path, start: Path, world: str, shape: BaseShape, dense: float
 ) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerFast, DenseHeads]:
-    """A saved base to go on with, and stage 1's heads read anew off its tower."""
+    """A saved base to go on with, and stage 1's heads read anew off its tower if they are used."""
     tokenizer = build_tokenizer(words_of(WORLDS[world]))
     model = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
     heads = DenseHeads(shape.vision_width, questions_of(WORLDS[world]))
-    print("heads", fit_heads(folder / "scenes", model.model.vision_tower, heads, shape), flush=True)
+    if dense:
+        read = fit_heads(folder / "scenes", model.model.vision_tower, heads, shape)
+        print("heads", read, flush=True)
     return model, tokenizer, heads
 
 
@@ -151,7 +153,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--longest", type=int, default=448)
-    parser.add_argument("--dense", type=float, default=0.3, help="weight of stage 1's loss")
+    parser.add_argument(
+        "--dense", type=float, default=0.3, help="weight of stage 1's loss; 0: none"
+    )
     parser.add_argument("--optimizer", default="adamw", choices=["muon", "adamw"])
     parser.add_argument("--examine", type=float, default=8, help="minutes between examinations")
     parser.add_argument("--seed", type=int, default=0)
@@ -162,7 +166,9 @@ def main() -> None:
     if options.start is None:
         model, tokenizer, heads = start_model(folder, options.world, shape, options.seed)
     else:
-        model, tokenizer, heads = earlier_model(folder, options.start, options.world, shape)
+        model, tokenizer, heads = earlier_model(
+            folder, options.start, options.world, shape, options.dense
+        )
     heads.requires_grad_(False)
     optimizers = make_optimizers(model.named_parameters(), options.rate, options.optimizer, gentle)
     state = {"step": 0, "seconds": 0.0, "pictures": 0}
@@ -201,7 +207,9 @@ def main() -> None:
             logits = model.lm_head(hidden[chosen])
         targets = packed.targets[chosen]
         loss, each = loss_of(logits, targets)
-        dense, _ = dense_loss(heads, features.float(), answers, boxes, weights)
+        dense = torch.zeros(())
+        if options.dense:
+            dense, _ = dense_loss(heads, features.float(), answers, boxes, weights)
         seen = model.model.multi_modal_projector(features.float())[..., Layout.place]
         lost = functional.mse_loss(seen, places.expand_as(seen))
         optimizers.step(loss + options.dense * dense + lost, parameters)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sam4mllm_tool.errors import DialogueError
@@ -34,7 +34,7 @@ class Judged:
 
 def judge(model: Sam4MLLM, case: Case, image: RgbImage) -> Judged:
     """Ask, draw, compare. A reply that cannot be read counts as nothing predicted."""
-    truth, error = case.truth(), ""
+    error = ""
     start = time.perf_counter()
     found: Segmentation | None = None
     try:
@@ -42,26 +42,30 @@ def judge(model: Sam4MLLM, case: Case, image: RgbImage) -> Judged:
     except DialogueError as failure:
         error = str(failure)
     seconds = time.perf_counter() - start
+    outcome = replace(
+        outcome_of(found, case),
+        said_target=_says_target(model, case, image) if _apart(case) else None,
+        seconds=seconds,
+    )
+    masks = tuple(one.mask.to_rle() for one in found.objects) if found else ()
+    return Judged(outcome, case.expression, masks, error)
+
+
+def outcome_of(found: Segmentation | None, case: Case) -> Outcome:
+    """What was found (``None``: the reply could not be read), compared with the case's truth."""
+    truth = case.truth()
     objects = found.objects if found else ()
-    masks = [one.mask for one in objects]
-    said = bool(objects) if case.decides else None
-    intersection, truth_area, predicted_area = _compare(case, masks, truth)
-    outcome = Outcome(
-        case=case.case,
-        image=case.image,
-        intersection=intersection,
-        truth_area=truth_area,
-        predicted_area=predicted_area,
+    areas = compare_masks([one.mask for one in objects], truth, case.ignore())
+    return Outcome(
+        case.case,
+        case.image,
+        *areas,
         box_iou=match_boxes([one.located.box for one in objects], case.boxes),
         points=_points(found, truth, case.others()) if found and truth else (),
         stated=_stated(found, truth) if found and truth else (),
-        said_target=_says_target(model, case, image) if _apart(case) else said,
-        decides=case.decides,
         questions=_questions(found) if found else 1,
-        seconds=seconds,
         kind=case.kind,
     )
-    return Judged(outcome, case.expression, tuple(mask.to_rle() for mask in masks), error)
 
 
 def _points(
