@@ -84,7 +84,8 @@ class Examination:
                 if truth:
                     alarms.append(not boxes)
         found = {kind: float(np.mean(right)) for kind, right in sorted(hits.items())}
-        present = [value for kind, value in found.items() if kind != "absent"]
+        nothing = {reference.kind for _, reference in self.asked if not reference.targets}
+        present = [value for kind, value in found.items() if kind not in nothing]
         return {"box": float(np.mean(present)), **found, "false alarms": float(np.mean(alarms))}
 
     def answer(self, scenes: list[BaseScene], questions: list[str]) -> list[str]:
@@ -121,7 +122,7 @@ class Examination:
             truth: list[bool] = []
             cells: list[int] = []
             for scene, reference in self.asked:
-                if reference.kind in ("plural", "absent"):
+                if len(reference.targets) != 1:
                     continue
                 target, box = reference.targets[0], box_of(scene, reference.targets[0])
                 grid = grid_points(box, size)

@@ -186,7 +186,7 @@ def main() -> None:
     weights[questions_of(WORLDS[options.world]).groups["flags"]] = 3.0  # ranks come hardest
     places = place_codes(shape)  # a patch must go on knowing where it is
     clock = time.time() - state["seconds"]
-    next_exam = state["seconds"] + (options.examine * 60 if state["step"] else 0)
+    next_exam = state["seconds"] + (options.examine * 60 if state["step"] or options.start else 0)
     sums = np.zeros((len(TOPICS), 3))
     while True:
         state["seconds"] = time.time() - clock
