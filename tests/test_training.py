@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -478,3 +479,21 @@ def test_a_saved_adapter_gives_the_same_logits(base: Path, adapters: tuple[Path,
     assert needs_nothing_else.format_name == "sam4mllm"
     assert about["data"]["seed"] == PQPP.seed
     assert about["lora"]["rank"] == 4
+
+
+def test_training_goes_on_in_the_dialogue_of_the_adapter(
+    base: Path, adapters: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A template beside the adapter is trained with, kept beside the new one, and asked with."""
+    own = load_processor(base).chat_template
+    assert (adapters[0] / "chat_template.jinja").read_text() == own
+    start = shutil.copytree(adapters[0], tmp_path / "start")
+    other = own.replace("part['text'] }}", "'\n\n' ~ part['text'] }}", 1)
+    assert other != own
+    (start / "chat_template.jinja").write_text(other)
+    found = list(conversations(_examples()[:1], PQPP))
+    recipe = LoraRecipe(rank=4, alpha=4, epochs=1, batch=1, bf16=False, checkpointing=False)
+    out = train(base, found, tmp_path / "out", recipe, PQPP, device="cpu", start=start)
+    assert (out / "chat_template.jinja").read_text() == other
+    asked = load_mllm(adapter=str(out), device="cpu").encoder.processor
+    assert asked.chat_template == other
