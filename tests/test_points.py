@@ -2,14 +2,18 @@
 
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sam4mllm_tool.errors import InputError
 from sam4mllm_tool.pipeline.points import (
+    PATTERNS,
     Thresholds,
+    candidate_points,
     grid_points,
     jittered_points,
     label_point,
@@ -78,6 +82,23 @@ def test_jittered_points_spread_as_those_of_the_authors_demo():
         asked.add(tuple(points))
         seen |= set(near)
     assert len(asked) == 60 and seen == set(CENTRES) | set(CORNERS)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns_are_chosen_by_name(blocks, model, pattern):
+    settings = replace(model.settings, candidates=pattern, points=7)
+    points = replace(model, settings=settings).candidate_points(BOX, blocks)
+    assert points == candidate_points(pattern, BOX, 7)
+    assert len(points) == 7
+    others = [candidate_points(other, BOX, 7) for other in PATTERNS if other != pattern]
+    assert points not in others
+
+
+def test_a_misspelt_pattern_names_the_nearest_one(blocks, model):
+    settings = replace(model.settings, candidates="jitered")
+    with pytest.raises(InputError, match="jitered") as error:
+        replace(model, settings=settings).candidate_points(BOX, blocks)
+    assert "jittered" in error.value.hint
 
 
 @given(st.integers(1, 60))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sam4mllm_tool.errors import InputError, nearest
 from sam4mllm_tool.types import Box, Point, PointLabel, YesNo
 
 
@@ -85,6 +87,28 @@ def poisson_disk_points(
         if all(math.dist(dart, other) >= radius for other in kept):
             kept.append(dart)
     return [Point(box.x_min + u * box.width, box.y_min + v * box.height) for u, v in kept]
+
+
+PATTERNS: dict[str, Callable[[Box, int], list[Point]]] = {
+    "grid": grid_points,
+    "poisson": lambda box, count: poisson_disk_points(box, count, random.Random(0)),
+    "jittered": lambda box, count: jittered_points(box, count, random.Random(0)),
+}
+"""The ways to spread candidate points; each gives the same points every time."""
+
+
+def candidate_points(pattern: str, box: Box, count: int) -> list[Point]:
+    """Points spread over the box by a pattern of :data:`PATTERNS`.
+
+    Raises:
+        InputError: no such pattern.
+    """
+    if pattern not in PATTERNS:
+        raise InputError(
+            f"there is no pattern {pattern!r} of candidate points",
+            hint=nearest(pattern, PATTERNS, "Patterns"),
+        )
+    return PATTERNS[pattern](box, count)
 
 
 def uncertain_points(

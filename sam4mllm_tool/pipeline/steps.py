@@ -7,7 +7,6 @@ points lie on the object, SAM draws the mask. ``strategies.py`` puts the steps t
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
@@ -20,10 +19,8 @@ from sam4mllm_tool.geometry import clip_box
 from sam4mllm_tool.images.loading import ImageLike, to_rgb_image
 from sam4mllm_tool.pipeline.points import (
     Thresholds,
-    grid_points,
-    jittered_points,
+    candidate_points,
     label_point,
-    poisson_disk_points,
 )
 from sam4mllm_tool.pipeline.results import LocatedObject, Location, ScoredBox, Settings
 from sam4mllm_tool.pipeline.validation import check_count, check_expression, check_image_points
@@ -139,17 +136,14 @@ class DialogueSteps:
         return Location(text, TargetCount.ONE, dialogue, (LocatedObject(box),), image=image)
 
     def candidate_points(self, box: Box, image: ImageLike) -> list[Point]:
-        """The points to ask about: spread over the part of the box inside the image."""
+        """The points to ask about: spread over the part of the box inside the image.
+
+        Raises:
+            InputError: the settings name no known pattern.
+        """
         image = to_rgb_image(image)
         inside = clip_box(box, image.width, image.height)
-        count, rng = self.settings.points, random.Random(0)
-        match self.settings.candidates:
-            case "grid":
-                return grid_points(inside, count)
-            case "poisson":
-                return poisson_disk_points(inside, count, rng)
-            case "jittered":
-                return jittered_points(inside, count, rng)
+        return candidate_points(self.settings.candidates, inside, self.settings.points)
 
     def check_points(
         self,
