@@ -23,6 +23,8 @@ ADAPTERS = {
 @pytest.mark.parametrize("module", ADAPTERS)
 def test_the_extra_is_named(module, monkeypatch):
     package, extra = ADAPTERS[module]
+    for known in [name for name in sys.modules if name.startswith("sam4mllm_integrations.")]:
+        monkeypatch.delitem(sys.modules, known)  # else what they imported would not be missed
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf'pip install "sam4mllm-tool\[{extra}\]"'):
         runpy.run_path(str(ROOT / f"integrations/sam4mllm_integrations/{module}.py"))

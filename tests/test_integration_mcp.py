@@ -23,7 +23,7 @@ from mcp.client.streamable_http import streamable_http_client
 from mcp_types import ListRootsResult, Root
 from PIL import Image
 from pycocotools import mask as coco_mask
-from sam4mllm_integrations.mcp_server import ToolServer, serve
+from sam4mllm_integrations.mcp_server import Credentials, HttpSettings, ToolServer, serve
 
 from sam4mllm_tool.concurrency import check_cancelled
 from sam4mllm_tool.errors import CheckpointError, InputError
@@ -38,12 +38,13 @@ RED = {"expression": "the red block"}
 
 
 @contextmanager
-def over_http(load, *, host="127.0.0.1", token=None, **options) -> Iterator[str]:
+def over_http(load, *, token=None, users=None, http=None, **options) -> Iterator[str]:
     """A real server on a free port; yields the address."""
     import uvicorn
     from sam4mllm_integrations.mcp_http import http_app
 
-    app = http_app(ToolServer(load, **options), host=host, token=token)
+    settings = HttpSettings(credentials=Credentials(token, users or {}), **(http or {}))
+    app = http_app(ToolServer(load, **options), settings)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -279,6 +280,7 @@ async def test_what_the_system_got_wrong_is_a_protocol_error(era, blocks_file):
             await client.list_tools()
             with pytest.raises(MCPError, match=r"weights are missing Hint: Install them\.") as told:
                 await client.call_tool("segment_object", {"image": str(blocks_file), **RED})
+            told.value.data.pop("request_id")
             assert told.value.data == {"error": "CheckpointError", "retryable": False}
             with pytest.raises(MCPError, match="no tool 'nonsense'"):
                 await client.call_tool("nonsense", {})
@@ -407,7 +409,7 @@ def test_web_pages_are_turned_away(model, headers, status):
 
 def test_an_open_address_needs_a_token(model):
     with pytest.raises(InputError, match="other machines"):
-        serve(lambda: model, transport="http", host="0.0.0.0")
+        serve(lambda: model, transport="http", http=HttpSettings(host="0.0.0.0"))
     with pytest.raises(InputError, match="unknown transport"):
         serve(lambda: model, transport="pigeon")
 

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import mcp_types as types
-from cachetools import LRUCache
 from mcp.server.context import ServerRequestContext
 from mcp.shared.message import ServerMessageMetadata
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 
+from sam4mllm_integrations.mcp_work import Limits
+from sam4mllm_tool.errors import Busy
 from sam4mllm_tool.images.access import ImagePolicy
 from sam4mllm_tool.tools.toolbox import Toolbox
 from sam4mllm_tool.tools.workspace import Workspace
 
-CLIENT_COOKIE = "sam4mllm_client"
-MAX_CLIENTS = 32
-CLIENT_BYTES = 256 * 1024**2
+USER, COOKIE = "sam4mllm.user", "sam4mllm.cookie"
+"""Entries of the ASGI scope: the user whose token was sent, the cookie that this server signed."""
+
+LOCAL = "local"
+"""The key of the client that started this process; it is never forgotten."""
+
 _ROOTS_TIMEOUT_SECONDS = 20.0
+_SWEEP_SECONDS = 10.0
 
 _Context = ServerRequestContext[Any, Any]
 
@@ -32,45 +38,100 @@ class Client:
     """What belongs to one client.
 
     Attributes:
+        key: what tells it apart.
         toolbox: over the client's own workspace.
-        own: whether it is known to be a single client, so that its roots may bound it.
         asked: whether its roots have been asked for.
+        last_call: when it was heard of last, on the monotonic clock.
+        running: its calls that are not finished.
     """
 
+    key: str
     toolbox: Toolbox
-    own: bool
     asked: bool = False
+    last_call: float = field(default_factory=time.monotonic)
+    running: int = 0
 
 
 class Clients:
-    """All clients; the one that was silent for longest is forgotten first.
+    """All clients. None is ever pushed out by another: beyond the bound new ones are refused.
 
     Args:
         model: whose models all clients share.
         allow_dirs: folders that clients may read.
         policy: limits, network access, and the folders that clients may write to.
+        limits: how many clients, how long, how much memory.
     """
 
-    def __init__(self, model: Toolbox, allow_dirs: tuple[Path, ...], policy: ImagePolicy) -> None:
+    def __init__(
+        self, model: Toolbox, allow_dirs: tuple[Path, ...], policy: ImagePolicy, limits: Limits
+    ) -> None:
         self._model = model
         self._allow_dirs = allow_dirs
         self._policy = replace(policy, allowed_dirs=allow_dirs, isolated=True)
-        self._known: LRUCache[str, Client] = LRUCache(MAX_CLIENTS)
+        self._limits = limits
+        self._known: dict[str, Client] = {}
+        self._last_number = 0
+        self._swept = time.monotonic()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    @property
+    def bytes_kept(self) -> int:
+        """What all workspaces take."""
+        return sum(one.toolbox.workspace.bytes_kept for one in list(self._known.values()))
 
     def of(self, ctx: _Context) -> Client:
-        """The client behind a request."""
-        key, own = _client_key(ctx)
-        if key not in self._known:
-            workspace = Workspace(self._policy, max_bytes=CLIENT_BYTES)
-            self._known[key] = Client(self._model.for_workspace(workspace), own)
-        return self._known[key]
+        """The client behind a request.
+
+        Raises:
+            Busy: it is new, and there are as many as there may be.
+        """
+        self._forget_idle()
+        key, returns = _client_key(ctx)
+        client = self._known.get(key)
+        if client is None:
+            client = self._known[key] = self._new(key, returns)
+        client.last_call = time.monotonic()
+        return client
+
+    def forget(self, key: str) -> None:
+        """A client has left: its handles are no longer needed."""
+        client = self._known.pop(key, None)
+        if client is not None:
+            self._last_number = max(self._last_number, client.toolbox.workspace.last_number)
+
+    def _new(self, key: str, returns: bool) -> Client:
+        if len(self._known) >= self._limits.clients:
+            raise Busy(f"{len(self._known)} clients are being served", retry_after=60)
+        workspace = Workspace(
+            self._policy,
+            max_bytes=self._limits.client_bytes,
+            room=lambda: self._limits.memory_bytes - self.bytes_kept,
+            # Handles from before a client was forgotten must not name anything new.
+            last_number=self._last_number if returns else 0,
+        )
+        return Client(key, self._model.for_workspace(workspace))
+
+    def _forget_idle(self) -> None:
+        now = time.monotonic()
+        if now - self._swept < min(_SWEEP_SECONDS, self._limits.idle_seconds):
+            return
+        self._swept = now
+        for client in list(self._known.values()):
+            if (
+                client.key != LOCAL
+                and not client.running
+                and now - client.last_call > self._limits.idle_seconds
+            ):
+                self.forget(client.key)
 
     async def learn_roots(
         self, ctx: _Context, client: Client, answers: types.InputResponses | None
     ) -> types.InputRequiredResult | None:
         """Bound a client by its roots, once; from 2026-07-28 on by asking before answering."""
         capabilities = ctx.session.client_capabilities
-        if client.asked or not client.own or capabilities is None or capabilities.roots is None:
+        if client.asked or capabilities is None or capabilities.roots is None:
             return None
         answer: Any
         if ctx.protocol_version in MODERN_PROTOCOL_VERSIONS:
@@ -97,23 +158,26 @@ class Clients:
         self.of(ctx).asked = False
 
 
-def _client_key(ctx: _Context) -> tuple[str, bool]:
-    """What tells clients apart, and whether it does so for certain.
+def session_key(session_id: str) -> str:
+    """The key of a client that is one session."""
+    return f"session {session_id}"
 
-    A process over stdio, a session over HTTP. From 2026-07-28 on HTTP has no sessions: a cookie
-    tells clients apart that keep one, and clients of the same name share a workspace that do not.
+
+def _client_key(ctx: _Context) -> tuple[str, bool]:
+    """What tells clients apart, and whether the same may come back after it was forgotten.
+
+    Each is something this server issued or was configured with: the process over stdio, a user's
+    own token, a session (the SDK refuses ids it did not issue), or a signed cookie from 2026-07-28
+    on, where HTTP has no sessions.
     """
     if ctx.request is None:
-        return "local", True
+        return LOCAL, True
+    scope = ctx.request.scope
+    if scope.get(USER):
+        return f"user {scope[USER]}", True
     if ctx.protocol_version not in MODERN_PROTOCOL_VERSIONS:
-        return f"session {ctx.request.headers.get('mcp-session-id')}", True
-    cookie = ctx.request.cookies.get(CLIENT_COOKIE)
-    if cookie:
-        return f"cookie {cookie[:64]}", True
-    known = ctx.session.client_params
-    name = f"{known.client_info.name} {known.client_info.version}" if known else ""
-    host = ctx.request.client.host if ctx.request.client else ""
-    return f"shared {host} {name}", False
+        return session_key(ctx.request.headers["mcp-session-id"]), False
+    return f"cookie {scope[COOKIE]}", True
 
 
 def _folders(roots: Sequence[types.Root]) -> tuple[Path, ...]:

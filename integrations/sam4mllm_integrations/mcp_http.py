@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
-import secrets
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from http.cookies import CookieError, SimpleCookie
 from typing import TYPE_CHECKING
 
+import anyio
+from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
+from mcp.server.auth.provider import AccessToken
 from mcp.server.transport_security import TransportSecuritySettings
+from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import PlainTextResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sam4mllm_integrations.mcp_clients import CLIENT_COOKIE
+from sam4mllm_integrations.mcp_clients import COOKIE, USER, session_key
+from sam4mllm_integrations.mcp_credentials import Credentials
 from sam4mllm_integrations.mcp_tools import ToolServer
 from sam4mllm_tool.errors import InputError
 
@@ -20,86 +28,234 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
 PATH = "/mcp"
+CLIENT_COOKIE = "sam4mllm_client"
 _COOKIE_RULES = f"Path={PATH}; HttpOnly; SameSite=Strict"
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+_OPEN_PATHS = {"/health", "/ready"}
 
 
-def http_app(tools: ToolServer, *, host: str = "127.0.0.1", token: str | None = None) -> Starlette:
-    """The server as an ASGI application, at ``/mcp``.
+@dataclass(frozen=True)
+class HttpSettings:
+    """How the server is reached over HTTP.
 
-    Requests must name a loopback host (or ``host``) and, if they come from a web page, one of
-    these as origin: a page that rebinds its name to this machine is turned away.
+    Attributes:
+        host: address to listen on; anything but loopback needs a token.
+        port: port to listen on.
+        credentials: tokens that clients must send.
+        allowed_hosts: further names that requests may be addressed to, such as a proxy's.
+        allowed_origins: web pages whose requests are served, as ``https://name[:port]``.
+        max_body: bound on a request's body; by default a picture of ``max_bytes`` as a data URI.
+        bodies_bytes: bound on the bodies of all requests together.
+        header_seconds, body_seconds: how long a request's headers and body may take.
+        connections: bound on connections, before anyone has shown a token.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8765
+    credentials: Credentials = field(default_factory=Credentials)
+    allowed_hosts: Sequence[str] = ()
+    allowed_origins: Sequence[str] = ()
+    max_body: int | None = None
+    bodies_bytes: int = 1024**3
+    header_seconds: float = 10.0
+    body_seconds: float = 60.0
+    connections: int = 2048
+
+
+def http_app(tools: ToolServer, settings: HttpSettings | None = None) -> Starlette:
+    """The server as an ASGI application: ``/mcp``, ``/health``, ``/ready`` and ``/metrics``.
+
+    Requests must name a loopback host, ``host``, one of this machine's names if it listens on all
+    addresses, or an allowed host, and, if they come from a web page, one of these as origin: a
+    page that rebinds its name to this machine is turned away.
 
     Raises:
         InputError: ``host`` is not loopback and there is no token.
     """
-    if not _is_loopback(host) and not token:
+    settings = settings or HttpSettings()
+    if not _is_loopback(settings.host) and not settings.credentials.needed:
         raise InputError(
-            f"{host} can be reached from other machines",
+            f"{settings.host} can be reached from other machines",
             hint="Set a token, or listen on 127.0.0.1.",
         )
-    names = dict.fromkeys((*_LOOPBACK, f"[{host}]" if ":" in host else host))
+    names = _names(settings)
+    origins = [f"{scheme}://{name}" for name in names for scheme in ("http", "https")]
+    max_body = settings.max_body or tools.policy.max_bytes * 4 // 3 + 64 * 1024
     app = tools.server.streamable_http_app(
         streamable_http_path=PATH,
-        host=host,
+        host=settings.host,
+        max_request_body_size=max_body,
+        session_idle_timeout=tools.limits.idle_seconds,
+        max_sessions=tools.limits.clients,
         transport_security=TransportSecuritySettings(
             enable_dns_rebinding_protection=True,
-            allowed_hosts=[f"{name}{port}" for name in names for port in ("", ":*")],
-            allowed_origins=[f"http://{name}{port}" for name in names for port in ("", ":*")],
+            allowed_hosts=[name + port for name in names for port in ("", ":*")],
+            allowed_origins=[
+                *(origin + port for origin in origins for port in ("", ":*")),
+                *settings.allowed_origins,
+            ],
         ),
     )
-    app.add_middleware(ClientCookie)
-    if token:
-        app.add_middleware(BearerToken, token=token)
+
+    async def health(request: Request) -> Response:
+        return PlainTextResponse("alive")
+
+    async def ready(request: Request) -> Response:
+        state = {"ready": tools.ready and not tools.draining, "draining": tools.draining}
+        return JSONResponse(state, 200 if state["ready"] else 503)
+
+    async def metrics(request: Request) -> Response:
+        text, media_type = tools.watch.exposition()
+        return Response(text, media_type=media_type)
+
+    for path, endpoint in (("/health", health), ("/ready", ready), ("/metrics", metrics)):
+        app.add_route(path, endpoint, methods=["GET"])
+    app.add_middleware(Gate, tools=tools, settings=settings, max_body=max_body)
     return app
 
 
-class BearerToken:
-    """Turns away requests without the token, before anything else looks at them."""
+class Gate:
+    """Everything that is settled before a request is read: who sends it, how much, how fast."""
 
-    def __init__(self, app: ASGIApp, token: str) -> None:
+    def __init__(
+        self, app: ASGIApp, tools: ToolServer, settings: HttpSettings, max_body: int
+    ) -> None:
         self.app = app
-        self.expected = f"Bearer {token}".encode()
+        self._tools = tools
+        self._settings = settings
+        self._max_body = max_body
+        self._bodies = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope."""
-        if scope["type"] == "http":
-            given = Headers(scope=scope).get("authorization", "").encode()
-            if not hmac.compare_digest(given, self.expected):
-                refusal = PlainTextResponse(
-                    "A bearer token is needed.", 401, {"WWW-Authenticate": "Bearer"}
-                )
-                await refusal(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
-
-
-class ClientCookie:
-    """Gives each client of the session-less protocol a name when it introduces itself.
-
-    The name keeps clients' workspaces apart. It is no credential: it opens nothing that its
-    holder could not open anyway.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one ASGI scope."""
-        headers = Headers(scope=scope) if scope["type"] == "http" else {}
-        if headers.get("mcp-method") != "server/discover":
+        if scope["type"] != "http" or scope["path"] in _OPEN_PATHS:
             await self.app(scope, receive, send)
             return
-        cookie = (
-            f"{CLIENT_COOKIE}={secrets.token_urlsafe(24)}; Path={PATH}; HttpOnly; SameSite=Strict"
-        )
+        headers = Headers(scope=scope)
+        if not self._admitted(scope, headers):
+            refusal = PlainTextResponse(
+                "A bearer token is needed.", 401, {"WWW-Authenticate": "Bearer"}
+            )
+            await refusal(scope, receive, send)
+            return
+        size = self._body_size(scope, headers)
+        if self._bodies + size > max(self._settings.bodies_bytes, self._max_body):
+            busy = PlainTextResponse("Too many large requests.", 503, {"Retry-After": "5"})
+            await busy(scope, receive, send)
+            return
+        send = self._with_cookie(scope, headers, send)
+        self._bodies += size
+        try:
+            await self._serve(scope, receive, send, headers)
+        finally:
+            self._bodies -= size
+
+    def _admitted(self, scope: Scope, headers: Headers) -> bool:
+        credentials = self._settings.credentials
+        if not credentials.needed:
+            return True
+        user = credentials.user_of(headers.get("authorization", ""))
+        if user is None:
+            return False
+        scope[USER] = user
+        # The SDK ties a session to the credential that opened it.
+        token = AccessToken(token="", client_id=user or "shared", scopes=[])
+        scope["user"] = AuthenticatedUser(token)
+        return True
+
+    def _body_size(self, scope: Scope, headers: Headers) -> int:
+        if scope["method"] != "POST":
+            return 0
+        stated = headers.get("content-length", "")
+        return min(int(stated), self._max_body) if stated.isdecimal() else self._max_body
+
+    def _with_cookie(self, scope: Scope, headers: Headers, send: Send) -> Send:
+        """From 2026-07-28 on there are no sessions: a signed cookie tells clients apart.
+
+        A request without one gets a workspace that only the cookie in its answer opens again.
+        """
+        version = headers.get("mcp-protocol-version")
+        if version is None or version in HANDSHAKE_PROTOCOL_VERSIONS:
+            return send
+        credentials = self._settings.credentials
+        name = credentials.name_in(_cookie(headers))
+        if name is not None:
+            scope[COOKIE] = name
+            return send
+        cookie = credentials.new_cookie()
+        scope[COOKIE] = credentials.name_in(cookie)
 
         async def send_with_cookie(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).append("set-cookie", cookie)
+                header = f"{CLIENT_COOKIE}={cookie}; {_COOKIE_RULES}"
+                MutableHeaders(scope=message).append("set-cookie", header)
             await send(message)
 
-        await self.app(scope, receive, send_with_cookie)
+        return send_with_cookie
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
+        """Pass the request on, with a bound on the time its body takes."""
+        status = 0
+        begun = anyio.current_time()
+        complete = False
+
+        async def receive_in_time() -> Message:
+            nonlocal complete
+            if complete:
+                return await receive()
+            with anyio.fail_after(begun + self._settings.body_seconds - anyio.current_time()):
+                message = await receive()
+            complete = not message.get("more_body", False)
+            return message
+
+        async def send_noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            with self._tools.answering(scope["method"] == "POST"):
+                await self.app(scope, receive_in_time, send_noting)
+        except TimeoutError:
+            if complete or status:
+                raise
+            slow = PlainTextResponse("The body came too slowly.", 408, {"Connection": "close"})
+            await slow(scope, receive, send)
+        session = headers.get("mcp-session-id")
+        if scope["method"] == "DELETE" and session and 200 <= status < 300:
+            self._tools.forget(session_key(session))
+
+
+def _cookie(headers: Headers) -> str:
+    try:
+        cookie = SimpleCookie(headers.get("cookie", "")).get(CLIENT_COOKIE)
+    except CookieError:
+        return ""
+    return cookie.value if cookie else ""
+
+
+def _names(settings: HttpSettings) -> list[str]:
+    """The hosts that requests may be addressed to, as the Host header writes them."""
+    host = settings.host
+    names = [*_LOOPBACK, *settings.allowed_hosts]
+    if host in {"0.0.0.0", "::"}:
+        names += _names_of_this_machine()
+    names.append(f"[{host}]" if ":" in host else host)
+    return list(dict.fromkeys(name.lower() for name in names))
+
+
+def _names_of_this_machine() -> list[str]:
+    import psutil
+
+    addresses = [
+        entry.address.partition("%")[0]
+        for entries in psutil.net_if_addrs().values()
+        for entry in entries
+        if entry.family in {socket.AF_INET, socket.AF_INET6}
+    ]
+    names = [f"[{address}]" if ":" in address else address for address in addresses]
+    return [socket.gethostname(), socket.getfqdn(), *names]
 
 
 def _is_loopback(host: str) -> bool:

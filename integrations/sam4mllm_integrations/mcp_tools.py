@@ -13,13 +13,16 @@ import itertools
 import json
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import anyio
 
 from sam4mllm_integrations._shared import (
     MAX_PICTURE_CHARACTERS,
@@ -28,15 +31,15 @@ from sam4mllm_integrations._shared import (
     arun_tool,
     without_titles,
 )
-from sam4mllm_tool.concurrency import CallContext, call_context
-from sam4mllm_tool.errors import BackendError, InputError
+from sam4mllm_tool.concurrency import CallContext, call_context, run_in_thread
+from sam4mllm_tool.errors import BackendError, Busy, InputError
 from sam4mllm_tool.images.access import ImagePolicy
 from sam4mllm_tool.images.isolation import warm_up
 from sam4mllm_tool.masks.files import masks_to_coco
 from sam4mllm_tool.tools.coordinates import Coordinates
 from sam4mllm_tool.tools.registry import ToolSpec
 from sam4mllm_tool.tools.toolbox import Toolbox
-from sam4mllm_tool.tools.workspace import ObjectRecord, labelled_masks
+from sam4mllm_tool.tools.workspace import ObjectRecord, Workspace, labelled_masks
 
 try:
     import mcp_types as types
@@ -44,7 +47,9 @@ try:
     from mcp.server.lowlevel import Server
     from mcp.shared.exceptions import MCPError
 
-    from sam4mllm_integrations.mcp_clients import Clients
+    from sam4mllm_integrations.mcp_clients import Client, Clients
+    from sam4mllm_integrations.mcp_watch import CallWatch, Watch
+    from sam4mllm_integrations.mcp_work import Limits, ModelQueue, deadline
 except ImportError as error:
     raise ImportError('the MCP server needs: pip install "sam4mllm-tool[mcp]"') from error
 
@@ -80,6 +85,7 @@ class ToolServer:
         mask_links: whether results link to their masks. Some clients (langchain-mcp-adapters) hand
             such links to the LLM as pictures, which providers refuse.
         tools, read_only: which tools, see :class:`sam4mllm_tool.tools.toolbox.Toolbox`.
+        limits: what clients are granted.
     """
 
     load: Callable[[], Sam4MLLM]
@@ -90,13 +96,32 @@ class ToolServer:
     mask_links: bool = True
     tools: Sequence[ToolSpec | str] | None = None
     read_only: bool = False
+    limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         self._model = Toolbox(
-            self.load, coordinates=self.coordinates, tools=self.tools, read_only=self.read_only
+            self._loaded, coordinates=self.coordinates, tools=self.tools, read_only=self.read_only
         )
         self._loading: threading.Thread | None = None
-        self._clients = Clients(self._model, tuple(self.allow_dirs), self.policy)
+        self.ready = False
+        self.draining = False
+        self.running = 0
+        self.answers = 0
+        self._clients = Clients(self._model, tuple(self.allow_dirs), self.policy, self.limits)
+        self._queue = ModelQueue(self.limits.model_calls, self.limits.waiting_calls)
+        self._others = anyio.CapacityLimiter(self.limits.other_calls)
+        self.watch = Watch(
+            {
+                ("sam4mllm_waiting_calls", "Calls that wait for the models."): (
+                    lambda: self._queue.waiting
+                ),
+                ("sam4mllm_running_calls", "Calls that are not finished."): lambda: self.running,
+                ("sam4mllm_clients", "Clients with a workspace."): lambda: len(self._clients),
+                ("sam4mllm_kept_bytes", "Pixels, masks and logits kept for clients."): (
+                    lambda: self._clients.bytes_kept
+                ),
+            }
+        )
         self.server: Server[Any] = Server(
             "sam4mllm-tool",
             version=version("sam4mllm-tool"),
@@ -140,38 +165,106 @@ class ToolServer:
     async def call_tool(
         self, ctx: _Context, params: types.CallToolRequestParams
     ) -> types.CallToolResult | types.InputRequiredResult:
-        """Run a tool, reporting each stage.
+        """Run a tool within the deadline, reporting each stage.
 
         Raises:
-            MCPError: no such tool, or the system failed.
+            MCPError: no such tool, too much asked at once, or the system failed.
         """
         self._check_name(params.name)
-        client = self._clients.of(ctx)
-        question = await self._clients.learn_roots(ctx, client, params.input_responses)
-        if question is not None:
-            return question
-        try:
-            reply = await self._run(ctx, client.toolbox, params.name, params.arguments)
-        except BackendError as error:
-            data = {"error": type(error).__name__, "retryable": error.retryable}
-            raise MCPError(types.INTERNAL_ERROR, str(error), data) from error
+        with _protocol_errors():
+            client = self._admitted(ctx)
+        with self.watch.call(params.name, client.key) as call, self._counted(client):
+            with _protocol_errors(call.request_id), deadline(self.limits.call_seconds):
+                question = await self._clients.learn_roots(ctx, client, params.input_responses)
+                if question is not None:
+                    call.outcome = "question"
+                    return question
+                reply = await self._run(ctx, client, params.name, params.arguments, call)
+            call.outcome = "tool_error" if reply.is_error else "ok"
         return _tool_result(reply, self.mask_links)
 
+    def forget(self, key: str) -> None:
+        """A client has left."""
+        self._clients.forget(key)
+
+    @contextmanager
+    def answering(self, counts: bool) -> Iterator[None]:
+        """Count a request until its answer has been sent, if it has one."""
+        self.answers += counts
+        try:
+            yield
+        finally:
+            self.answers -= counts
+
+    def _admitted(self, ctx: _Context) -> Client:
+        if self.draining:
+            raise Busy("the server is shutting down", retry_after=self.limits.drain_seconds)
+        return self._clients.of(ctx)
+
+    @contextmanager
+    def _counted(self, client: Client) -> Iterator[None]:
+        self.running += 1
+        client.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
+            client.running -= 1
+
     async def _run(
-        self, ctx: _Context, toolbox: Toolbox, name: str, arguments: dict[str, Any] | None
+        self,
+        ctx: _Context,
+        client: Client,
+        name: str,
+        arguments: dict[str, Any] | None,
+        call: CallWatch,
+    ) -> ToolReply:
+        """Pictures are opened, and tools without a model run, beside the queue at the models."""
+        if not self._model.spec(name).needs_model:
+            async with self._others:
+                return await self._run_now(ctx, client, name, arguments, call)
+        try:
+            arguments = await self._with_image_opened(client, arguments)
+        except InputError as error:
+            return ToolReply(f"Error: {error}")
+        async with self._queue.place(client.key):
+            return await self._run_now(ctx, client, name, arguments, call)
+
+    async def _with_image_opened(
+        self, client: Client, arguments: dict[str, Any] | None
+    ) -> dict[str, Any] | None:
+        """A source that takes time to fetch or decode must not take a place at the models."""
+        source = (arguments or {}).get("image")
+        if not arguments or not isinstance(source, str):
+            return arguments
+        async with self._others:
+            record = await run_in_thread(client.toolbox.workspace.open_image, source)
+        return {**arguments, "image": record.image_id}
+
+    async def _run_now(
+        self,
+        ctx: _Context,
+        client: Client,
+        name: str,
+        arguments: dict[str, Any] | None,
+        call: CallWatch,
     ) -> ToolReply:
         loop = asyncio.get_running_loop()
         numbers = itertools.count(1)
         told: list[Future[None]] = []
 
         def on_stage(stage: str) -> None:  # called in the worker thread
+            call.stage(stage)
             report = ctx.session.report_progress(next(numbers), None, stage)
             told.append(asyncio.run_coroutine_threadsafe(report, loop))
 
         try:
             with call_context(CallContext(on_stage=on_stage)):
                 reply = await arun_tool(
-                    toolbox, name, arguments, max_picture_characters=self.max_picture_characters
+                    client.toolbox,
+                    name,
+                    arguments,
+                    max_picture_characters=self.max_picture_characters,
                 )
             await asyncio.gather(*map(asyncio.wrap_future, told))
         finally:
@@ -184,6 +277,11 @@ class ToolServer:
             self._model.spec(name)
         except InputError as error:
             raise MCPError(types.INVALID_PARAMS, str(error)) from error
+
+    def _loaded(self) -> Sam4MLLM:
+        model = self.load()
+        self.ready = True
+        return model
 
     def _load_in_background(self) -> None:
         if self._loading is None:
@@ -201,7 +299,8 @@ class ToolServer:
 
     async def list_masks(self, ctx: _Context, params: Any) -> types.ListResourcesResult:
         """The masks of the client's objects."""
-        objects = self._clients.of(ctx).toolbox.workspace.objects()
+        with _protocol_errors():
+            objects = self._admitted(ctx).toolbox.workspace.objects()
         masks = [link for one in objects if one.mask is not None for link in _mask_links(one)]
         plain = [types.Resource(**link.model_dump(exclude={"type"})) for link in masks]
         return types.ListResourcesResult(resources=plain)
@@ -233,26 +332,43 @@ class ToolServer:
         object_id, _, kind = uri.removeprefix(MASK_URI).rpartition(".")
         if not uri.startswith(MASK_URI) or kind not in _MASK_KINDS:
             raise MCPError(types.INVALID_PARAMS, f"there is no resource {uri[:120]!r}")
-        workspace = self._clients.of(ctx).toolbox.workspace
-        try:
-            one = workspace.object(object_id)
-            record = workspace.image(one.image_id)
-        except InputError as error:
-            raise MCPError(types.INVALID_PARAMS, str(error)) from error
-        if one.mask is None:
-            raise MCPError(types.INVALID_PARAMS, f"{object_id} has no mask yet")
-        mime = _MASK_KINDS[kind][0]
-        if kind == "json":
-            text = json.dumps(masks_to_coco(labelled_masks([one]), record.image, record.file_name))
-            return types.ReadResourceResult(
-                contents=[types.TextResourceContents(uri=uri, mime_type=mime, text=text)]
-            )
-        png = BytesIO()
-        one.mask.to_pil().save(png, "PNG")
-        blob = base64.b64encode(png.getvalue()).decode("ascii")
-        return types.ReadResourceResult(
-            contents=[types.BlobResourceContents(uri=uri, mime_type=mime, blob=blob)]
-        )
+        with _protocol_errors():
+            workspace = self._admitted(ctx).toolbox.workspace
+            content = await run_in_thread(_mask_content, workspace, object_id, kind, uri)
+        return types.ReadResourceResult(contents=[content])
+
+
+@contextmanager
+def _protocol_errors(request_id: str = "") -> Iterator[None]:
+    """What a tool's result cannot say, as an error of the protocol."""
+    try:
+        yield
+    except InputError as error:
+        raise MCPError(types.INVALID_PARAMS, str(error)) from error
+    except BackendError as error:
+        data: dict[str, Any] = {"error": type(error).__name__, "retryable": error.retryable}
+        if isinstance(error, Busy):
+            data["retry_after"] = round(error.retry_after, 1)
+        if request_id:
+            data["request_id"] = request_id
+        raise MCPError(types.INTERNAL_ERROR, str(error), data) from error
+
+
+def _mask_content(
+    workspace: Workspace, object_id: str, kind: str, uri: str
+) -> types.TextResourceContents | types.BlobResourceContents:
+    one = workspace.object(object_id)
+    record = workspace.image(one.image_id)
+    if one.mask is None:
+        raise InputError(f"{object_id} has no mask yet")
+    mime = _MASK_KINDS[kind][0]
+    if kind == "json":
+        text = json.dumps(masks_to_coco(labelled_masks([one]), record.image, record.file_name))
+        return types.TextResourceContents(uri=uri, mime_type=mime, text=text)
+    png = BytesIO()
+    one.mask.to_pil().save(png, "PNG")
+    blob = base64.b64encode(png.getvalue()).decode("ascii")
+    return types.BlobResourceContents(uri=uri, mime_type=mime, blob=blob)
 
 
 _MASK_KINDS = {

@@ -45,6 +45,28 @@ def mcp(
     token: Annotated[
         str | None, typer.Option(envvar="SAM4MLLM_TOKEN", help="Bearer token clients must send.")
     ] = None,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="SAM4MLLM_TOKENS",
+            help="File with a line 'USER TOKEN' each: a user's handles belong to the token.",
+        ),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="HTTP only: name by which a proxy is reached; repeatable."),
+    ] = None,
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="HTTP only: web page that may send requests (https://…); repeatable."),
+    ] = None,
+    max_body: Annotated[
+        int | None,
+        typer.Option(help="HTTP only: bound on a request in bytes; the largest picture fits."),
+    ] = None,
+    deadline: Annotated[float, typer.Option(help="Seconds a call may take, all in all.")] = 120.0,
+    max_clients: Annotated[int, typer.Option(help="Clients with handles at a time.")] = 1000,
+    memory: Annotated[float, typer.Option(help="GiB of pictures and masks kept for all.")] = 4.0,
     allow_dir: Annotated[
         list[Path] | None, typer.Option(help="Folder that may be read; repeatable.")
     ] = None,
@@ -74,7 +96,12 @@ def mcp(
     device: DeviceOption = "auto",
 ) -> None:
     """Serve the tools to MCP clients (needs the extra 'mcp')."""
-    from sam4mllm_integrations.mcp_server import serve
+    try:
+        from sam4mllm_integrations import mcp_server
+    except ImportError as error:
+        raise InputError(
+            "the MCP server is not installed", hint='Run: pip install "sam4mllm-tool[mcp]"'
+        ) from error
 
     from sam4mllm_tool.images.access import ImagePolicy
     from sam4mllm_tool.pipeline.model import Sam4MLLM
@@ -84,12 +111,22 @@ def mcp(
 
         return load(mllm, adapter=adapter, format=format, segmenter=sam, device=device)
 
-    serve(
+    mcp_server.serve(
         load_models,
         transport=transport.value,
-        host=host,
-        port=port,
-        token=token,
+        http=mcp_server.HttpSettings(
+            host=host,
+            port=port,
+            credentials=mcp_server.Credentials(
+                token, mcp_server.read_tokens(tokens) if tokens else {}
+            ),
+            allowed_hosts=allowed_host or (),
+            allowed_origins=allowed_origin or (),
+            max_body=max_body,
+        ),
+        limits=mcp_server.Limits(
+            clients=max_clients, memory_bytes=int(memory * 1024**3), call_seconds=deadline
+        ),
         allow_dirs=tuple(allow_dir or ()),
         policy=ImagePolicy(output_dirs=tuple(output_dir or ()), allow_network=network),
         coordinates=coordinates.value,

@@ -135,6 +135,7 @@ class ToolSpec:
         has_coordinates: whether its numbers are coordinates, so that its description should say
             which ones.
         returns_picture: whether its output holds a picture.
+        needs_model: whether it asks the models. A tool that does not need not wait for them.
     """
 
     name: str
@@ -145,3 +146,4 @@ class ToolSpec:
     read_only: bool = True
     has_coordinates: bool = False
     returns_picture: bool = False
+    needs_model: bool = True

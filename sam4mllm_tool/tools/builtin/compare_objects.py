@@ -123,4 +123,5 @@ COMPARE_OBJECTS = ToolSpec(
     ComparisonResult,
     compare_objects,
     has_coordinates=True,
+    needs_model=False,
 )

@@ -54,4 +54,5 @@ SAVE_OBJECTS = ToolSpec(
     SaveResult,
     save_objects,
     read_only=False,
+    needs_model=False,
 )

@@ -70,4 +70,5 @@ VIEW_OBJECTS = ToolSpec(
     ViewResult,
     view_objects,
     returns_picture=True,
+    needs_model=False,
 )
