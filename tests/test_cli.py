@@ -47,6 +47,17 @@ def test_every_strategy_runs(strategy):
     assert document["status"] == "found"
 
 
+def test_candidate_points_are_spread_as_named():
+    command = ("segment", DEMO, "the tree", "--points", "15", "--json", "--candidates")
+    grid, jittered = (
+        [(p["x"], p["y"]) for p in json.loads(run(*command, name))["objects"][0]["points"]]
+        for name in ("grid", "jittered")
+    )
+    assert len(grid) == len(jittered) == 15 and not set(grid) & set(jittered)
+    wrong = RUNNER.invoke(app, [*map(str, command), "jitered"])
+    assert wrong.exit_code != 0 and "jittered" in str(wrong.exception)
+
+
 def test_segment_shows_the_dialogue_and_writes_the_trace(tmp_path):
     page = tmp_path / "deep" / "trace.html"
     output = run("segment", DEMO, "the tree", "--trace", page)

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sam4mllm_tool.errors import BackendError, DialogueError, Sam4MllmError
+from sam4mllm_tool.pipeline.points import PATTERNS
 from sam4mllm_tool.pipeline.results import Segmentation
 from sam4mllm_tool.pipeline.strategies import STRATEGIES, get_strategy
 from sam4mllm_tool.types import PromptPoint, TargetCount
@@ -55,6 +56,9 @@ def known_strategies(values: list[str]) -> list[str]:
 
 
 STRATEGY_HELP = f"How the prompts are asked: {', '.join(STRATEGIES)}."
+CandidatesOption = Annotated[
+    str, typer.Option(help=f"How these points are spread over the box: {', '.join(PATTERNS)}.")
+]
 CountOption = Annotated[
     TargetCount,
     typer.Option(help="How many objects may match: 0+ (it may be none), 1+, or exactly 1."),

@@ -15,6 +15,7 @@ from rich.table import Table
 from sam4mllm_tool.cli.common import (
     STRATEGY_HELP,
     AdapterOption,
+    CandidatesOption,
     DeviceOption,
     FormatOption,
     JsonOption,
@@ -104,6 +105,7 @@ def scenes_command(
     ] = None,
     strategy: StrategyOption = ["pqpp"],  # noqa: B006
     points: PointsOption = _POINTS,
+    candidates: CandidatesOption = "grid",
     world: Annotated[str, typer.Option(help="small, full, …")] = "small",
     ask: Annotated[
         str, typer.Option(help="Count in the questions: 0+ as the tools ask, 1+, 1, or true.")
@@ -124,7 +126,7 @@ def scenes_command(
     from sam4mllm_tool.scenes.expressions import Kind
 
     drawn = _world(world)
-    model = _load(mllm, adapter, format, sam, device, points)
+    model = _load(mllm, adapter, format, sam, device, points, candidates)
     limit = per_kind * len(get_args(Kind)) if per_kind else limit
     with _folder(out) as folder, counted("expressions", limit, quiet=as_json) as on_case:
         report = evaluate_scenes(
@@ -148,6 +150,7 @@ def _benchmark_command(name: str, splits: tuple[str, ...]) -> Callable[..., None
         protocol: ProtocolOption = "ours",
         rule: RuleOption = [],  # noqa: B006
         points: PointsOption = _POINTS,
+        candidates: CandidatesOption = "grid",
         mllm: MllmOption = "embedded",
         adapter: AdapterOption = None,
         format: FormatOption = None,
@@ -165,7 +168,7 @@ def _benchmark_command(name: str, splits: tuple[str, ...]) -> Callable[..., None
 
         rules = get_protocol(protocol).with_rules(rule)
         check_present(name, data, split)
-        model = _load(mllm, adapter, format, sam, device, points)
+        model = _load(mllm, adapter, format, sam, device, points, candidates)
         folder = out or Path("runs") / "-".join([name, split, *rules.name.split()])
         with counted("expressions", limit, quiet=as_json) as on_case:
             report = evaluate_benchmark(
@@ -192,11 +195,17 @@ for _name, _splits in _BENCHMARKS.items():
 
 
 def _load(
-    mllm: str, adapter: str | None, format: str | None, sam: str, device: str, points: int
+    mllm: str,
+    adapter: str | None,
+    format: str | None,
+    sam: str,
+    device: str,
+    points: int,
+    candidates: str,
 ) -> Any:
     from sam4mllm_tool.pipeline.model import load
 
-    settings = Settings(points=points, budget=points)
+    settings = Settings(points=points, candidates=candidates, budget=points)
     return load(
         mllm, adapter=adapter, format=format, segmenter=sam, device=device, settings=settings
     )

@@ -10,6 +10,7 @@ import typer
 from sam4mllm_tool.cli.common import (
     STRATEGY_HELP,
     AdapterOption,
+    CandidatesOption,
     CountOption,
     DeviceOption,
     FormatOption,
@@ -35,6 +36,7 @@ def segment(
     points: Annotated[int, typer.Option(min=1, max=100, help="Points to ask about.")] = (
         Settings().points
     ),
+    candidates: CandidatesOption = "grid",
     mllm: MllmOption = "embedded",
     adapter: AdapterOption = None,
     format: FormatOption = None,
@@ -57,7 +59,7 @@ def segment(
             f"--trace {trace} is neither .html nor .json", hint="Name a file that ends in .html."
         )
     loaded = load_image(image, ImagePolicy(allow_network=network))
-    settings = Settings(strategy=strategy, points=points, budget=points)
+    settings = Settings(strategy=strategy, points=points, candidates=candidates, budget=points)
     model = load(
         mllm, adapter=adapter, format=format, segmenter=sam, device=device, settings=settings
     )

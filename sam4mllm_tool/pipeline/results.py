@@ -31,8 +31,8 @@ class Settings:
     Attributes:
         strategy: name of a built-in strategy, see :mod:`sam4mllm_tool.pipeline.strategies`.
         points: candidate points per box in round 2.
-        candidates: how they are spread over the box: an even grid, Poisson disk (the authors'
-            training), or a jittered grid (their demo, with ``points=15``).
+        candidates: how they are spread over the box: an even "grid", "poisson" disk (the authors'
+            training), or a "jittered" grid (their demo, with ``points=15``).
         thresholds: which answers count.
         point_asking: points named by coordinates, or by numbered marks drawn on the picture (one
             extra image for all points); ``None`` = as the dialogue format prefers.
@@ -47,7 +47,7 @@ class Settings:
 
     strategy: str = "pqpp"
     points: int = 9
-    candidates: Literal["grid", "poisson", "jittered"] = "grid"
+    candidates: str = "grid"
     thresholds: Thresholds = field(default_factory=Thresholds)
     point_asking: PointAsking | None = None
     verified_boxes: int = 0
