@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from sam4mllm_tool.drawing.overlay import colour_of, small_overlay
 from sam4mllm_tool.errors import InputError
 from sam4mllm_tool.formats import FORMATS, describe_numbers
 from sam4mllm_tool.pipeline.model import Sam4MLLM
-from sam4mllm_tool.pipeline.results import Location
+from sam4mllm_tool.pipeline.results import Location, Settings
 from sam4mllm_tool.testing import ColourSegmenter, TruthfulMllm
 from sam4mllm_tool.tools.toolbox import Toolbox
 from sam4mllm_tool.types import Box, Mask, RgbImage, TargetCount
@@ -74,16 +75,16 @@ def test_a_value_without_its_picture_says_so():
 
 
 def test_large_pictures_are_shown_small_and_in_proportion():
-    pixels = np.full((1500, 4000, 3), 255, np.uint8)
-    pixels[300:900, 2000:3600] = (214, 40, 40)
+    pixels = np.full((600, 1600, 3), 255, np.uint8)
+    pixels[120:360, 800:1440] = (214, 40, 40)
     image = RgbImage.from_pil(Image.fromarray(pixels))
     mask = Mask((pixels == (214, 40, 40)).all(axis=2))
-    found = Sam4MLLM(TruthfulMllm({"x": [mask]}), ColourSegmenter()).segment(image, "x")
-    html = found._repr_html_()
-    assert len(html) < 150_000
+    model = Sam4MLLM(TruthfulMllm({"x": [mask]}), ColourSegmenter(), Settings("box_only"))
+    html = model.segment(image, "x")._repr_html_()
+    assert len(html) < 100_000
     picture = shown(html)
     assert picture.size == (MAX_SIDE, 240)
-    assert near(picture.getpixel((320 + 1, 50)), colour_of(1))  # (2000, 312): the box's left side
+    assert near(picture.getpixel((320 + 1, 50)), colour_of(1))  # (800, 125): the box's left side
     assert near(picture.getpixel((300, 100)), (255, 255, 255))
 
 
@@ -129,3 +130,25 @@ def test_what_a_dialogues_numbers_are_is_what_the_format_writes(name):
     }
     (unit,) = [unit for unit in stated if describe_numbers(name).startswith(unit)]
     assert {number + off for number in numbers for off in (-1, 0, 1)} >= stated[unit]
+
+
+def test_the_tutorial_runs(tmp_path):
+    """As its reader runs it, in a kernel of its own; what it prints is what is committed."""
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    path = Path(__file__).parent.parent / "docs" / "tutorial.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    before = [printed(cell) for cell in notebook.cells if cell.cell_type == "code"]
+    nbclient.NotebookClient(
+        notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    after = [printed(cell) for cell in notebook.cells if cell.cell_type == "code"]
+    # Weights and threads may move a pixel; what was found may not change.
+    assert [re.sub(r"[\d.]+", "#", text) for text in after] == [
+        re.sub(r"[\d.]+", "#", text) for text in before
+    ]
+
+
+def printed(cell) -> str:
+    return "".join(o.text for o in cell.outputs if o.get("name") == "stdout")

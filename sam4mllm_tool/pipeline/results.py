@@ -184,8 +184,8 @@ class Segmentation:
 
     location: Location
     objects: tuple[SegmentedObject, ...]
-    trace: Trace
-    image: RgbImage
+    trace: Trace = field(repr=False)
+    image: RgbImage = field(repr=False)
 
     @property
     def status(self) -> Status:
