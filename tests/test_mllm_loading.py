@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import enable_progress_bars
 from mllm_dialogues import FORM, ask_box
 from random_models import build, picture
 from safetensors.torch import load_file, save_file
@@ -138,6 +139,7 @@ def test_a_slow_hub_is_not_given_up_while_bytes_come(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr(files, "HUB_PATIENCE", 0.3)
+    enable_progress_bars()  # building the random model turned them off
     assert files.find_checkpoint("some/model") == folder
     assert "model.safetensors" in capfd.readouterr().err, "progress is shown meanwhile"
 
