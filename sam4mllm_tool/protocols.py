@@ -7,6 +7,7 @@ change a result, only the time it takes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -80,6 +81,8 @@ class CheckpointNotes(BaseModel):
         vocabulary: lower-case words a small model was taught, ``None`` for a general vocabulary.
         lower_case: whether it was taught lower-case expressions only.
         points_per_question: the longest list of points it was taught to answer.
+        box_calibration: slope and intercept of a logistic function from the logarithm of a box's
+            likelihood to the probability that the box is right (Platt scaling, 1999).
         caution: a sentence that every result should carry.
     """
 
@@ -88,7 +91,15 @@ class CheckpointNotes(BaseModel):
     vocabulary: frozenset[str] | None = None
     lower_case: bool = False
     points_per_question: PositiveInt | None = None
+    box_calibration: tuple[float, float] | None = None
     caution: str = ""
+
+    def box_probability(self, likelihood: float) -> float | None:
+        """The probability that a box of that likelihood is right, ``None`` if not calibrated."""
+        if self.box_calibration is None:
+            return None
+        slope, intercept = self.box_calibration
+        return 1 / (1 + math.exp(-(slope * math.log(max(likelihood, 1e-12)) + intercept)))
 
     @field_validator("vocabulary")
     @classmethod

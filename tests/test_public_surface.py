@@ -198,6 +198,15 @@ def test_a_misspelt_option_is_refused_before_anything_is_loaded():
     assert "Did you mean 'model'?" in caught.value.hint
 
 
+def test_a_score_is_a_probability_or_nothing(parrot, blocks):
+    plain = parrot.locate(blocks, "x").objects[0]
+    assert plain.score is None
+    assert plain.likelihood == pytest.approx(0.6065, abs=1e-4)  # exp(-0.5), one token
+    parrot.mllm.notes = sam.CheckpointNotes(box_calibration=(2.0, 3.0))
+    # 1 / (1 + exp(-(2 · -0.5 + 3)))
+    assert parrot.locate(blocks, "x").objects[0].score == pytest.approx(0.8808, abs=1e-4)
+
+
 def test_settings_of_a_run_are_values(parrot):
     other = replace(parrot, settings=sam.Settings(points=4))
     assert parrot.settings.points == 9 and other.settings.points == 4

@@ -60,18 +60,25 @@ class Settings:
 
 @dataclass(frozen=True)
 class ScoredBox:
-    """A box in pixels; ``score`` is the geometric mean probability of its free tokens, 0…1."""
+    """A box in pixels, with how much the MLLM believes in it.
+
+    Attributes:
+        score: probability that the box is right (IoU of at least 0.5 with a target), where the
+            checkpoint states a calibration; ``None`` elsewhere.
+        likelihood: geometric mean probability of the reply's free tokens. It orders the boxes of
+            one question; it is no probability (right boxes have .02 to .2), and ``None`` where a
+            backend does not return probabilities.
+    """
 
     box: Box
     score: float | None = None
+    likelihood: float | None = None
 
 
 @dataclass(frozen=True)
-class LocatedObject:
+class LocatedObject(ScoredBox):
     """One object of round 1, with prompt points if the strategy got them in the same reply."""
 
-    box: Box
-    score: float | None = None
     alternates: tuple[ScoredBox, ...] = ()
     points: tuple[PromptPoint, ...] = ()
 
@@ -149,6 +156,7 @@ class SegmentedObject:
             "object_id": object_id,
             "box": list(self.located.box),
             "score": self.located.score,
+            "likelihood": self.located.likelihood,
             "points": _points_data(self.points),
             "mask": self.mask.to_rle(),
             "predicted_iou": self.drawn.predicted_iou,

@@ -100,7 +100,8 @@ class DialogueSteps:
         # A free reply may hold several boxes where one was asked for: the rest are alternates.
         spare = tuple(ScoredBox(box) for box in read.boxes[len(boxes) :])
         other_boxes = spare + self._other_boxes(others, image, boxes)
-        found = tuple(LocatedObject(box, _score(best), other_boxes) for box in boxes)
+        belief = self._belief(best)
+        found = tuple(LocatedObject(box, *belief, other_boxes) for box in boxes)
         notes = (*read.notes, *self._notes(text))
         spoken = (*dialogue, Turn("assistant", best.text))
         location = Location(text, count, spoken, found, notes, image)
@@ -122,7 +123,8 @@ class DialogueSteps:
         dialogue = self._opening(question)
         reply = self.mllm.generate(image, dialogue, grammar=grammar)
         read = self.speech.read_box_and_points(reply.text, n_in, n_out, image.size)
-        found = tuple(LocatedObject(r.box, _score(reply), (), r.points) for r in read)
+        belief = self._belief(reply)
+        found = tuple(LocatedObject(r.box, *belief, (), r.points) for r in read)
         found = found[:1] if count is TargetCount.ONE else found
         spoken = (*dialogue, Turn("assistant", reply.text))
         return Location(text, count, spoken, found, self._notes(text), image)
@@ -222,7 +224,7 @@ class DialogueSteps:
         if len(location.objects) != 1 or not location.objects[0].alternates:
             return location
         first = location.objects[0]
-        candidates = [ScoredBox(first.box, first.score), *first.alternates]
+        candidates = [ScoredBox(first.box, first.score, first.likelihood), *first.alternates]
         answers = self.verify(image, location.expression, [c.box for c in candidates])
         ranked = sorted(
             zip(candidates, answers, strict=True), key=lambda pair: pair[1].p_yes, reverse=True
@@ -232,7 +234,11 @@ class DialogueSteps:
         return replace(
             location,
             dialogue=(*location.dialogue[:-1], Turn("assistant", reply)),
-            objects=(LocatedObject(best.box, best.score, tuple(other for other, _ in others)),),
+            objects=(
+                LocatedObject(
+                    best.box, best.score, best.likelihood, tuple(other for other, _ in others)
+                ),
+            ),
         )
 
     def draw(self, image: ImageLike, prompts: Sequence[SegmentPrompt]) -> list[MaskCandidate]:
@@ -264,8 +270,15 @@ class DialogueSteps:
         for reply in replies:
             for box in self.speech.read_boxes(reply.text, image.size).boxes[:1]:
                 if box not in taken:
-                    others.setdefault(box, ScoredBox(box, _score(reply)))
+                    others.setdefault(box, ScoredBox(box, *self._belief(reply)))
         return tuple(others.values())
+
+    def _belief(self, reply: Reply) -> tuple[float | None, float | None]:
+        """Calibrated score and likelihood of the boxes in a reply."""
+        if reply.log_probability is None or not reply.tokens:
+            return None, None
+        likelihood = math.exp(reply.log_probability / reply.tokens)
+        return self.mllm.notes.box_probability(likelihood), likelihood
 
     @property
     def _longest_list(self) -> int:
@@ -308,12 +321,6 @@ def choose_mask(
     if choose_by == "predicted_iou":
         return max(candidates, key=lambda c: c.predicted_iou)
     return max(candidates, key=lambda c: c.predicted_iou + agreement(c.mask, points))
-
-
-def _score(reply: Reply) -> float | None:
-    if reply.log_probability is None or not reply.tokens:
-        return None
-    return math.exp(reply.log_probability / reply.tokens)
 
 
 def _clip(box: Box | None, image: RgbImage) -> Box | None:

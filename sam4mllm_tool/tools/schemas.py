@@ -100,7 +100,9 @@ class ObjectSummary(BaseModel):
     object_id: str
     name: str = Field(description="The expression, or how the object was made.")
     box: list[float] = Field(description="[x_min, y_min, x_max, y_max]")
-    score: float | None = Field(None, description="Confidence of the box, 0 to 1.")
+    score: float | None = Field(
+        None, description="Probability that the box is right; null if the model cannot tell."
+    )
     area: int | None = Field(None, description="Mask area in pixels; null if no mask is drawn yet.")
     area_fraction: float | None = Field(None, description="Mask area as a share of the image.")
     predicted_iou: float | None = Field(None, description="SAM's own estimate of mask quality.")

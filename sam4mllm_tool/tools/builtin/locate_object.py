@@ -23,7 +23,7 @@ class LocateObjectArguments(ToolArguments):
     expression: Expression
     count: Count = TargetCount.ZERO_OR_MORE
     alternates: int = Field(
-        0, ge=0, le=8, description="How many other likely boxes to return, with scores."
+        0, ge=0, le=8, description="How many other likely boxes to return, likeliest first."
     )
 
 
@@ -31,7 +31,9 @@ class AlternateBox(BaseModel):
     """Another box the expression may have meant."""
 
     box: list[float]
-    score: float | None = None
+    score: float | None = Field(
+        None, description="Probability that the box is right; null if the model cannot tell."
+    )
 
 
 class LocateResult(ObjectsResult):
@@ -56,7 +58,8 @@ def locate_object(context: ToolContext, arguments: LocateObjectArguments) -> Too
     summaries = [summary(frame, one) for one in kept]
     header = objects_header(record, location, summaries)
     for other in alternates:
-        header["text"] += f"\nOther box: {other.box}, score {other.score}"
+        score = "" if other.score is None else f", score {other.score:.2f}"
+        header["text"] += f"\nOther box: {other.box}{score}"
     return ToolOutput(LocateResult(**header, objects=summaries, questions=1, alternates=alternates))
 
 
