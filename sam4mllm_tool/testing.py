@@ -143,11 +143,22 @@ class ColourSegmenter:
     """Draws the pixels of the box whose colour is near that of a foreground point.
 
     Without a point, the colour at the box's centre. Background points take their colour away. The
-    three candidates differ in how near the colour must be.
+    three candidates differ in how near the colour must be. Logits are at the size of the image and
+    go from -16 to 16.
+
+    A former mask decides where the colours leave room: its logits, cut to -4 … 4, are added. A
+    pixel of a foreground point's own colour has 6 in the best candidate, so a point overrules the
+    former mask, and shades between it and the background go by the former mask. With neither box
+    nor points, the former mask is drawn as it is.
+
+    Attributes:
+        embedded: digests of the images shown, for assertions.
+        prompts: every prompt drawn from, for assertions.
     """
 
     name: str = "colour"
     embedded: list[str] = field(default_factory=list)
+    prompts: list[SegmentPrompt] = field(default_factory=list)
 
     def embed(self, image: RgbImage) -> None:
         """Note that the image was shown."""
@@ -156,7 +167,12 @@ class ColourSegmenter:
     def predict(
         self, image: RgbImage, prompts: Sequence[SegmentPrompt]
     ) -> list[tuple[MaskCandidate, ...]]:
-        """Three masks a prompt, the middle one with the best predicted IoU."""
+        """Three masks per prompt, the middle one with the best predicted IoU.
+
+        Raises:
+            PromptError: a prompt holds neither box nor labelled point nor mask.
+        """
+        self.prompts.extend(prompts)
         return [
             tuple(
                 self._candidate(image, prompt, reach, quality)
@@ -174,23 +190,31 @@ class ColourSegmenter:
     def _candidate(
         self, image: RgbImage, prompt: SegmentPrompt, reach: float, quality: float
     ) -> MaskCandidate:
-        seeds = [p for p in prompt.points if p.label is PointLabel.FOREGROUND]
-        places = [(p.x, p.y) for p in seeds]
+        former = prompt.mask_logits
+        logits = self._by_colour(image, prompt, reach)
+        if former is not None:
+            logits = former if logits is None else logits + np.clip(former, -4, 4)
+        if logits is None:
+            raise PromptError("the prompt is empty", hint="Give a box or a point.")
+        return MaskCandidate(Mask(logits > 0), logits, quality)
+
+    def _by_colour(
+        self, image: RgbImage, prompt: SegmentPrompt, reach: float
+    ) -> NDArray[np.float32] | None:
+        """How near each pixel of the box is to the prompt's colours, -16 outside the box."""
         box = prompt.box or Box(0, 0, image.width, image.height)
-        if not places:
-            if prompt.box is None:
-                raise PromptError("the prompt is empty", hint="Give a box or a point.")
-            places = [box.centre]
-        near = self._distance(image, places)
+        seeds = [(p.x, p.y) for p in prompt.points if p.label is PointLabel.FOREGROUND]
         away = [(p.x, p.y) for p in prompt.points if p.label is PointLabel.BACKGROUND]
-        logits = (reach - near) / 8
+        if not seeds and prompt.box is None:
+            return None
+        logits = (reach - self._distance(image, seeds or [box.centre])) / 8
         if away:
             logits = np.minimum(logits, (self._distance(image, away) - reach) / 8 + 1)
         rows, columns = np.mgrid[: image.height, : image.width]
         inside = (columns + 0.5 >= box.x_min) & (columns + 0.5 < box.x_max)
         inside &= (rows + 0.5 >= box.y_min) & (rows + 0.5 < box.y_max)
-        low: NDArray[np.float32] = np.where(inside, logits, -16).astype(np.float32)
-        return MaskCandidate(Mask(low > 0), low, quality)
+        kept: NDArray[np.float32] = np.where(inside, logits.clip(-16, 16), -16).astype(np.float32)
+        return kept
 
     def _distance(
         self, image: RgbImage, places: Sequence[tuple[float, float]]

@@ -23,7 +23,7 @@ def main() -> None:
         while gate is not None and not gate.exists():
             time.sleep(0.02)
         red = np.zeros((120, 200), bool)
-        red[30:90, 20:80] = True  # as drawn in conftest.py
+        red[15:45, 70:190] = True  # as drawn in conftest.py
         return Sam4MLLM(TruthfulMllm({"the red block": [Mask(red)]}), ColourSegmenter())
 
     serve(load, allow_dirs=folders)

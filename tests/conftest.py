@@ -17,11 +17,15 @@ RED, BLUE, WHITE = (214, 40, 40), (45, 95, 215), (255, 255, 255)
 
 @pytest.fixture(scope="session")
 def blocks() -> RgbImage:
-    """200×120, white, with a red block (20,30)–(80,90) and a blue one (120,20)–(180,60)."""
+    """200×120, white, with a red block (70,15)–(190,45) and a blue one (10,54)–(50,114).
+
+    No number fits by accident: the picture is not square, no block is, each has its own size, and
+    neither a swap of x and y nor a mirror puts one block on itself or on the other.
+    """
     picture = Image.new("RGB", (200, 120), WHITE)
     draw = ImageDraw.Draw(picture)
-    draw.rectangle((20, 30, 79, 89), fill=RED)
-    draw.rectangle((120, 20, 179, 59), fill=BLUE)
+    draw.rectangle((70, 15, 189, 44), fill=RED)
+    draw.rectangle((10, 54, 49, 113), fill=BLUE)
     return RgbImage.from_pil(picture)
 
 

@@ -358,7 +358,7 @@ def test_a_folder_becomes_coco_json(model, truth, pictures, tmp_path):
     assert [c["name"] for c in coco.dataset["categories"]] == texts
     found = coco.loadAnns(coco.getAnnIds(imgIds=[1], catIds=[1]))
     assert np.array_equal(coco.annToMask(found[0]).astype(bool), truth["the red block"][0].pixels)
-    assert found[0]["bbox"] == [20, 30, 60, 60] and found[0]["area"] == 3600
+    assert found[0]["bbox"] == [70, 15, 120, 30] and found[0]["area"] == 3600
     assert len(coco.getAnnIds(imgIds=[2], catIds=[2])) == 2
     assert not coco.getAnnIds(catIds=[3])
 

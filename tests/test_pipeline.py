@@ -1,9 +1,12 @@
 """The flow over truthful stand-ins, planted faults in the replies, and the shipped models."""
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
+from itertools import combinations, cycle, islice
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sam4mllm_tool.errors import (
     DialogueError,
@@ -16,10 +19,10 @@ from sam4mllm_tool.geometry import box_iou
 from sam4mllm_tool.pipeline.model import Sam4MLLM, replay
 from sam4mllm_tool.pipeline.points import Thresholds
 from sam4mllm_tool.pipeline.results import Settings
-from sam4mllm_tool.pipeline.steps import choose_mask
+from sam4mllm_tool.pipeline.steps import agreement, choose_mask
 from sam4mllm_tool.pipeline.strategies import STRATEGIES
 from sam4mllm_tool.pipeline.trace import Trace
-from sam4mllm_tool.protocols import CheckpointNotes, MaskCandidate
+from sam4mllm_tool.protocols import CheckpointNotes, MaskCandidate, Reply, SegmentPrompt
 from sam4mllm_tool.testing import ColourSegmenter, ScriptedMllm, TruthfulMllm
 from sam4mllm_tool.types import (
     Box,
@@ -27,6 +30,7 @@ from sam4mllm_tool.types import (
     Point,
     PointLabel,
     PromptPoint,
+    RgbImage,
     Status,
     TargetCount,
     YesNo,
@@ -53,7 +57,7 @@ def test_pqpp_asks_two_rounds_in_the_published_words(model, blocks):
     head, points = second.split("\n")
     assert head == (
         "Check if the points listed below are located on the object with bounding box "
-        "[100,250,400,750]:"
+        "[350,125,950,375]:"
     )
     assert len(points.split(" ")) == 9
 
@@ -61,11 +65,7 @@ def test_pqpp_asks_two_rounds_in_the_published_words(model, blocks):
 def test_points_decide_what_the_box_cannot(blocks, truth):
     """A ring: the box's centre is background, so only points find the object's colour."""
     pixels = np.array(blocks.pil)
-    pixels[45:75, 35:65] = (255, 255, 255)
-    from PIL import Image
-
-    from sam4mllm_tool.types import RgbImage
-
+    pixels[22:36, 95:160] = (255, 255, 255)
     image = RgbImage.from_pil(Image.fromarray(pixels))
     ring = Mask((image.array == (214, 40, 40)).all(axis=2))
     mllm = TruthfulMllm({"the ring": [ring]})
@@ -101,7 +101,7 @@ def test_adaptive_stays_within_its_budget_and_stops_when_settled(model, blocks):
 
 
 def test_ppg_takes_box_and_points_from_one_reply(blocks, truth):
-    reply = "[101,251,401,751] (200,500) (300,400) (150,300) (900,900)"
+    reply = "[351,126,951,376] (400,200) (600,300) (900,250) (100,700)"
     model = Sam4MLLM(ScriptedMllm([reply]), ColourSegmenter(), Settings(strategy="ppg"))
     found = model.segment(blocks, "the red block")
     labels = [p.label.value for p in found.objects[0].points]
@@ -121,8 +121,13 @@ def test_alternates_are_other_boxes_with_scores(model, blocks, truth):
     ("reply", "box", "note"),
     [
         ("[401,751,101,251]", Box(20.2, 30.12, 80.2, 90.12), "swapped"),
+        ("[401,251,101,751]", Box(20.2, 30.12, 80.2, 90.12), "swapped"),
+        ("[101,751,401,251]", Box(20.2, 30.12, 80.2, 90.12), "swapped"),
         ("[101,251,1401,751]", Box(20.2, 30.12, 199.8, 90.12), "clamped"),
+        ("[101,251,401,1000]", Box(20.2, 30.12, 80.2, 119.88), "clamped"),
         ("[101,251,101,251]", Box(20.2, 30.12, 20.4, 30.24), "widened"),
+        ("[101,251,401,251]", Box(20.2, 30.12, 80.2, 30.24), "widened"),
+        ("[101,251,101,751]", Box(20.2, 30.12, 20.4, 90.12), "widened"),
     ],
 )
 def test_odd_boxes_are_mended_and_said_so(blocks, reply, box, note):
@@ -189,7 +194,7 @@ def test_bad_points_are_refused(model, blocks, points, error):
 
 def test_the_same_point_is_asked_once_and_answered_everywhere(model, blocks):
     location = model.locate(blocks, "the red block")
-    points = [Point(30, 40), Point(150, 40), Point(30, 40)]
+    points = [Point(80, 25), Point(25, 80), Point(80, 25)]
     answers = model.check_points(blocks, location, location.objects[0].box, points)
     assert [p.label.value for p in answers] == ["foreground", "background", "foreground"]
     assert model.mllm.said[-1].count("(") == 2
@@ -197,16 +202,16 @@ def test_the_same_point_is_asked_once_and_answered_everywhere(model, blocks):
 
 def test_many_points_are_asked_in_several_questions(model, blocks):
     location = model.locate(blocks, "the red block")
-    points = [Point(x, 50) for x in range(70)]
+    points = [Point(x, 25) for x in range(40, 110)]
     answers = model.check_points(blocks, location, location.objects[0].box, points)
     on = [p.label is PointLabel.FOREGROUND for p in answers]
-    assert on == [20 <= x < 80 for x in range(70)]
+    assert on == [x >= 70 for x in range(40, 110)]
     assert len(model.mllm.said) == 1 + 3
 
 
 def test_points_can_be_asked_by_marks_on_a_copy_of_the_picture(blocks):
     answers = [[YesNo(0.9, 0.05)] * 9]
-    mllm = ScriptedMllm(["[100,250,400,750]"], answers)
+    mllm = ScriptedMllm(["[350,125,950,375]"], answers)
     settings = Settings(point_asking="marks")
     found = Sam4MLLM(mllm, ColourSegmenter(), settings).segment(blocks, "the red block")
     first, second = found.trace.exchanges
@@ -217,7 +222,7 @@ def test_points_can_be_asked_by_marks_on_a_copy_of_the_picture(blocks):
 
 def test_verification_overrules_a_wrong_first_box(blocks, truth):
     """The model's first box is wrong and its second right; asked to look, it sees that."""
-    wrong, right = "[600,166,900,500]", "[100,250,400,750]"
+    wrong, right = "[050,450,250,950]", "[350,125,950,375]"
     mllm = ScriptedMllm([wrong, right], [[YesNo(0.1, 0.9)], [YesNo(0.8, 0.1)]])
     settings = Settings(strategy="box_only", verified_boxes=2)
     found = Sam4MLLM(mllm, ColourSegmenter(), settings).segment(blocks, "the red block")
@@ -322,3 +327,181 @@ def test_scripted_answers_count_by_threshold(blocks):
     points = model.segment(blocks, "x").objects[0].points
     labels = [p.label.value for p in points]
     assert labels == ["foreground"] * 4 + ["background"] * 4 + ["undecided"]
+
+
+def test_boxes_that_reach_beyond_the_picture_are_clipped_before_they_are_drawn(model, blocks):
+    model.draw(blocks, [SegmentPrompt(Box(150, -10, 260, 70)), SegmentPrompt(Box(-5, 60, 40, 900))])
+    drawn_from = [prompt.box for prompt in model.segmenter.prompts]
+    assert drawn_from == [Box(150, 0, 200, 70), Box(0, 60, 40, 120)]
+    model.draw(blocks, [SegmentPrompt(None, (PromptPoint(80, 25, PointLabel.FOREGROUND),))])
+    assert model.segmenter.prompts[-1].box is None
+
+
+def test_candidate_points_lie_in_the_visible_part_of_the_box(model, blocks):
+    visible = Box(150, 0, 200, 70)
+    for spread in ("grid", "poisson", "jittered"):
+        some = replace(model, settings=Settings(candidates=spread, points=7))
+        points = some.candidate_points(Box(150, -10, 260, 70), blocks)
+        assert len(points) == len(set(points)) == 7
+        assert all(visible.x_min < x < visible.x_max for x, _ in points)
+        assert all(visible.y_min < y < visible.y_max for _, y in points)
+        assert points == some.candidate_points(Box(150, -10, 260, 70), blocks)
+    jittered = some.candidate_points(visible, blocks)
+    poisson = replace(model, settings=Settings(candidates="poisson", points=7))
+    assert model.candidate_points(visible, blocks)[:2] == [
+        Point(150 + 50 / 6, 70 / 6), Point(175, 70 / 6)
+    ]  # fmt: skip
+    assert jittered != poisson.candidate_points(visible, blocks)
+
+
+def test_a_score_is_the_geometric_mean_over_the_replys_tokens(model, blocks):
+    # The stand-in says -0.1 over 4 tokens, and -3 over 4 for the others.
+    (one,) = model.locate(blocks, "the red block", alternates=1).objects
+    assert one.score == pytest.approx(math.exp(-0.1 / 4))
+    assert [other.score for other in one.alternates] == [pytest.approx(math.exp(-3 / 4))]
+    scripted = Sam4MLLM(ScriptedMllm(["[351,126,951,376]"]), ColourSegmenter())
+    assert scripted.locate(blocks, "x").objects[0].score is None
+
+
+def test_no_more_alternates_than_asked_for_and_never_the_box_itself(model, blocks):
+    for count in (0, 1, 2, 5):
+        (one,) = model.locate(blocks, "the red block", alternates=count).objects
+        assert len(one.alternates) == min(count, 1)
+        assert one.box not in [other.box for other in one.alternates]
+
+
+def test_further_boxes_where_one_was_asked_for_are_alternates(blocks):
+    reply = "[351,126,951,376] [050,450,250,950] [010,020,030,040]"
+    model = Sam4MLLM(ScriptedMllm([reply, reply]), ColourSegmenter())
+    (one,) = model.locate(blocks, "x", "1").objects
+    assert [other.box for other in one.alternates] == [
+        pytest.approx((10, 54, 50, 114)),
+        pytest.approx((2, 2.4, 6, 4.8)),
+    ]
+    assert len(model.locate(blocks, "x", "1+").objects) == 3
+
+
+def test_ppg_keeps_one_object_where_one_was_asked_for(blocks):
+    one = "[351,126,951,376] (400,200) (600,300) (900,250) (100,700)"
+    other = "[050,450,250,950] (100,500) (100,600) (200,700) (900,200)"
+    settings = Settings(strategy="ppg")
+    model = Sam4MLLM(ScriptedMllm([f"{one} {other}"] * 2), ColourSegmenter(), settings)
+    assert len(model.segment(blocks, "x", count="1").objects) == 1
+    both = model.segment(blocks, "x", count="1+").objects
+    assert [round(found.located.box.x_min, 1) for found in both] == [70.2, 10]
+    assert both[1].points[0] == PromptPoint(20, 60, PointLabel.FOREGROUND)
+
+
+@dataclass
+class RankingMllm(ScriptedMllm):
+    """Offers the stated boxes with scores, best first."""
+
+    def alternates(self, image, dialogue, *, grammar, count):
+        offered = [Reply(text, -0.4 * n, 4) for n, text in enumerate(self.replies, 1)]
+        return offered[:count]
+
+
+def test_verified_boxes_are_ranked_by_their_answers_and_keep_their_scores(blocks):
+    replies = ["[050,450,250,950]", "[010,020,030,040]", "[350,125,950,375]"]
+    answers = [[YesNo(0.2, 0.7)], [YesNo(0.1, 0.8)], [YesNo(0.6, 0.3)]]
+    model = Sam4MLLM(RankingMllm(replies, answers), ColourSegmenter(), Settings(verified_boxes=3))
+    (one,) = model.locate(blocks, "x").objects
+    assert one.box == pytest.approx((70, 15, 190, 45))
+    assert one.score == pytest.approx(math.exp(-0.3))
+    assert [other.box.x_min for other in one.alternates] == pytest.approx([10, 2])
+    assert [other.score for other in one.alternates] == pytest.approx(
+        [math.exp(-0.1), math.exp(-0.2)]
+    )
+
+
+# -- adaptive: where it asks, and when it stops ----------------------------------------------------
+
+NEAR, MIDDLE, FAR = (214, 60, 40), (214, 40, 87), (114, 40, 40)  # 20, 47 and 100 from RED
+
+
+@pytest.fixture
+def patched():
+    """The red block with three patches of other shades, each smaller than adaptive's spacing."""
+    pixels = np.full((120, 200, 3), 255, np.uint8)
+    pixels[15:45, 70:190] = (214, 40, 40)
+    for (x, y), shade in {(75, 20): NEAR, (160, 35): MIDDLE, (100, 18): FAR}.items():
+        pixels[y : y + 4, x : x + 4] = shade
+    return RgbImage.from_pil(Image.fromarray(pixels))
+
+
+def without(image, *shades):
+    """The mask of what is neither white nor one of the shades."""
+    parts = [(image.array == shade).all(axis=2) for shade in ((255, 255, 255), *shades)]
+    return Mask(~np.logical_or.reduce(parts))
+
+
+def adaptive(mllm, **settings):
+    return Sam4MLLM(mllm, ColourSegmenter(), Settings(strategy="adaptive", **settings))
+
+
+def asked(model, image, expression="it"):
+    """The points of each question, and the object found."""
+    found = model.segment(image, expression)
+    (one,) = found.objects
+    sizes = [e.count for e in found.trace.exchanges if e.kind == "yes_no"]
+    return sizes, one
+
+
+def test_adaptive_asks_first_where_sams_masks_and_logits_are_least_sure(patched):
+    model = adaptive(TruthfulMllm({"it": [without(patched)]}))
+    _, one = asked(model, patched)
+    # One mask of three has FAR, and MIDDLE's logit is nearly 0; NEAR is like FAR but surer.
+    assert [(p.x, p.y) for p in one.points[:3]] == [(160.5, 35.5), (75.5, 20.5), (100.5, 18.5)]
+
+
+def test_adaptive_asks_again_after_a_contradiction_and_stops_when_settled(patched):
+    truth = without(patched, MIDDLE)
+    model = adaptive(TruthfulMllm({"it": [truth]}))
+    sizes, one = asked(model, patched)
+    assert sizes == [3, 3]
+    assert one.mask == truth
+    prompts = model.segmenter.prompts
+    assert [len(prompt.points) for prompt in prompts] == [0, 3, 6]
+    assert prompts[-1].points == one.points and prompts[1].points == one.points[:3]
+    assert {prompt.box for prompt in prompts} == {Box(70, 15, 190, 45)}
+    agreeing = adaptive(TruthfulMllm({"it": [without(patched, FAR)]}))
+    assert asked(agreeing, patched)[0] == [3]  # the first mask agrees with every answer
+
+
+def contradictions(*sizes):
+    """Yes and no by turns, for points of one colour: no mask agrees with two of them."""
+    by_turns = cycle([YesNo(0.01, 0.97), YesNo(0.97, 0.01)])
+    return [list(islice(by_turns, size)) for size in sizes]
+
+
+@pytest.mark.parametrize(
+    ("budget", "per_question", "sizes"), [(8, 3, [3, 3, 2]), (4, 4, [4]), (5, 2, [2, 2, 1])]
+)
+def test_adaptive_spends_its_budget_on_points_that_keep_apart(blocks, budget, per_question, sizes):
+    mllm = ScriptedMllm(["[350,125,950,375]"], contradictions(*sizes))
+    model = adaptive(mllm, budget=budget, per_question=per_question)
+    spent, one = asked(model, blocks)
+    assert spent == sizes and len(one.points) == budget
+    spacing = math.sqrt(120 * 30) / 8
+    gaps = [math.dist((a.x, a.y), (b.x, b.y)) for a, b in combinations(one.points, 2)]
+    assert spacing <= min(gaps) < spacing + 1.5
+    assert all(70 < p.x < 190 and 15 < p.y < 45 for p in one.points)
+
+
+def test_adaptive_stops_where_no_place_is_left_to_ask_about(blocks):
+    # The box covers five pixels of one row.
+    mllm = ScriptedMllm(["[975,500,999,508]"], contradictions(2, 2, 1))
+    spent, one = asked(adaptive(mllm, budget=9, per_question=2), blocks)
+    assert spent == [2, 2, 1]
+    assert sorted((p.x, p.y) for p in one.points) == [(195.5 + n, 60.5) for n in range(5)]
+
+
+def test_agreement_counts_sure_points_alone():
+    mask = Mask(np.array([[True, True, False, False]]))
+    on, off = PromptPoint(1, 0.5, PointLabel.FOREGROUND), PromptPoint(3, 0.5, PointLabel.BACKGROUND)
+    wrong = PromptPoint(3, 0.5, PointLabel.FOREGROUND)
+    unsure = PromptPoint(3, 0.5, PointLabel.UNDECIDED)
+    assert agreement(mask, [on, off, unsure]) == 1
+    assert agreement(mask, [on, off, wrong]) == pytest.approx(2 / 3)
+    assert agreement(mask, [wrong]) == 0
+    assert agreement(mask, [unsure]) == agreement(mask, []) == 1

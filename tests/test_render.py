@@ -28,23 +28,23 @@ def test_masks_are_tinted_outlined_and_leave_the_rest_alone(blocks, truth):
     untouched = ~(red.pixels | blue.pixels)
     assert (pixels[untouched] == 255).all()
     inside = np.round((np.array((214, 40, 40)) + colour_of(1)) / 2)
-    assert (pixels[35, 25] == inside).all()
-    assert (pixels[30, 40] == colour_of(1)).all()  # on the rim
-    assert (pixels[20, 130] == colour_of(2)).all()
+    assert (pixels[35, 150] == inside).all()
+    assert (pixels[15, 100] == colour_of(1)).all()  # on the rim
+    assert (pixels[100, 10] == colour_of(2)).all()
 
 
 def test_points_have_the_colour_of_their_answer(blocks, truth):
     points = [
-        {"x": 30, "y": 40, "label": "foreground", "p_yes": 0.9, "p_no": 0.1},
-        {"x": 30, "y": 80, "label": "background", "p_yes": 0.1, "p_no": 0.9},
-        {"x": 70, "y": 80, "label": "undecided", "p_yes": 0.5, "p_no": 0.4},
+        {"x": 80, "y": 25, "label": "foreground", "p_yes": 0.9, "p_no": 0.1},
+        {"x": 110, "y": 35, "label": "background", "p_yes": 0.1, "p_no": 0.9},
+        {"x": 170, "y": 30, "label": "undecided", "p_yes": 0.5, "p_no": 0.4},
     ]
-    one = {"box": [20, 30, 80, 90], "points": points, "mask": truth["the red block"][0].to_rle()}
+    one = {"box": [70, 15, 190, 45], "points": points, "mask": truth["the red block"][0].to_rle()}
     picture = overlay(blocks, [one])
     for point in points:
         assert picture.getpixel((point["x"], point["y"])) == POINT_COLOURS[point["label"]]
-    assert picture.getpixel((20, 60)) == colour_of(1)
-    assert picture.getpixel((79, 60)) == colour_of(1)
+    assert picture.getpixel((70, 30)) == colour_of(1)
+    assert picture.getpixel((189, 30)) == colour_of(1)
 
 
 @pytest.mark.parametrize("max_side", [64, 100, 768])
@@ -62,10 +62,10 @@ def test_a_small_crop_is_enlarged_within_the_bound(blocks, truth):
     masks = {1: truth["the red block"][0]}
     crop = numbered_view(blocks, masks, crop=True, max_side=768)
     assert max(crop.size) == CROP_SIDE
-    pixels = np.asarray(crop).astype(int)  # (12,22)–(89,99) of the picture, 5.8 times
+    pixels = np.asarray(crop).astype(int)  # (56,1)–(200,60) of the picture, 3.1 times
     assert pixels[100, 20].min() >= 250
     tinted = (np.array((214, 40, 40)) + colour_of(1)) / 2
-    assert np.abs(pixels[100:150, 70:350] - tinted).max() <= 12  # resampling rings at edges
+    assert np.abs(pixels[50:130, 150:400] - tinted).max() <= 12  # resampling rings at edges
     assert numbered_view(blocks, masks, max_side=768).size == blocks.size
 
 
@@ -79,7 +79,7 @@ def test_views_of_nothing_and_of_empty_masks_are_plain(blocks):
 def test_a_mask_layer_is_clear_outside(truth):
     layer = np.asarray(mask_layer(truth["the red block"][0], (1, 2, 3)))
     assert layer[0, 0, 3] == 0
-    assert tuple(layer[30, 40]) == (1, 2, 3, 255)
+    assert tuple(layer[15, 100]) == (1, 2, 3, 255)
 
 
 class _Reader(HTMLParser):
@@ -115,7 +115,7 @@ def test_the_page_needs_no_network_and_escapes_what_was_said(blocks, truth):
     text = "".join(reader.text)
     assert HOSTILE.split()[0] in text
     assert text.count("Please provide the bounding box") == 1
-    assert text.count("[100,250,400,750]") == 2  # the reply once, and round 2's question
+    assert text.count("[350,125,950,375]") == 2  # the reply once, and round 2's question
 
 
 def test_a_page_of_nothing_found_says_so(model, blocks):

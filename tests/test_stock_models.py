@@ -124,17 +124,17 @@ def test_coordinates_can_be_asked_for_instead(blocks, red):
     asked = [text for digest, text in mllm.questions if digest == blocks.digest][1:]
     assert len(asked) == 4
     points = [json.loads(re.search(r"point (\[\d+, \d+\])", text)[1]) for text in asked]
-    assert points == [[175, 375], [325, 375], [175, 625], [325, 625]]
+    assert points == [[500, 188], [800, 188], [500, 312], [800, 312]]
 
 
 def test_molmo_points_become_prompt_points(blocks, red):
     reply = (
-        '<points x1="10.0" y1="25.0" x2="40.0" y2="75.0" x3="25.0" y3="50.0" x4="20.0" y4="40.0">'
+        '<points x1="35.0" y1="12.5" x2="95.0" y2="37.5" x3="50.0" y3="20.0" x4="80.0" y4="30.0">'
         "red block</points>"
     )
     (prompts,) = MolmoFormat().read_box_and_points(reply, 3, 1, blocks.size)
     assert prompts.box == red.box
     assert [(p.x, p.y, p.label.value) for p in prompts.points] == [
-        (50, 60, "foreground"),
-        (40, 48, "foreground"),
+        (100, 24, "foreground"),
+        (160, 36, "foreground"),
     ]

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from sam4mllm_tool.tools.registry import ToolContext, ToolOutput, ToolSpec
 from sam4mllm_tool.tools.schemas import Expression, ImageSource, ToolArguments, ToolResult
 from sam4mllm_tool.tools.toolbox import Toolbox
 from sam4mllm_tool.tools.workspace import Workspace
-from sam4mllm_tool.types import TargetCount
+from sam4mllm_tool.types import Box, TargetCount
 
 TOOLS = [
     "segment_object",
@@ -105,13 +106,13 @@ def test_step_by_step_is_the_same_as_in_one_call(box, blocks_file, truth):
 
 def test_points_are_answered_and_compared_with_the_mask(box, blocks_file):
     segment(box, blocks_file)
-    points = [{"x": 30, "y": 40}, {"x": 5, "y": 5}]
+    points = [{"x": 80, "y": 25}, {"x": 25, "y": 80}]
     result = box.call("is_point_inside_object", {"object_id": "obj_1", "points": points}).result
     assert [p.answer for p in result.points] == ["inside", "outside"]
     assert [p.in_mask for p in result.points] == [True, False]
     assert not any(p.disagrees for p in result.points)
     # a mask that misses part of the object disagrees with the answer there
-    half = box.call("segment_with_prompts", {"image": "img_1", "box": [20, 30, 50, 90]})
+    half = box.call("segment_with_prompts", {"image": "img_1", "box": [70, 15, 130, 45]})
     object_id = half.result.objects[0].object_id
     record = box.workspace.object(object_id)
     located = box.workspace.object("obj_1").location
@@ -119,7 +120,7 @@ def test_points_are_answered_and_compared_with_the_mask(box, blocks_file):
 
     box.workspace.update_object(replace(record, location=located))
     told = box.call(
-        "is_point_inside_object", {"object_id": object_id, "points": [{"x": 70, "y": 60}]}
+        "is_point_inside_object", {"object_id": object_id, "points": [{"x": 150, "y": 30}]}
     )
     assert told.result.points[0].disagrees
     assert "disagrees" in told.text
@@ -135,11 +136,53 @@ def test_an_expression_alone_is_located_first(box, blocks_file):
 
 def test_refining_keeps_the_former_mask(box, blocks_file, truth):
     segment(box, blocks_file)
-    point = {"x": 150, "y": 40, "label": "background"}
+    point = {"x": 25, "y": 80, "label": "background"}
     refined = box.call("segment_with_prompts", {"object_id": "obj_1", "points": [point]})
     assert refined.result.objects[0].object_id == "obj_2"
     assert refined.result.objects[0].points_outside == 1
     assert box.workspace.object("obj_1").mask == truth["the red block"][0]
+
+
+def test_a_new_label_replaces_the_former_one_at_the_same_place(box, blocks_file):
+    segment(box, blocks_file)
+    (first, *others) = box.workspace.object("obj_1").points
+    point = {"x": first.x, "y": first.y, "label": "outside"}
+    refined = box.call("segment_with_prompts", {"object_id": "obj_1", "points": [point]})
+    one = refined.result.objects[0]
+    assert (one.points_inside, one.points_outside) == (8, 1)
+    kept = box.workspace.object(one.object_id).points
+    assert {(p.x, p.y): p.label.value for p in kept} == {
+        (first.x, first.y): "background", **{(p.x, p.y): "foreground" for p in others}
+    }  # fmt: skip
+    # Asked again, the model's answer counts.
+    again = {"object_id": one.object_id, "points": [{"x": first.x, "y": first.y}]}
+    box.call("is_point_inside_object", again)
+    assert {p.label.value for p in box.workspace.object(one.object_id).points} == {"foreground"}
+
+
+def test_the_former_mask_is_refined_but_a_new_box_starts_over(model, box, blocks_file):
+    segment(box, blocks_file)
+    former = box.workspace.object("obj_1")
+    box.call("segment_with_prompts", {"object_id": "obj_1"})
+    box.call("segment_with_prompts", {"object_id": "obj_1", "box": [60, 10, 130, 50]})
+    refined, anew = model.segmenter.prompts[-2:]
+    assert refined.mask_logits is former.drawn.logits
+    assert (refined.box, refined.points) == (former.box, former.points)
+    assert anew.mask_logits is None
+    assert (anew.box, anew.points) == (Box(60, 10, 130, 50), former.points)
+    assert box.workspace.object("obj_3").mask.box == Box(70, 15, 130, 45)
+
+
+def test_a_mask_made_by_combining_is_refined_without_logits(model, box, blocks_file):
+    segment(box, blocks_file, "all blocks")
+    arguments = {"object_ids": ["obj_1", "obj_2"], "combine": "union"}
+    combined = box.call("compare_objects", arguments).result.combined
+    assert combined.box == [10, 15, 190, 114] and combined.score is None
+    assert combined.name == "union of obj_1, obj_2"
+    point = {"x": 80, "y": 25, "label": "inside"}
+    box.call("segment_with_prompts", {"object_id": combined.object_id, "points": [point]})
+    assert model.segmenter.prompts[-1].mask_logits is None
+    assert model.segmenter.prompts[-1].box == Box(10, 15, 190, 114)
 
 
 def test_compare_measures_exactly(box, blocks_file):
@@ -147,15 +190,38 @@ def test_compare_measures_exactly(box, blocks_file):
     arguments = {"object_ids": ["obj_1", "obj_2"], "combine": "union"}
     output = box.call("compare_objects", arguments)
     (pair,) = output.result.pairs
-    assert pair.position == ["left_of", "below"]
-    assert pair.distance == 40  # red ends at x 80, blue begins at 120, rows overlap
+    assert pair.position == ["right_of", "above"]
+    # From red's lowest left pixel (70, 44) to blue's highest right one (49, 53).
+    assert pair.distance == round(math.hypot(21, 10) - 1, 1)
     assert pair.iou == pair.a_inside_b == 0
     assert output.result.combined.area == 3600 + 2400
     assert output.masks["obj_3"].area == 6000
     more = box.call("compare_objects", {"object_ids": ["obj_1", "obj_3"], "combine": "subtract"})
     assert more.result.pairs[0].a_inside_b == 1
+    assert more.result.pairs[0].b_inside_a == pytest.approx(0.6)
+    assert more.result.pairs[0].iou == pytest.approx(0.6)
     assert more.result.pairs[0].distance == 0
     assert more.result.combined.area == 0
+    assert more.result.combined.box == [0, 0, 0, 0]
+    empty = {"object_ids": ["obj_1", more.result.combined.object_id], "combine": "intersect"}
+    nothing = box.call("compare_objects", empty)
+    assert nothing.result.pairs[0].distance is None and nothing.result.combined.area == 0
+    assert "obj_1 and obj_4 have no relation: one of the masks is empty" in nothing.text
+
+
+def test_distances_and_combined_boxes_are_in_thousandths_too(model, blocks_file):
+    box = Toolbox(model, coordinates="relative_1000")
+    segment(box, blocks_file, "all blocks")
+    arguments = {"object_ids": ["obj_1", "obj_2"], "combine": "union"}
+    result = box.call("compare_objects", arguments).result
+    assert result.pairs[0].distance == round((math.hypot(21, 10) - 1) / 0.2, 1)
+    assert result.combined.box == [50, 125, 950, 950]
+    assert result.combined.area == 6000
+    located = box.call(
+        "locate_object", {"image": "img_1", "expression": "the red block", "alternates": 2}
+    ).result
+    assert located.objects[0].box == [350, 125, 950, 375]
+    assert [other.box for other in located.alternates] == [[50, 450, 250, 950]]
 
 
 def test_view_is_bounded_and_numbered(box, blocks_file):
@@ -164,7 +230,7 @@ def test_view_is_bounded_and_numbered(box, blocks_file):
     assert max(output.picture.size) <= 100
     assert output.result.shown == {1: "obj_1", 2: "obj_2"}
     cropped = box.call("view_objects", {"object_ids": ["obj_2"], "crop": True})
-    assert cropped.picture.size == (448, 332)  # 77×57 pixels around the blue block, enlarged
+    assert cropped.picture.size == (345, 448)  # 57×74 pixels around the blue block, enlarged
 
 
 def test_saved_files_read_back_exactly(model, blocks_file, tmp_path, truth):
@@ -188,17 +254,24 @@ def test_saved_files_read_back_exactly(model, blocks_file, tmp_path, truth):
         masks = [coco.annToMask(a).astype(bool) for a in coco.loadAnns(coco.getAnnIds())]
         assert np.array_equal(masks[0], truth["the red block"][0].pixels)
         assert np.array_equal(masks[1], truth["the blue block"][0].pixels)
+        red, blue = coco.loadAnns(coco.getAnnIds())
+        assert (red["bbox"], blue["bbox"]) == ([70, 15, 120, 30], [10, 54, 40, 60])
+        assert (red["area"], blue["area"]) == (3600, 2400)
+        assert (red["object_id"], blue["object_id"]) == ("obj_1", "obj_2")
+        assert coco.imgs[1] == {
+            "id": 1, "file_name": "blocks.png", "width": 200, "height": 120,
+        }  # fmt: skip
 
 
 def test_relative_coordinates_go_in_and_out(model, blocks_file, truth):
     box = Toolbox(model, coordinates="relative_1000")
     assert "thousandths" in box.specs()[0].description
     output = segment(box, blocks_file)
-    assert output.result.objects[0].box == pytest.approx([100, 250, 400, 750])
-    points = [{"x": 150, "y": 333}, {"x": 1000, "y": 1000}]
+    assert output.result.objects[0].box == pytest.approx([350, 125, 950, 375])
+    points = [{"x": 400, "y": 208}, {"x": 1000, "y": 1000}]
     told = box.call("is_point_inside_object", {"object_id": "obj_1", "points": points})
     assert [p.answer for p in told.result.points] == ["inside", "outside"]
-    drawn = box.call("segment_with_prompts", {"image": "img_1", "box": [100, 250, 400, 750]})
+    drawn = box.call("segment_with_prompts", {"image": "img_1", "box": [350, 125, 950, 375]})
     assert drawn.masks[drawn.result.objects[0].object_id] == truth["the red block"][0]
 
 
@@ -398,7 +471,7 @@ def test_a_misspelt_argument_names_the_nearest_one(box, name, arguments, nearest
 
 @pytest.mark.parametrize("labels", [("inside", "outside"), ("foreground", "background")])
 def test_both_words_for_a_label_are_understood(box, blocks_file, labels):
-    points = [{"x": 50, "y": 60, "label": labels[0]}, {"x": 130, "y": 60, "label": labels[1]}]
+    points = [{"x": 80, "y": 25, "label": labels[0]}, {"x": 25, "y": 80, "label": labels[1]}]
     output = box.call("segment_with_prompts", {"image": str(blocks_file), "points": points})
     (one,) = output.result.objects
     assert (one.points_inside, one.points_outside) == (1, 1)

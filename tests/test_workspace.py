@@ -1,5 +1,6 @@
 """Handles: given out once, bounded, and never mixed up."""
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -10,6 +11,7 @@ from PIL import Image
 
 from sam4mllm_tool.errors import AccessDenied, Busy, ImageError, InputError, UnknownHandle
 from sam4mllm_tool.images.access import ImagePolicy
+from sam4mllm_tool.protocols import MaskCandidate
 from sam4mllm_tool.tools.workspace import ObjectRecord, Workspace
 from sam4mllm_tool.types import Box, Mask
 
@@ -35,6 +37,38 @@ def test_a_changed_file_is_read_again(tmp_path):
     first = workspace.open_image(path)
     picture(2).save(path)
     assert workspace.open_image(path).image_id != first.image_id
+
+
+@pytest.mark.parametrize("what", ["mtime", "inode", "size"])
+def test_one_difference_is_enough_to_read_a_file_again(tmp_path, what):
+    path, other = tmp_path / "p.bmp", tmp_path / "other.bmp"
+    picture(1).save(path)
+    before = path.stat()
+    workspace = Workspace()
+    first = workspace.open_image(path)
+    if what == "mtime":  # written in place, as many bytes
+        picture(2).save(path)
+        os.utime(path, ns=(0, before.st_mtime_ns + 1))
+    elif what == "inode":
+        picture(2).save(other)
+        os.utime(other, ns=(0, before.st_mtime_ns))
+        other.replace(path)
+    else:
+        picture(2, side=65).save(path)
+        os.utime(path, ns=(0, before.st_mtime_ns))
+    after = path.stat()
+    assert (before.st_mtime_ns != after.st_mtime_ns) == (what == "mtime")
+    assert (before.st_ino != after.st_ino) == (what == "inode")
+    assert (before.st_size != after.st_size) == (what == "size")
+    assert workspace.open_image(path).image.array[0, 0, 0] == 2
+    assert workspace.open_image(path).image_id != first.image_id
+
+
+def test_an_unchanged_file_is_not_decoded_again(blocks_file, monkeypatch):
+    workspace = Workspace()
+    first = workspace.open_image(blocks_file)
+    monkeypatch.setattr("sam4mllm_tool.tools.workspace.load_image", None)
+    assert workspace.open_image(str(blocks_file)) is first
 
 
 def test_a_known_file_is_still_subject_to_the_policy(tmp_path, blocks_file):
@@ -86,6 +120,47 @@ def test_an_object_too_large_for_the_workspace_is_an_input_error():
     workspace = Workspace(max_bytes=200_000)
     with pytest.raises(InputError, match="too large"):
         workspace.open_image(picture(5, side=600))
+
+
+def drawn(side: int = 64) -> MaskCandidate:
+    mask = Mask(np.ones((side, side), bool))
+    return MaskCandidate(mask, np.zeros((side, side), np.float32), 0.9)
+
+
+def test_objects_weigh_what_their_masks_and_logits_take():
+    workspace = Workspace()
+    workspace.add_object(ObjectRecord("img_1", "bare", Box(0, 0, 1, 1)))
+    assert workspace.bytes_kept == 4096
+    one = drawn()
+    workspace.add_object(ObjectRecord("img_1", "combined", Box(0, 0, 1, 1), mask=one.mask))
+    assert workspace.bytes_kept == 2 * 4096 + 64 * 64
+    workspace.add_object(ObjectRecord("img_1", "drawn", Box(0, 0, 1, 1), drawn=one, mask=one.mask))
+    assert workspace.bytes_kept == 3 * 4096 + 2 * 64 * 64 + 4 * 64 * 64
+    workspace.open_image(picture(1, side=10))
+    assert workspace.bytes_kept == 4 * 4096 + 6 * 64 * 64 + 300
+
+
+def test_logits_count_for_what_is_forgotten():
+    workspace = Workspace(max_bytes=2 * 3 * (4096 + 5 * 64 * 64))
+    for n in range(4):
+        one = drawn()
+        workspace.add_object(
+            ObjectRecord("img_1", str(n), Box(0, 0, 1, 1), drawn=one, mask=one.mask)
+        )
+    assert [one.object_id for one in workspace.objects()] == ["obj_2", "obj_3", "obj_4"]
+    with pytest.raises(UnknownHandle, match="obj_1 has expired") as caught:
+        workspace.object("obj_1")
+    assert "Still known: obj_2, obj_3, obj_4" in caught.value.hint
+
+
+def test_objects_are_listed_by_image_in_the_order_they_were_made():
+    workspace = Workspace()
+    for name, image_id in [("a", "img_1"), ("b", "img_2"), ("c", "img_1")]:
+        workspace.add_object(ObjectRecord(image_id, name, Box(0, 0, 1, 1)))
+    workspace.update_object(replace(workspace.object("obj_1"), name="A", number=99))
+    workspace.object("obj_1")
+    assert [one.name for one in workspace.objects()] == ["A", "b", "c"]
+    assert [one.number for one in workspace.objects("img_1")] == [1, 3]
 
 
 def test_handles_from_many_threads_are_all_different_and_right():
