@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -341,31 +342,91 @@ def test_numbers_are_smoothed_and_brackets_weigh_little(base: Path) -> None:
     tokenizer = load_processor(base).tokenizer
     convert = tokenizer.convert_tokens_to_ids
     loss = TokenLoss(tokenizer, spread=2.0)
-    targets = torch.tensor([convert("500"), convert("Yes"), convert(","), convert("</s>")])
-    logits = torch.zeros(4, len(tokenizer))
-    logits[0, convert("503")] = 5.0
+    targets = torch.tensor([convert(t) for t in ("[", "500", ",", "Yes", ",", "500", "</s>")])
+    logits = torch.zeros(7, len(tokenizer))
+    logits[1, convert("503")] = logits[5, convert("503")] = 5.0
     mean, each = loss(logits, targets)
-    # Each token's own loss is plain cross-entropy, but that a number's is spread over neighbours.
+    # Each token's own loss is plain cross-entropy, but that a coordinate's is spread over
+    # neighbours. The last number stands in no brackets.
     logs = torch.log_softmax(logits, -1)
     near = torch.exp(-0.5 * ((torch.arange(1000) - 500) / 2.0) ** 2)
     first = convert("000")
-    smoothed = -(near / near.sum() * logs[0, first : first + 1000]).sum()
-    uniform = torch.log(torch.tensor(float(len(tokenizer))))
-    torch.testing.assert_close(each, torch.stack([smoothed, uniform, uniform, uniform]))
-    weights = torch.tensor([NUMBER, 1.0, PUNCTUATION, END])
+    expected = -logs.gather(1, targets[:, None])[:, 0]
+    expected[1] = -(near / near.sum() * logs[1, first : first + 1000]).sum()
+    torch.testing.assert_close(each, expected)
+    weights = torch.tensor([1.0, NUMBER, PUNCTUATION, 1.0, 1.0, 1.0, END])
     torch.testing.assert_close(mean, (each * weights).sum() / weights.sum())
     far = logits.clone()
-    far[0, convert("503")], far[0, convert("560")] = 0.0, 5.0
-    assert loss(far, targets)[1][0] > each[0] + 0.2  # a near miss costs less than a far one
+    far[1, convert("503")], far[1, convert("560")] = 0.0, 5.0
+    assert loss(far, targets)[1][1] > each[1] + 0.2  # a near miss costs less than a far one
 
 
-def test_numbers_of_several_tokens_are_not_smoothed() -> None:
-    class Digits:
-        def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int]:
-            return 0 if isinstance(tokens, str) else [0] * len(tokens)
+BOXES = "[281,251,863,999] [299,300,007,020]"
 
-    with pytest.raises(InputError, match="smoothed"):
-        TokenLoss(Digits())
+
+@pytest.mark.parametrize("family", ["llama3", "qwen"])
+def test_smoothing_on_published_vocabularies(family: str) -> None:
+    """Llama-3 writes 281 as one token, its ids in no order; Qwen as three digits."""
+    import real_vocabularies
+
+    tokenizer = getattr(real_vocabularies, family)()
+    loss = TokenLoss(tokenizer, spread=4.0)
+    assert loss.width == {"llama3": 1, "qwen": 3}[family]
+    said = tokenizer(f"In 1999, 128 (or 12) dogs. {BOXES}", add_special_tokens=False)
+    targets = torch.tensor([*said["input_ids"], tokenizer.eos_token_id])
+    numbers = [281, 251, 863, 999, 299, 300, 7, 20]
+    starts, found = loss._coordinates(targets)
+    assert found.tolist() == numbers
+    logits = torch.randn(len(targets), len(tokenizer), generator=torch.Generator().manual_seed(1))
+    _, each = loss(logits, targets)
+    logs = torch.log_softmax(logits, -1)
+    plain = -logs.gather(1, targets[:, None])[:, 0]
+    smoothed = {int(start) + digit for start in starts for digit in range(loss.width)}
+    others = [place for place in range(len(targets)) if place not in smoothed]
+    torch.testing.assert_close(each[others], plain[others])
+    for start, number in zip(starts.tolist(), numbers, strict=True):
+        bell = [math.exp(-0.5 * ((n - number) / 4.0) ** 2) for n in range(1000)]
+        for digit in range(loss.width):
+            # All numbers that begin as this one does, each asked of the tokenizer by itself.
+            total = value = 0.0
+            for n in range(1000):
+                if digit and f"{n:03d}"[:digit] != f"{number:03d}"[:digit]:
+                    continue
+                piece = f"{n:03d}"[digit] if loss.width == 3 else f"{n:03d}"
+                value -= bell[n] * float(
+                    logs[start + digit, tokenizer.convert_tokens_to_ids(piece)]
+                )
+                total += bell[n]
+            assert float(each[start + digit]) == pytest.approx(value / total, rel=1e-4), number
+
+
+def test_vocabularies_whose_numbers_are_neither_are_left_alone() -> None:
+    """Byte-pair merges of two digits; and a bracket that is one token with a digit."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    letters = list("0123456789[],()")
+    for merged in (("2", "8"), ("[", "0")):
+        vocabulary = {text: n for n, text in enumerate([*letters, "".join(merged)])}
+        backend = Tokenizer(BPE(vocabulary, [merged]))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="]")
+        with pytest.raises(InputError, match="cannot be smoothed"):
+            TokenLoss(tokenizer)
+
+
+def test_training_without_smoothable_numbers_goes_on_plainly_and_says_so(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise InputError("coordinates cannot be smoothed: so it is")
+
+    monkeypatch.setattr("sam4mllm_tool.training.lora.TokenLoss", refuse)
+    found = list(conversations(_examples()[:1], PQPP))
+    recipe = replace(PRESETS["small"], rank=2)
+    train(base, found, tmp_path, recipe, PQPP, device="cpu")
+    assert "so it is" in caplog.text and "plain cross-entropy" in caplog.text
+    assert json.loads((tmp_path / "sam4mllm.json").read_text())["lora"]["smoothing"] == 0
 
 
 def test_only_lora_and_projector_learn(base: Path) -> None:

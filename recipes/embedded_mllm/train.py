@@ -216,7 +216,7 @@ def main() -> None:
         state["step"] += 1
         state["pictures"] += len(pictures)
         topics, right = packed.topics[chosen].numpy(), (logits.argmax(-1) == targets).numpy()
-        decisive = (loss_of.weights[targets] > 0.3).numpy()
+        decisive = (loss_of.weigh(targets) > 0.3).numpy()
         for topic in range(len(TOPICS)):
             mine = (topics == topic) & decisive
             sums[topic] += mine.sum(), right[mine].sum(), each.numpy()[mine].sum()

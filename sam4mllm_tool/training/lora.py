@@ -8,6 +8,7 @@ stands on and how it was made (``sam4mllm.json``), so that it can be loaded with
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -38,6 +39,7 @@ from sam4mllm_tool.training.dialogues import Conversation, Recipe
 from sam4mllm_tool.training.progress import HeldOut
 from sam4mllm_tool.training.token_loss import SPREAD, TokenLoss
 
+_log = logging.getLogger(__name__)
 IGNORED = -100
 PROJECTORS = ("multi_modal_projector", "resampler", "connector", "merger", "mlp1")
 """Names under which model families keep what lies between picture and text."""
@@ -338,6 +340,7 @@ def train(
     model = adapt(load_model(Path(base), placement), recipe)
     if start is not None:
         take_over(model, start)
+    recipe, token_loss = _loss_of(recipe, processor.tokenizer)
     encoder = ConversationEncoder(processor, data, recipe.longest)
     arguments = TrainingArguments(
         output_dir=str(out / "checkpoints"),
@@ -371,7 +374,7 @@ def train(
         train_dataset=ConversationSet(conversations, encoder),
         eval_dataset=ConversationSet(held_out, encoder) if held_out else None,
         callbacks=callbacks,
-        compute_loss_func=_smoothed(processor.tokenizer, recipe) if recipe.smoothing else None,
+        compute_loss_func=_as_trainer_calls(token_loss) if token_loss else None,
     )
     if examined is not None:
         trainer.measure = partial(examined.measure, model.get_base_model(), processor, data.format)
@@ -384,9 +387,19 @@ def train(
     return out
 
 
-def _smoothed(tokenizer: Any, recipe: LoraRecipe) -> Callable[..., Tensor]:
+def _loss_of(recipe: LoraRecipe, tokenizer: Any) -> tuple[LoraRecipe, TokenLoss | None]:
+    """The smoothed loss, or a recipe without it where the vocabulary does not allow it."""
+    if not recipe.smoothing:
+        return recipe, None
+    try:
+        return recipe, TokenLoss(tokenizer, recipe.smoothing)
+    except InputError as error:
+        _log.warning("%s; training with plain cross-entropy", error.message)
+        return replace(recipe, smoothing=0.0), None
+
+
+def _as_trainer_calls(token_loss: TokenLoss) -> Callable[..., Tensor]:
     """The loss as ``Trainer`` calls it, in place of the model's own."""
-    token_loss = TokenLoss(tokenizer, recipe.smoothing)
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         spoken = labels[:, 1:] != IGNORED

@@ -1,12 +1,17 @@
 """Cross-entropy that knows numbers: near misses cost less, and punctuation hardly counts.
 
-For vocabularies in which each of 000 … 999 is one token, as in Llama-3's and the embedded model's.
+A coordinate's target is a bell over its neighbours on the number line. How a vocabulary writes
+000 … 999 is looked up in it: as one token each (Llama-3's groups of three digits, the embedded
+model's words) the bell lies on those tokens; as three digits (Qwen's, Gemma's) each digit's target
+is the bell's share of the numbers that go on like that, given the digits before it. Numbers outside
+brackets, as in an answer about a year, are no coordinates and stay as they are.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -17,6 +22,7 @@ SPREAD = 6.0
 """Standard deviation, in steps of the number line, of the label smoothing of coordinates."""
 NUMBER, PUNCTUATION, END = 0.6, 0.05, 0.2
 """Weights of coordinates, of what stands between them, and of the end of a turn."""
+NUMBERS = 1000
 
 
 class TokenLoss:
@@ -27,36 +33,115 @@ class TokenLoss:
         spread: see :data:`SPREAD`.
 
     Raises:
-        InputError: its numbers are not one token each.
+        InputError: its numbers are neither one token each nor three digits.
     """
 
     def __init__(self, tokenizer: Any, spread: float = SPREAD) -> None:
-        convert = tokenizer.convert_tokens_to_ids
-        self.first = convert("000")
-        if convert([f"{n:03d}" for n in range(1000)]) != list(range(self.first, self.first + 1000)):
-            raise InputError(
-                "coordinates cannot be smoothed: 000 … 999 are not a row of tokens here",
-                hint="Train with plain cross-entropy (smoothing 0).",
-            )
-        steps = torch.arange(1000)
-        near = torch.exp(-0.5 * ((steps[:, None] - steps) / spread) ** 2)
-        self.near = near / near.sum(1, keepdim=True)
-        self.weights = torch.ones(len(tokenizer) + 64)
-        self.weights[self.first : self.first + 1000] = NUMBER
-        for token in (",", "]", "Ċ", "(", "Ġ(", ")"):
-            if token in tokenizer.get_vocab():
-                self.weights[convert(token)] = PUNCTUATION
-        self.weights[tokenizer.eos_token_id] = END
+        written = number_tokens(tokenizer)
+        self.width = len(written[0])
+        alphabet = list(dict.fromkeys(token for tokens in written for token in tokens))
+        size = len(tokenizer) + 64
+        self.alphabet = torch.tensor(alphabet)
+        self.place = torch.full((size,), -1)
+        self.place[self.alphabet] = torch.arange(len(alphabet))
+        self.near = _soft_targets(written, alphabet, spread)
+        texts = [_plain(text) for text in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
+        self.opens = _marked(size, (text.endswith(("[", "(", ",")) for text in texts))
+        self.closes = _marked(size, (text.startswith((",", "]", ")")) for text in texts))
+        self.between = _marked(size, (bool(text) and set(text) <= set(" (,)]") for text in texts))
+        self.end = int(tokenizer.eos_token_id)
 
     def __call__(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, V) logits and N targets → the weighted mean, and each token's own loss."""
+        """(N, V) logits and N targets in their order → the weighted mean, and each token's loss."""
         logs = functional.log_softmax(logits.float(), -1)
         each = -logs.gather(1, targets[:, None])[:, 0]
-        number = (targets >= self.first) & (targets < self.first + 1000)
-        steps = targets[number] - self.first
-        near = self.near.to(logs.device)[steps]
-        each = each.masked_scatter(
-            number, -(near * logs[number, self.first : self.first + 1000]).sum(-1)
-        )
-        weights = self.weights.to(logs.device)[targets]
+        starts, numbers = self._coordinates(targets)
+        near, alphabet = self.near.to(logs.device), self.alphabet.to(logs.device)
+        for digit in range(self.width):
+            places = starts + digit
+            smoothed = -(near[numbers, digit] * logs[places][:, alphabet]).sum(-1)
+            each = each.index_put((places,), smoothed)
+        weights = self.weigh(targets)
         return (each * weights).sum() / weights.sum(), each.detach()
+
+    def weigh(self, targets: Tensor) -> Tensor:
+        """How much each of N targets, in their order, counts in the mean."""
+        starts, _ = self._coordinates(targets)
+        weights = torch.ones(len(targets), device=targets.device)
+        weights[targets == self.end] = END
+        beside = torch.zeros_like(targets, dtype=torch.bool)
+        beside[starts - 1] = beside[starts + self.width] = True
+        weights[beside & self._of(self.between, targets)] = PUNCTUATION
+        for digit in range(self.width):
+            weights[starts + digit] = NUMBER / self.width
+        return weights
+
+    def _coordinates(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Where numbers between brackets or commas begin among the targets, and which they are."""
+        width, places = self.width, self._of(self.place, targets)
+        if len(targets) < width + 2:
+            return targets[:0], targets[:0]
+        windows = places.unfold(0, width, 1)[1:-1]
+        good = (
+            (windows >= 0).all(1)
+            & self._of(self.opens, targets)[: -width - 1]
+            & self._of(self.closes, targets)[width + 1 :]
+        )
+        base = round(NUMBERS ** (1 / width))
+        powers = base ** torch.arange(width - 1, -1, -1, device=targets.device)
+        return torch.nonzero(good)[:, 0] + 1, (windows[good] * powers).sum(1)
+
+    @staticmethod
+    def _of(table: Tensor, targets: Tensor) -> Tensor:
+        return table.to(targets.device)[targets]
+
+
+def number_tokens(tokenizer: Any) -> list[list[int]]:
+    """The tokens of 000 … 999 between brackets and commas: one each, or three digits each.
+
+    Raises:
+        InputError: neither; some numbers have two tokens, say, or share one with a bracket.
+    """
+    written = []
+    for number in range(NUMBERS):
+        text = f"[{number:03d},{number:03d}]"
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        written.append(
+            [token for token, (start, end) in zip(found["input_ids"], found["offset_mapping"],
+                                                  strict=True) if 1 <= start < end <= 4]
+        )  # fmt: skip
+    lengths = {len(tokens) for tokens in written}
+    distinct = {token for tokens in written for token in tokens}
+    if (lengths, len(distinct)) not in (({1}, NUMBERS), ({3}, 10)):
+        raise InputError(
+            "coordinates cannot be smoothed: 000 … 999 are neither one token nor three digits each "
+            f"in this vocabulary, but {min(lengths)} to {max(lengths)} tokens",
+            hint="Train with plain cross-entropy (smoothing 0).",
+        )
+    return written
+
+
+def _soft_targets(written: list[list[int]], alphabet: list[int], spread: float) -> Tensor:
+    """(numbers, tokens per number, alphabet): the target of each token of each number."""
+    steps = np.arange(NUMBERS)
+    bell = np.exp(-0.5 * ((steps[:, None] - steps) / spread) ** 2)
+    places = {token: place for place, token in enumerate(alphabet)}
+    tokens = np.array([[places[token] for token in some] for some in written])
+    found = np.zeros((NUMBERS, tokens.shape[1], len(alphabet)), np.float32)
+    for digit in range(tokens.shape[1]):
+        # Numbers that agree in all digits before this one, and what each has here.
+        prefix = (tokens[:, None, :digit] == tokens[None, :, :digit]).all(-1)
+        np.add.at(found[:, digit].T, tokens[:, digit], (bell * prefix).T)
+    return torch.from_numpy(found / found.sum(-1, keepdims=True))
+
+
+def _plain(token: str | None) -> str:
+    """A token's text, a leading space as a space."""
+    return (token or "").replace("Ġ", " ").replace("▁", " ")
+
+
+def _marked(size: int, values: Any) -> Tensor:
+    found = torch.zeros(size, dtype=torch.bool)
+    marks = torch.tensor(list(values), dtype=torch.bool)
+    found[: len(marks)] = marks
+    return found
