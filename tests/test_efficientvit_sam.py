@@ -15,7 +15,10 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from sam4mllm_tool import embedded
+from sam4mllm_tool.cli import app
 from sam4mllm_tool.errors import BackendError, CheckpointError
 from sam4mllm_tool.pipeline.model import load
 from sam4mllm_tool.protocols import Segmenter, SegmentPrompt
@@ -332,3 +335,13 @@ def test_dtypes_that_are_refused(base, dtype):
     with pytest.raises(CheckpointError, match=r"float16|dtype") as caught:
         load_segmenter(base, dtype=dtype, device="cpu")
     assert "bfloat16" in caught.value.hint
+
+
+@pytest.mark.parametrize("command", [("segment", "DEMO", "the tree"), ("eval", "sam")])
+def test_the_command_line_takes_a_decoder(command, base, tmp_path):
+    """Laid over as in Python: one that does not fit is named."""
+    arguments = [str(embedded.DEMO / "demo.png") if part == "DEMO" else part for part in command]
+    torch.save({"lm_head.weight": torch.ones(2, 2)}, tmp_path / "other.pt")
+    arguments += ["--sam", str(base), "--sam-decoder", str(tmp_path / "other.pt")]
+    caught = CliRunner().invoke(app, [*arguments, "--device", "cpu"]).exception
+    assert isinstance(caught, CheckpointError) and "other.pt" in caught.message

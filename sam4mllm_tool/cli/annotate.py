@@ -13,6 +13,7 @@ from sam4mllm_tool.cli.common import (
     FormatOption,
     JsonOption,
     MllmOption,
+    SamDecoderOption,
     SamOption,
     console,
     counted,
@@ -38,6 +39,7 @@ def annotate(
     adapter: AdapterOption = None,
     format: FormatOption = None,
     sam: SamOption = "embedded",
+    sam_decoder: SamDecoderOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
@@ -48,7 +50,14 @@ def annotate(
 
     texts = read_expressions(expressions)
     total = len(plan(folder, texts))
-    model = load(mllm, adapter=adapter, format=format, segmenter=sam, device=device)
+    model = load(
+        mllm,
+        adapter=adapter,
+        format=format,
+        segmenter=sam,
+        device=device,
+        segmenter_options={"decoder": sam_decoder},
+    )
     with counted("pictures", total, quiet=as_json) as advance:
         done = run(model, folder, texts, out, count=count, on_picture=advance)
     number = len(done.document["annotations"])

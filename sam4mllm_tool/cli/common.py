@@ -36,7 +36,16 @@ FormatOption = Annotated[
 ]  # fmt: skip
 AdapterOption = Annotated[str | None, typer.Option(help="PEFT adapter over the MLLM.")]
 SamOption = Annotated[
-    str, typer.Option("--sam", help="'embedded', a segment-anything checkpoint, or a SAM family.")
+    str,
+    typer.Option(
+        "--sam",
+        help="'embedded', a checkpoint file of segment-anything or EfficientViT-SAM, or a "
+        "directory or hub id of a transformers SAM.",
+    ),
+]
+SamDecoderOption = Annotated[
+    str | None,
+    typer.Option("--sam-decoder", help="File of fine-tuned weights laid over a --sam file's."),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 

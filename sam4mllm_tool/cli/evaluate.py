@@ -20,6 +20,7 @@ from sam4mllm_tool.cli.common import (
     FormatOption,
     JsonOption,
     MllmOption,
+    SamDecoderOption,
     SamOption,
     console,
     counted,
@@ -43,6 +44,7 @@ def sam_command(
         str, typer.Option(help="sam; or crowded: smaller, more and more hidden things.")
     ] = "sam",
     sam: SamOption = "embedded",
+    sam_decoder: SamDecoderOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -50,7 +52,7 @@ def sam_command(
     from sam4mllm_tool.evaluation.sam import evaluate_sam
     from sam4mllm_tool.segmenter import load_segmenter
 
-    drawn, segmenter = _world(world), load_segmenter(sam, device=device)
+    drawn, segmenter = _world(world), load_segmenter(sam, decoder=sam_decoder, device=device)
     with nullcontext() if as_json else console.status("measuring …"):
         report = evaluate_sam(segmenter, seed=seed, objects=objects, world=drawn).to_json()
     if as_json:
@@ -114,6 +116,7 @@ def scenes_command(
     adapter: AdapterOption = None,
     format: FormatOption = None,
     sam: SamOption = "embedded",
+    sam_decoder: SamDecoderOption = None,
     device: DeviceOption = "auto",
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run: kept, resumed. Else nothing is kept.")
@@ -126,7 +129,7 @@ def scenes_command(
     from sam4mllm_tool.scenes.expressions import Kind
 
     drawn = _world(world)
-    model = _load(mllm, adapter, format, sam, device, points, candidates)
+    model = _load(mllm, adapter, format, sam, sam_decoder, device, points, candidates)
     limit = per_kind * len(get_args(Kind)) if per_kind else limit
     with _folder(out) as folder, counted("expressions", limit, quiet=as_json) as on_case:
         report = evaluate_scenes(
@@ -155,6 +158,7 @@ def _benchmark_command(name: str, splits: tuple[str, ...]) -> Callable[..., None
         adapter: AdapterOption = None,
         format: FormatOption = None,
         sam: SamOption = "embedded",
+        sam_decoder: SamDecoderOption = None,
         device: DeviceOption = "auto",
         out: Annotated[
             Path | None, typer.Option(help="Folder of the run; default runs/NAME-SPLIT-PROTOCOL.")
@@ -168,7 +172,7 @@ def _benchmark_command(name: str, splits: tuple[str, ...]) -> Callable[..., None
 
         rules = get_protocol(protocol).with_rules(rule)
         check_present(name, data, split)
-        model = _load(mllm, adapter, format, sam, device, points, candidates)
+        model = _load(mllm, adapter, format, sam, sam_decoder, device, points, candidates)
         folder = out or Path("runs") / "-".join([name, split, *rules.name.split()])
         with counted("expressions", limit, quiet=as_json) as on_case:
             report = evaluate_benchmark(
@@ -199,6 +203,7 @@ def _load(
     adapter: str | None,
     format: str | None,
     sam: str,
+    sam_decoder: str | None,
     device: str,
     points: int,
     candidates: str,
@@ -207,7 +212,13 @@ def _load(
 
     settings = Settings(points=points, candidates=candidates, budget=points)
     return load(
-        mllm, adapter=adapter, format=format, segmenter=sam, device=device, settings=settings
+        mllm,
+        adapter=adapter,
+        format=format,
+        segmenter=sam,
+        device=device,
+        settings=settings,
+        segmenter_options={"decoder": sam_decoder},
     )
 
 

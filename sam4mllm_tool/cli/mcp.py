@@ -14,6 +14,7 @@ from sam4mllm_tool.cli.common import (
     DeviceOption,
     FormatOption,
     MllmOption,
+    SamDecoderOption,
     SamOption,
 )
 from sam4mllm_tool.errors import InputError
@@ -93,6 +94,7 @@ def mcp(
     adapter: AdapterOption = None,
     format: FormatOption = None,
     sam: SamOption = "embedded",
+    sam_decoder: SamDecoderOption = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Serve the tools to MCP clients (needs the extra 'mcp')."""
@@ -109,7 +111,14 @@ def mcp(
     def load_models() -> Sam4MLLM:
         from sam4mllm_tool.pipeline.model import load
 
-        return load(mllm, adapter=adapter, format=format, segmenter=sam, device=device)
+        return load(
+            mllm,
+            adapter=adapter,
+            format=format,
+            segmenter=sam,
+            device=device,
+            segmenter_options={"decoder": sam_decoder},
+        )
 
     mcp_server.serve(
         load_models,

@@ -12,6 +12,7 @@ from sam4mllm_tool.cli.common import (
     FormatOption,
     JsonOption,
     MllmOption,
+    SamDecoderOption,
     SamOption,
     console,
     points_table,
@@ -33,6 +34,7 @@ def probe(
     adapter: AdapterOption = None,
     format: FormatOption = None,
     sam: SamOption = "embedded",
+    sam_decoder: SamDecoderOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -42,7 +44,14 @@ def probe(
 
     picture = load_image(image).image
     points = [_point(text) for text in point] if point else None
-    model = load(mllm, adapter=adapter, format=format, segmenter=sam, device=device)
+    model = load(
+        mllm,
+        adapter=adapter,
+        format=format,
+        segmenter=sam,
+        device=device,
+        segmenter_options={"decoder": sam_decoder},
+    )
     if points:
         check_image_points(points, picture)
     location = model.locate(picture, expression)

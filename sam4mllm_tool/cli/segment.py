@@ -16,6 +16,7 @@ from sam4mllm_tool.cli.common import (
     FormatOption,
     JsonOption,
     MllmOption,
+    SamDecoderOption,
     SamOption,
     known_strategy,
     print_json,
@@ -41,6 +42,7 @@ def segment(
     adapter: AdapterOption = None,
     format: FormatOption = None,
     sam: SamOption = "embedded",
+    sam_decoder: SamDecoderOption = None,
     device: DeviceOption = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder for masks and overlay.")] = None,
     trace: Annotated[
@@ -61,7 +63,13 @@ def segment(
     loaded = load_image(image, ImagePolicy(allow_network=network))
     settings = Settings(strategy=strategy, points=points, candidates=candidates, budget=points)
     model = load(
-        mllm, adapter=adapter, format=format, segmenter=sam, device=device, settings=settings
+        mllm,
+        adapter=adapter,
+        format=format,
+        segmenter=sam,
+        device=device,
+        settings=settings,
+        segmenter_options={"decoder": sam_decoder},
     )
     found = model.segment(loaded.image, expression, count=count, source=Path(image).name[:200])
     files = write_files(found, loaded.image, out) if out else []
