@@ -54,10 +54,16 @@ _BLIND = re.compile(
 def answer_part(reply: str) -> str:
     """The reply without the thoughts before it, and inside ``<answer>`` tags if there are any.
 
-    Thoughts that were never closed are kept: then the reply was cut off, and what they hold is
-    all there is.
+    Raises:
+        DialogueError: a thought was opened and never closed; what it considers is no answer.
     """
     text = reply.rsplit("</think>", 1)[-1]
+    if "<think>" in text:
+        raise DialogueError(
+            "the reply ends inside a thought",
+            raw_reply=reply,
+            hint="Let the model think for longer (thought_budget=…).",
+        )
     tagged = re.findall(r"<answer>(.*?)(?:</answer>|$)", text, re.DOTALL | re.IGNORECASE)
     return tagged[-1] if tagged else text
 

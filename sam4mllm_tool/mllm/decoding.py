@@ -54,14 +54,21 @@ class Spoken:
     forks: tuple[Fork, ...] = field(default=(), repr=False)
 
 
-def speak_freely(engine: Engine, spot: Spot, end_ids: Sequence[int], limit: int) -> Spoken:
-    """Greedy reply without a grammar, up to ``limit`` tokens."""
+def speak_freely(
+    engine: Engine, spot: Spot, end_ids: Sequence[int], limit: int, opens: int | None = None
+) -> Spoken | None:
+    """Greedy reply without a grammar, up to ``limit`` tokens.
+
+    ``None`` if it begins with the token ``opens``, which opens a thought.
+    """
     said: list[int] = []
     score = 0.0
     new: tuple[int, ...] = ()
     while len(said) < limit:
         spot, logits = engine.read(spot, new)
         token = int(logits[-1].argmax())
+        if not said and token == opens:
+            return None
         score += float(logits[-1].log_softmax(-1)[token])
         if token in end_ids:
             break
@@ -133,9 +140,11 @@ def speak_alternates(
 
 
 def answer_slots(
-    engine: Engine, spot: Spot, tokens: YesNoTokens, count: int
-) -> tuple[list[YesNo], Spot]:
+    engine: Engine, spot: Spot, tokens: YesNoTokens, count: int, opens: int | None = None
+) -> tuple[list[YesNo], Spot] | None:
     """Answer ``count`` slots as greedy decoding would, several slots a pass (Jacobi iteration).
+
+    ``None`` if the model would rather say the token ``opens`` first, which opens a thought.
 
     All answers are guessed and read at once; up to and including the first slot whose answer
     comes out other than guessed, the answers are what one-by-one decoding gives. From there it
@@ -151,6 +160,8 @@ def answer_slots(
         end = settled if one_by_one else count - 1
         keep = end + 1 - settled
         after, logits = engine.read(spot, (*lead, *answers[start:end]), keep)
+        if settled == 0 and int(logits[0].argmax()) == opens:
+            return None
         picks = guesser.see(settled, answers, logits)
         guessed = answers[settled:end]
         right = next((i for i, said in enumerate(guessed) if said != picks[i]), len(guessed))

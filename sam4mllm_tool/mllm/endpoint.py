@@ -11,20 +11,27 @@ import math
 import re
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from sam4mllm_tool.errors import DialogueError, EndpointError, ProbabilitiesMissing, ThoughtCutOff
 from sam4mllm_tool.formats import DialogueFormat
 from sam4mllm_tool.grammar import Grammar, grammar_regex
-from sam4mllm_tool.mllm.endpoint_check import PROBE, PROBE_DIALOGUE, Examiner, Served
+from sam4mllm_tool.mllm.endpoint_check import (
+    CLOSE,
+    OPEN,
+    PROBE,
+    PROBE_DIALOGUE,
+    Examiner,
+    Served,
+)
 from sam4mllm_tool.mllm.endpoint_client import ChatClient, ServerKind
 from sam4mllm_tool.mllm.endpoint_slots import SlotTokens, likeliest_slot, read_after, read_slots
 from sam4mllm_tool.protocols import NO_NOTES, Dialogue, Reply, YesNoWords
 from sam4mllm_tool.types import RgbImage, YesNo
 
 LONGEST_REPLY = 1024
-_CLOSE = "</think>"
 
 
 class OpenAIEndpointMllm:
@@ -149,12 +156,19 @@ class OpenAIEndpointMllm:
 
     def _served(self) -> Served:
         if not self.client.dialect.slots:
-            return Served(add_start=False, thinks=False, close=None)
+            return Served(add_start=False, thinks=False)
         with self._once:
             return self._served_once()
 
     def _examine_template(self) -> Served:
         served = self._examiner.served()
+        if served.open is not None and not served.thinks:
+            fields = {"return_tokens_as_token_ids": True} | _start(served)
+            choice = self.client.ask(
+                PROBE, PROBE_DIALOGUE, extra_body=fields, max_tokens=1, logprobs=True
+            )[0]
+            content = choice.logprobs.content if choice.logprobs else None
+            served = replace(served, thinks=self._examiner.opens_thought(content, served))
         if self.format_name == "sam4mllm" and not served.thinks:
             self._examiner.check_template()
         return served
@@ -175,13 +189,9 @@ class OpenAIEndpointMllm:
         self, image: RgbImage, dialogue: Dialogue, said: str, request: dict[str, Any]
     ) -> Sequence[Any]:
         """The tokens of one reply, with their log-probabilities and alternatives."""
-        fields = {**request.pop("extra_body", {}), **self._start()}
+        fields = {**request.pop("extra_body", {}), **_start(self._served())}
         choice = self.client.ask(image, dialogue, said=said, extra_body=fields, **request)[0]
         return (choice.logprobs.content if choice.logprobs else None) or []
-
-    def _start(self) -> dict[str, Any]:
-        """The start token, where the served template leaves it to the tokenizer."""
-        return {"add_special_tokens": True} if self._served().add_start else {}
 
     def _answer_after_thought(
         self, image: RgbImage, dialogue: Dialogue, tokens: SlotTokens, count: int
@@ -245,18 +255,18 @@ class OpenAIEndpointMllm:
     ) -> list[Reply]:
         pattern = grammar_regex(grammar) if grammar is not None else None
         extra = self.client.dialect.constrained(pattern) if pattern else {}
-        thinks = self._served().thinks
+        served = self._served()
         choices = self.client.ask(
             image,
             dialogue,
-            extra_body=extra | self._start(),
-            max_tokens=max_tokens + (self.thought_budget if thinks else 0),
+            extra_body=extra | _start(served),
+            max_tokens=max_tokens + (self.thought_budget if served.thinks else 0),
             logprobs=True,
             **sampling,
         )
         replies = []
         for choice in choices:
-            text = self._without_thought(choice.message, thinks)
+            text = self._without_thought(choice.message, served.thinks)
             tokens = _behind_thought((choice.logprobs.content if choice.logprobs else None) or [])
             if pattern is not None:
                 text = self._checked(text, pattern)
@@ -273,9 +283,9 @@ class OpenAIEndpointMllm:
         """
         thought = getattr(message, "reasoning", None) or getattr(message, "reasoning_content", None)
         text: str = message.content or ""
-        if _CLOSE in text:
-            thought, _, text = text.rpartition(_CLOSE)
-        elif text.lstrip().startswith("<think>") or (thinks and not thought):
+        if CLOSE in text:
+            thought, _, text = text.rpartition(CLOSE)
+        elif text.lstrip().startswith(OPEN) or (thinks and not thought):
             raise ThoughtCutOff(raw_reply=text, budget=self.thought_budget)
         if thought and not text.strip():
             raise ThoughtCutOff(raw_reply=str(thought), budget=self.thought_budget)
@@ -300,7 +310,12 @@ class OpenAIEndpointMllm:
         )
 
 
+def _start(served: Served) -> dict[str, Any]:
+    """The start token, where the served template leaves it to the tokenizer."""
+    return {"add_special_tokens": True} if served.add_start else {}
+
+
 def _behind_thought(tokens: Sequence[Any]) -> Sequence[Any]:
     """The tokens behind the last ``</think>``."""
-    closes = [index for index, token in enumerate(tokens) if token.token == _CLOSE]
+    closes = [index for index, token in enumerate(tokens) if token.token == CLOSE]
     return tokens[closes[-1] + 1 :] if closes else tokens

@@ -14,13 +14,14 @@ from typing import Any
 from PIL import Image
 
 from sam4mllm_tool.errors import EndpointError, ProbabilitiesMissing
-from sam4mllm_tool.mllm.endpoint_slots import SlotTokens, read_slots, spellings
+from sam4mllm_tool.mllm.endpoint_slots import SlotTokens, read_slots, spellings, token_id
 from sam4mllm_tool.protocols import Dialogue, Turn, YesNoWords
 from sam4mllm_tool.types import RgbImage
 
 Tokenize = Callable[[dict[str, Any]], dict[str, Any]]
 """A request to ``/tokenize`` without the model's name → its answer."""
 
+OPEN, CLOSE = "<think>", "</think>"
 _SURE = 1 - 1e-5
 _ASKED = Turn("user", "What is in this picture?")
 _REPLY = "[281,251,863,999]"
@@ -35,13 +36,14 @@ class Served:
 
     Attributes:
         add_start: the template does not write the tokenizer's start token, so the server must.
-        thinks: the generation prompt ends inside an opened ``<think>``.
-        close: id of ``</think>``, ``None`` if it is not one token.
+        thinks: a thought comes before each answer.
+        open, close: ids of ``<think>`` and ``</think>``, ``None`` if they are not one token each.
     """
 
     add_start: bool
     thinks: bool
-    close: int | None
+    open: int | None = None
+    close: int | None = None
 
 
 class Examiner:
@@ -58,6 +60,8 @@ class Examiner:
     def served(self) -> Served:
         """Start token and thoughts of the served chat template.
 
+        A template that opens no thought says nothing of a model that opens its thoughts itself.
+
         Raises:
             EndpointError: the server does not answer ``/tokenize``.
         """
@@ -66,13 +70,12 @@ class Examiner:
         )
         start = whole[: whole.index(bare[0])]
         prompt = self._chat([_ASKED])
-        close = self._ids({"prompt": "</think>", "add_special_tokens": False})
-        opened = self._ids({"prompt": "<think>", "add_special_tokens": False})
-        thinks = len(opened) == 1 and opened[0] in prompt[-3:]
-        one = close[0] if len(close) == 1 else None
-        return Served(
-            add_start=bool(start) and prompt[: len(start)] != start, thinks=thinks, close=one
-        )
+        lacks_start = bool(start) and prompt[: len(start)] != start
+        marks = [self._ids({"prompt": mark, "add_special_tokens": False}) for mark in (OPEN, CLOSE)]
+        if any(len(ids) != 1 for ids in marks):
+            return Served(lacks_start, thinks=False)
+        opens, closes = marks[0][0], marks[1][0]
+        return Served(lacks_start, opens in prompt[-3:], opens, closes)
 
     def check_template(self) -> None:
         """Make sure that a reply of the past stands where a reply of the present begins.
@@ -95,6 +98,10 @@ class Examiner:
                 "file beside the adapter.",
                 retryable=False,
             )
+
+    def opens_thought(self, content: Any, served: Served) -> bool:
+        """Whether a reply's first token opens a thought."""
+        return bool(content) and token_id(content[0].token) == served.open
 
     def slot_tokens(self, words: YesNoWords) -> SlotTokens:
         """All spellings of yes and no that are one token in the middle of a reply.

@@ -78,7 +78,7 @@ def read_slots(content: Sequence[Any], tokens: SlotTokens, count: int, name: str
 
 
 def _read_slot(slot: Any, tokens: SlotTokens, name: str) -> YesNo:
-    said = _token_id(slot.token)
+    said = token_id(slot.token)
     if said is None:
         raise EndpointError(
             f"{name} names the token {slot.token!r} by its text",
@@ -97,12 +97,12 @@ def _read_slot(slot: Any, tokens: SlotTokens, name: str) -> YesNo:
 
 
 def _requested(slot: Any, tokens: SlotTokens, name: str) -> YesNo:
-    found = {_token_id(option.token): option.logprob for option in slot.top_logprobs}
+    found = {token_id(option.token): option.logprob for option in slot.top_logprobs}
     missing = [token for token in tokens.both if token not in found]
     if missing:
         raise ProbabilitiesMissing(
             f"{name} gives no probability for token {missing[0]}",
-            hint="It ignores the field 'logprob_token_ids', as vLLM did before July 2026; "
+            hint="It ignores the field 'logprob_token_ids', as vLLM did until mid-2026; "
             "server='vllm-0.12' does without it.",
         )
     return chances((found[i] for i in tokens.yes), (found[i] for i in tokens.no), name)
@@ -118,10 +118,10 @@ def read_after(close: int | None, content: Sequence[Any], tokens: SlotTokens, na
         ThoughtCutOff: the thought was not closed, or no yes or no follows it.
         ProbabilitiesMissing, EndpointError: as of :func:`read_slots`.
     """
-    said = [_token_id(slot.token) for slot in content]
+    said = [token_id(slot.token) for slot in content]
     behind = [i for i, token in enumerate(said) if token is not None and token == close]
     answer = content[behind[-1] + 1 :] if behind else []
-    named = [slot for slot in answer[:_LEAD] if _token_id(slot.token) in tokens.both]
+    named = [slot for slot in answer[:_LEAD] if token_id(slot.token) in tokens.both]
     if not named:
         raise ThoughtCutOff(raw_reply=" ".join(slot.token for slot in content), budget=len(content))
     return _requested(named[0], tokens, name)
@@ -163,7 +163,7 @@ def spellings(words: tuple[str, ...]) -> frozenset[str]:
     return frozenset(cased | {f" {form.strip()}" for form in cased})
 
 
-def _token_id(token: str) -> int | None:
+def token_id(token: str) -> int | None:
     """The id in ``token_id:1234``, as vLLM writes tokens on request."""
     digits = token.removeprefix(_ID)
     return int(digits) if token.startswith(_ID) and digits.isdigit() else None

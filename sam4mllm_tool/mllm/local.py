@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -27,9 +28,11 @@ from sam4mllm_tool.mllm.encoding import DialogueEncoder, Encoded, ImageInputs
 from sam4mllm_tool.mllm.engine import Engine, Spot
 from sam4mllm_tool.mllm.files import find_checkpoint, read_json
 from sam4mllm_tool.mllm.grammar_tokens import TokenGrammar, YesNoTokens, yes_no_tokens
+from sam4mllm_tool.mllm.thoughts import thinking_of
 from sam4mllm_tool.protocols import NO_NOTES, CheckpointNotes, Dialogue, Reply, YesNoWords
 from sam4mllm_tool.types import RgbImage, YesNo
 
+T = TypeVar("T")
 LONGEST_REPLY = 4096
 _USUAL_REPLY = 64
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -54,6 +57,8 @@ class LocalMllm:
         notes: what the checkpoint states about itself.
         cache_bytes: bound for kept keys and values; those of dialogues under way have a bound of
             the same size for themselves.
+        thought_budget: tokens that a thinking model may think before it answers; 0 closes its
+            thoughts at once.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class LocalMllm:
         format_name: str = "sam4mllm",
         notes: CheckpointNotes = NO_NOTES,
         cache_bytes: int = loading.USUAL_CACHE,
+        thought_budget: int = 4096,
     ) -> None:
         self.name = name
         self.format_name = format_name
@@ -75,6 +81,7 @@ class LocalMllm:
         self.engine = Engine(model, cache_bytes)
         self.under_way = ByteBudget(cache_bytes)
         self.end_ids = _end_ids(model, self.encoder)
+        self.thinking = thinking_of(self.encoder, thought_budget)
         self._image_inputs = lru_cache(maxsize=4)(self.encoder.image_inputs)
         self._grammar = lru_cache(maxsize=32)(self._token_grammar)
         self._words = lru_cache(maxsize=32)(self._yes_no_tokens)
@@ -94,6 +101,7 @@ class LocalMllm:
         compile: bool = False,
         cache_bytes: int | None = None,
         reserve_bytes: int = 0,
+        thought_budget: int = 4096,
         name: str | None = None,
     ) -> Self:
         """Load a checkpoint directory or hub id, with an optional PEFT adapter.
@@ -113,6 +121,7 @@ class LocalMllm:
                 same size for dialogues under way; by default 4 GiB, or a quarter of what the
                 device has left beside the weights.
             reserve_bytes: memory of the device to leave for others.
+            thought_budget: as in the constructor.
             name: what reports call it, instead of checkpoint and adapter.
 
         Raises:
@@ -147,6 +156,7 @@ class LocalMllm:
             format_name=notes.get("format", stock.name),
             notes=_checkpoint_notes(notes, folder),
             cache_bytes=cache_bytes,
+            thought_budget=thought_budget,
         )
         found.own_format = None if "format" in notes else stock
         return found
@@ -161,12 +171,20 @@ class LocalMllm:
     ) -> Reply:
         """Greedy reply to the last user turn, restricted to ``grammar`` if one is given.
 
+        Thoughts are no part of the reply, nor of ``max_new_tokens``.
+
         Raises:
+            ThoughtCutOff: the model thought for longer than it may.
             CallCancelled, DeviceOutOfMemory.
         """
         with self._dialogue(image, dialogue, max_new_tokens) as spot:
             if grammar is None:
-                spoken = speak_freely(self.engine, spot, self.end_ids, max_new_tokens)
+                spoken = self._thought_out(
+                    spot,
+                    lambda at, opens: speak_freely(
+                        self.engine, at, self.end_ids, max_new_tokens, opens
+                    ),
+                )
                 free = len(spoken.ids)
             else:
                 spoken = speak(self.engine, spot, self._grammar(grammar), LONGEST_REPLY)
@@ -194,16 +212,20 @@ class LocalMllm:
         """Answers to the last user turn's ``count`` questions, given in one reply.
 
         Each slot is conditioned on the answers before it, each the likelier of yes and no.
-        Probabilities are full-vocabulary softmax values, summed over the words' spellings.
+        Probabilities are full-vocabulary softmax values, summed over the words' spellings. A model
+        that thinks first does so, and is read where its answer begins.
 
         Raises:
+            ThoughtCutOff: the model thought for longer than it may.
             CheckpointError: the tokenizer has no single token for one of the words.
         """
         if count < 1:
             return []
         tokens = self._words(words)
         with self._dialogue(image, dialogue, count) as spot:
-            answers, after = answer_slots(self.engine, spot, tokens, count)
+            answers, after = self._thought_out(
+                spot, lambda at, opens: answer_slots(self.engine, at, tokens, count, opens)
+            )
             self.engine.keep(after)
         return answers
 
@@ -214,11 +236,27 @@ class LocalMllm:
         The picture is prepared before, without the model's turn and without that room.
         """
         encoded, inputs = self._encoded(image, dialogue)
+        opened = self.thinking is not None and self.thinking.is_open(encoded.ids)
+        if self.thinking is not None and opened:
+            reply += self.thinking.budget
         each = self.engine.token_bytes
         # As long as nothing was read, nobody knows how much a token takes: one at a time.
         room = self.under_way.max_bytes if each is None else each * (len(encoded.ids) + reply)
         with self.under_way.held(room):
-            yield self.engine.open(image.digest, encoded, inputs)
+            spot = self.engine.open(image.digest, encoded, inputs)
+            if self.thinking is not None and opened:
+                spot = self.thinking.past(self.engine, spot, self.end_ids)
+            yield spot
+
+    def _thought_out(self, spot: Spot, speak: Callable[[Spot, int | None], T | None]) -> T:
+        """What ``speak`` says at ``spot``; where it would open a thought first, behind that."""
+        said = speak(spot, None if self.thinking is None else self.thinking.open)
+        if said is None:
+            assert self.thinking is not None
+            opened = replace(spot, unread=(*spot.unread, self.thinking.open))
+            said = speak(self.thinking.past(self.engine, opened, self.end_ids), None)
+            assert said is not None
+        return said
 
     def _encoded(self, image: RgbImage, dialogue: Dialogue) -> tuple[Encoded, ImageInputs]:
         inputs = self._image_inputs(image)

@@ -8,18 +8,21 @@ the same; tests and the benchmark hold it to that.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from sam4mllm_tool.errors import ThoughtCutOff
 from sam4mllm_tool.grammar import Grammar
 from sam4mllm_tool.mllm.decoding import Fork, other_ways
+from sam4mllm_tool.mllm.encoding import Encoded, ImageInputs
 from sam4mllm_tool.mllm.engine import finite
 from sam4mllm_tool.mllm.grammar_tokens import Place, TokenGrammar
 from sam4mllm_tool.mllm.local import LONGEST_REPLY, LocalMllm
+from sam4mllm_tool.mllm.thoughts import ANSWER, CLOSE
 from sam4mllm_tool.protocols import Dialogue, Reply, YesNoWords
 from sam4mllm_tool.types import RgbImage, YesNo
 
@@ -79,11 +82,57 @@ class RecomputeMllm(LocalMllm):
     ) -> tuple[list[int], Tensor]:
         """New ids (end of turn included) and the float32 logits each was chosen from."""
         encoded, inputs = self._encoded(image, dialogue)
-        processors = [] if processor is None else [processor]
+        ends = list(self.end_ids)
+        if self.thinking is not None:
+            encoded = replace(encoded, ids=encoded.ids + self._thought(encoded, inputs))
+        return self._generate(
+            encoded, inputs, [] if processor is None else [processor], limit, ends
+        )
+
+    def _thought(self, encoded: Encoded, inputs: ImageInputs) -> tuple[int, ...]:
+        """A thought, closed, and what stands between it and the answer; nothing if there is none.
+
+        Raises:
+            ThoughtCutOff: as of the engine.
+        """
+        thinking = self.thinking
+        assert thinking is not None
+
+        def more(ids: tuple[int, ...], limit: int, ends: list[int]) -> list[int]:
+            longer = replace(encoded, ids=encoded.ids + ids)
+            return self._generate(longer, inputs, [], limit, ends)[0]
+
+        begun: tuple[int, ...] = ()
+        if not thinking.is_open(encoded.ids):
+            begun = tuple(more((), 1, list(self.end_ids)))
+            if begun != (thinking.open,):
+                return ()
+        if thinking.budget == 0:
+            return begun + tuple(self.encoder.encode_continuation(f"\n{CLOSE}\n\n"))
+        said = more(begun, thinking.budget + 1, [thinking.close, *self.end_ids])
+        if said[-1] != thinking.close:
+            raise ThoughtCutOff(raw_reply=self.encoder.decode_continuation(said), budget=len(said))
+        thought = (*begun, *said)
+        longest = 8 + len(self.encoder.encode_continuation(ANSWER))
+        answer = self.encoder.decode_continuation(more(thought, longest, list(self.end_ids)))
+        lead = answer[: len(answer) - len(answer.lstrip())]
+        if answer.lstrip().startswith(ANSWER):
+            lead += ANSWER
+        return thought + tuple(self.encoder.encode_continuation(lead))
+
+    def _generate(
+        self,
+        encoded: Encoded,
+        inputs: ImageInputs,
+        processors: list[LogitsProcessor],
+        limit: int,
+        ends: list[int],
+    ) -> tuple[list[int], Tensor]:
+        """One plain ``model.generate``."""
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=limit,
-            eos_token_id=list(self.end_ids),
+            eos_token_id=ends,
             pad_token_id=self.end_ids[0],
             return_dict_in_generate=True,
             output_logits=True,
