@@ -354,13 +354,14 @@ def test_candidate_points_lie_in_the_visible_part_of_the_box(model, blocks):
     assert jittered != poisson.candidate_points(visible, blocks)
 
 
-def test_a_score_is_the_geometric_mean_over_the_replys_tokens(model, blocks):
+def test_a_likelihood_is_the_geometric_mean_over_the_replys_tokens(model, blocks):
     # The stand-in says -0.1 over 4 tokens, and -3 over 4 for the others.
     (one,) = model.locate(blocks, "the red block", alternates=1).objects
-    assert one.score == pytest.approx(math.exp(-0.1 / 4))
-    assert [other.score for other in one.alternates] == [pytest.approx(math.exp(-3 / 4))]
+    assert one.likelihood == pytest.approx(math.exp(-0.1 / 4))
+    assert [other.likelihood for other in one.alternates] == [pytest.approx(math.exp(-3 / 4))]
     scripted = Sam4MLLM(ScriptedMllm(["[351,126,951,376]"]), ColourSegmenter())
-    assert scripted.locate(blocks, "x").objects[0].score is None
+    (one,) = scripted.locate(blocks, "x").objects
+    assert one.score is None and one.likelihood is None
 
 
 def test_no_more_alternates_than_asked_for_and_never_the_box_itself(model, blocks):
@@ -404,14 +405,18 @@ class RankingMllm(ScriptedMllm):
 def test_verified_boxes_are_ranked_by_their_answers_and_keep_their_scores(blocks):
     replies = ["[050,450,250,950]", "[010,020,030,040]", "[350,125,950,375]"]
     answers = [[YesNo(0.2, 0.7)], [YesNo(0.1, 0.8)], [YesNo(0.6, 0.3)]]
-    model = Sam4MLLM(RankingMllm(replies, answers), ColourSegmenter(), Settings(verified_boxes=3))
+    notes = CheckpointNotes(box_calibration=(1, 0))  # the score is then l / (1 + l)
+    mllm = RankingMllm(replies, answers, notes=notes)
+    model = Sam4MLLM(mllm, ColourSegmenter(), Settings(verified_boxes=3))
     (one,) = model.locate(blocks, "x").objects
     assert one.box == pytest.approx((70, 15, 190, 45))
-    assert one.score == pytest.approx(math.exp(-0.3))
+    assert one.likelihood == pytest.approx(math.exp(-0.3))
+    assert one.score == pytest.approx(math.exp(-0.3) / (1 + math.exp(-0.3)))
     assert [other.box.x_min for other in one.alternates] == pytest.approx([10, 2])
-    assert [other.score for other in one.alternates] == pytest.approx(
-        [math.exp(-0.1), math.exp(-0.2)]
-    )
+    likelihoods = [other.likelihood for other in one.alternates]
+    assert likelihoods == pytest.approx([math.exp(-0.1), math.exp(-0.2)])
+    scores = [other.score for other in one.alternates]
+    assert scores == pytest.approx([one / (1 + one) for one in likelihoods])
 
 
 # -- adaptive: where it asks, and when it stops ----------------------------------------------------
