@@ -329,6 +329,22 @@ def test_adapters_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     assert "convert-adapter" in fails(folder, adapter=strange).hint
 
 
+def test_an_adapter_with_more_than_fits_is_not_loaded_in_part(folder: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = loading.load_model(folder, loading.choose_placement("cpu", "float32"))
+    settings = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    get_peft_model(model, settings).save_pretrained(tmp_path, save_embedding_layers=False)
+    file = tmp_path / "adapter_model.safetensors"
+    whole = load_file(file)
+    LocalMllm.from_pretrained(folder, tmp_path, device="cpu")
+    deeper = "base_model.model.model.language_model.layers.30.self_attn.q_proj.lora_A.weight"
+    save_file({**whole, deeper: torch.zeros(2, 64)}, file)
+    assert "layers.30" in str(fails(folder, adapter=tmp_path))
+    save_file({k: v for k, v in whole.items() if "lm_head" not in k}, file)
+    assert "lm_head" in str(fails(folder, adapter=tmp_path))
+
+
 def test_half_precision_and_eager_attention_run(folder: Path) -> None:
     image = picture(0)
     grammar = FORM.box_grammar(TargetCount.ONE)

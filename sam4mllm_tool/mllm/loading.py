@@ -225,18 +225,21 @@ def load_adapter(model: Any, name: str, *, merge: bool) -> Any:
         if config.is_prompt_learning:
             raise ValueError("prompt-learning adapters have no place in a shared prefix")
         adapted = PeftModel.from_pretrained(model, str(folder))
-        missing = adapted.load_adapter(str(folder), "default").missing_keys
+        loaded = adapted.load_adapter(str(folder), "default")
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise CheckpointError(
             f"the adapter in {folder} cannot be loaded: {error}",
             hint="The adapter must have been saved by peft over this very base model; "
             "'sam4mllm-tool convert-adapter' converts published SAM4MLLM adapters.",
         ) from error
-    lost = [key for key in missing if "lora_" in key]
-    if lost:
+    lost = [k for k in loaded.missing_keys if "lora_" in k or "modules_to_save" in k]
+    strange = list(loaded.unexpected_keys)
+    if lost or strange:
+        what = f"lacks {len(lost)} weights" if lost else f"has {len(strange)} others"
         raise CheckpointError(
-            f"the adapter in {folder} lacks {len(lost)} weights, first {lost[0]}",
-            hint="Its names do not fit this model; 'sam4mllm-tool convert-adapter' converts "
+            f"the adapter in {folder} does not fit this model: it {what}, first "
+            f"{(lost or strange)[0]}",
+            hint="Name the base that it was made for; 'sam4mllm-tool convert-adapter' converts "
             "published SAM4MLLM adapters.",
         )
     return adapted.merge_and_unload() if merge else adapted.get_base_model()
