@@ -26,7 +26,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class Sam4MllmError(Exception):
@@ -173,3 +175,21 @@ def nearest(name: str, known: Iterable[str], what: str) -> str:
     similar = difflib.get_close_matches(name, options, n=1)
     guess = f"Did you mean {similar[0]!r}? " if similar else ""
     return f"{guess}{what}: {', '.join(options) or 'none'}."
+
+
+def check_options(options: Iterable[str], taker: Callable[..., Any]) -> None:
+    """Refuse a misspelt option by name, before anything is loaded.
+
+    Args:
+        options: names that were given.
+        taker: what they will be passed to as keywords.
+
+    Raises:
+        InputError: one that ``taker`` does not have.
+    """
+    known = inspect.signature(taker).parameters
+    for option in options:
+        if option not in known:
+            raise InputError(
+                f"there is no option {option!r} here", hint=nearest(option, known, "Options")
+            )

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from sam4mllm_tool import embedded
 from sam4mllm_tool.cli import app
-from sam4mllm_tool.errors import BackendError, CheckpointError
+from sam4mllm_tool.errors import BackendError, CheckpointError, InputError
 from sam4mllm_tool.pipeline.model import load
 from sam4mllm_tool.protocols import Segmenter, SegmentPrompt
 from sam4mllm_tool.segmenter import load_segmenter
@@ -328,6 +328,12 @@ def test_decoders_that_cannot_be_laid_over(base, tmp_path):
         load_segmenter("embedded", decoder=tmp_path / "decoder.pt", device="cpu")
     with pytest.raises(CheckpointError, match="transformers checkpoint"):
         load_segmenter(tmp_path, decoder=tmp_path / "decoder.pt", device="cpu")
+
+
+def test_a_misspelt_option_is_named():
+    with pytest.raises(InputError, match="decodr") as caught:
+        load(segmenter="absent.pt", segmenter_options={"decodr": "decoder.pt"})
+    assert "'decoder'" in caught.value.hint
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8", "bf16"])

@@ -7,12 +7,10 @@ need its client.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sam4mllm_tool import embedded
-from sam4mllm_tool.errors import InputError, nearest
+from sam4mllm_tool.errors import check_options
 
 if TYPE_CHECKING:
     from sam4mllm_tool.mllm.endpoint import OpenAIEndpointMllm
@@ -51,14 +49,14 @@ def load_mllm(
     if is_address(name):
         from sam4mllm_tool.mllm.endpoint import OpenAIEndpointMllm
 
-        _check_options(options, OpenAIEndpointMllm)
+        check_options(options, OpenAIEndpointMllm)
         if adapter is not None:
             options.setdefault("model", adapter)
         return OpenAIEndpointMllm(name, **options)
     from sam4mllm_tool.mllm.local import LocalMllm, base_of
     from sam4mllm_tool.mllm.oracle import RecomputeMllm
 
-    _check_options(options, LocalMllm.from_pretrained)
+    check_options(options, LocalMllm.from_pretrained)
     if name == embedded.NAME and adapter is not None:
         name = base_of(adapter) or embedded.NAME
     if name == embedded.NAME:
@@ -70,13 +68,3 @@ def load_mllm(
             options.setdefault("merge_adapter", True)  # it will not be trained further: faster
     kind = RecomputeMllm if recompute else LocalMllm
     return kind.from_pretrained(name, adapter=adapter, **options)
-
-
-def _check_options(options: Mapping[str, Any], taker: Callable[..., Any]) -> None:
-    """Refuse a misspelt option by name, before anything is loaded."""
-    known = inspect.signature(taker).parameters
-    for option in options:
-        if option not in known:
-            raise InputError(
-                f"there is no option {option!r} here", hint=nearest(option, known, "Options")
-            )

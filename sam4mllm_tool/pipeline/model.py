@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sam4mllm_tool import embedded
-from sam4mllm_tool.errors import InputError
+from sam4mllm_tool.errors import InputError, check_options
 from sam4mllm_tool.formats import DialogueFormat, get_format
 from sam4mllm_tool.images.loading import ImageLike, to_rgb_image
 from sam4mllm_tool.mllm import is_address, load_mllm
@@ -78,10 +78,12 @@ class Sam4MLLM(DialogueSteps):
             mllm_options: passed on to ``LocalMllm.from_pretrained`` or ``OpenAIEndpointMllm``.
 
         Raises:
+            InputError: an option that the MLLM or the segmenter does not have.
             CheckpointError: a checkpoint is missing, corrupt or of the wrong kind.
             DeviceOutOfMemory: the device is too small for it.
             EndpointError: the server cannot be reached.
         """
+        check_options(segmenter_options or {}, load_segmenter)
         # First the segmenter: what the MLLM's check of memory finds is what is left beside it.
         drawer = load_segmenter(segmenter, device=device, **(segmenter_options or {}))
         if not is_address(mllm):
