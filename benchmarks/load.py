@@ -4,6 +4,9 @@ Run ``python -m benchmarks.load --clients 200 --calls 20 --json``. Every client 
 own whose answer is known; what it gets back is held against the truth and against what a single
 client got. The models are honest stand-ins that take ``--think`` seconds a question
 (``--embedded`` takes the shipped ones, whose answers are held against the single client's only).
+
+``--kills 20`` ends a server that keeps its state with ``kill -9`` that often, at random moments of
+the clients' work, and asks after every restart for every object it had acknowledged.
 """
 
 from __future__ import annotations
@@ -13,20 +16,24 @@ import base64
 import contextlib
 import json
 import math
+import random
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import anyio
 import httpx2
 import psutil
 from mcp import Client, MCPError
+from mcp.client.streamable_http import streamable_http_client
 from PIL import Image, ImageDraw
 
 WIDTH, HEIGHT = 128, 96
@@ -58,10 +65,10 @@ def area(number: int) -> int:
 # -- the server ----------------------------------------------------------------------------------
 
 
-def serve(port: int, clients: int, think: float) -> None:
-    """A server with stand-in models that know every client's block."""
+def serve(port: int, clients: int, think: float, state: Path | None) -> None:
+    """A server with stand-in models that know every client's block; with state, each is a user."""
     import numpy as np
-    from sam4mllm_integrations.mcp_server import HttpSettings
+    from sam4mllm_integrations.mcp_server import Credentials, HttpSettings
     from sam4mllm_integrations.mcp_server import serve as serve_mcp
 
     from sam4mllm_tool.pipeline.model import Sam4MLLM
@@ -83,7 +90,14 @@ def serve(port: int, clients: int, think: float) -> None:
             truth[f"block {number}"] = [Mask(pixels)]
         return Sam4MLLM(Thinking(truth), ColourSegmenter())
 
-    serve_mcp(load, transport="http", http=HttpSettings(port=port))
+    users = {f"client-{number}": token(number) for number in range(clients)} if state else {}
+    http = HttpSettings(port=port, credentials=Credentials(users=users))
+    serve_mcp(load, transport="http", http=http, state=state)
+
+
+def token(number: int) -> str:
+    """The token of client ``number``."""
+    return f"token-of-client-{number}"
 
 
 @contextlib.contextmanager
@@ -262,6 +276,69 @@ async def model_free_seconds(url: str, queued: int, looks: int = 60) -> float:
     return tally.percentile(["view_objects"], 0.95)
 
 
+# -- kill -9 -------------------------------------------------------------------------------------
+
+
+async def survive(kills: int, clients: int, think: float, state: Path) -> dict[str, Any]:
+    """Kill a server at random moments; every acknowledged object has to be there afterwards."""
+    acknowledged: list[dict[str, int]] = [{} for _ in range(clients)]
+    checked = lost = 0
+    chance = random.Random(0)
+
+    async def look(url: str, number: int) -> None:
+        nonlocal checked, lost
+        async with as_user(url, number) as client:
+            for object_id, expected in acknowledged[number].items():
+                checked += 1
+                with contextlib.suppress(MCPError):
+                    uri = f"sam4mllm://masks/{object_id}.json"
+                    (content,) = (await client.read_resource(uri)).contents
+                    document = json.loads(content.text)  # type: ignore[union-attr]
+                    if document["annotations"][0]["area"] == expected:
+                        continue
+                lost += 1
+
+    async def work(url: str, number: int) -> None:
+        arguments = {"image": picture(number), "expression": f"block {number}"}
+        with contextlib.suppress(Exception):
+            async with as_user(url, number) as client:
+                while True:
+                    answer = await client.call_tool("segment_object", arguments)
+                    assert answer.structured_content is not None
+                    (one,) = answer.structured_content["objects"]
+                    acknowledged[number][one["object_id"]] = one["area"]
+
+    for _ in range(kills + 1):
+        port = free_port()
+        command = [sys.executable, "-m", "benchmarks.load", "--serve", str(port), "--state"]
+        command += [str(state), "--clients", str(clients), "--think", str(think)]
+        with server(command, port) as (url, process):
+            async with anyio.create_task_group() as tasks:
+                for number in range(clients):
+                    tasks.start_soon(look, url, number)
+            async with anyio.create_task_group() as tasks:
+                for number in range(clients):
+                    tasks.start_soon(work, url, number)
+                before = sum(map(len, acknowledged))
+                while sum(map(len, acknowledged)) < before + clients:
+                    await anyio.sleep(0.01)
+                await anyio.sleep(chance.uniform(0.0, 1.0))
+                process.kill()
+    handles = sum(map(len, acknowledged))
+    return {"kills": kills, "acknowledged": handles, "checks": checked, "lost": lost}
+
+
+@contextlib.asynccontextmanager
+async def as_user(url: str, number: int) -> AsyncIterator[Client]:
+    """A client that shows its user's token."""
+    headers = {"Authorization": f"Bearer {token(number)}"}
+    async with (
+        httpx2.AsyncClient(headers=headers, timeout=60) as http,
+        Client(streamable_http_client(url, http_client=http)) as client,
+    ):
+        yield client
+
+
 async def measure(
     url: str, process: psutil.Process, clients: int, calls: int, era: str, exact: bool
 ) -> dict[str, Any]:
@@ -305,12 +382,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--era", choices=["legacy", "auto"], default="legacy")
     parser.add_argument("--think", type=float, default=0.005)
     parser.add_argument("--embedded", action="store_true")
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--state", type=Path)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--serve", type=int, metavar="PORT", help=argparse.SUPPRESS)
     parser.add_argument("--busy", metavar="URL", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.serve:
-        serve(args.serve, max(args.clients, 30), args.think)
+        serve(args.serve, max(args.clients, 30), args.think, args.state)
+        return
+    if args.kills:
+        with tempfile.TemporaryDirectory() as folder:
+            state = args.state or Path(folder)
+            print(json.dumps(anyio.run(survive, args.kills, args.clients, args.think, state)))
         return
     if args.busy:
         anyio.run(keep_busy, args.busy, args.clients)

@@ -18,6 +18,7 @@ from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 from sam4mllm_integrations.mcp_work import Limits
 from sam4mllm_tool.errors import Busy
 from sam4mllm_tool.images.access import ImagePolicy
+from sam4mllm_tool.tools.state import StateStore
 from sam4mllm_tool.tools.toolbox import Toolbox
 from sam4mllm_tool.tools.workspace import Workspace
 
@@ -60,15 +61,22 @@ class Clients:
         allow_dirs: folders that clients may read.
         policy: limits, network access, and the folders that clients may write to.
         limits: how many clients, how long, how much memory.
+        state: keeps the workspaces of clients that may come back.
     """
 
     def __init__(
-        self, model: Toolbox, allow_dirs: tuple[Path, ...], policy: ImagePolicy, limits: Limits
+        self,
+        model: Toolbox,
+        allow_dirs: tuple[Path, ...],
+        policy: ImagePolicy,
+        limits: Limits,
+        state: StateStore | None = None,
     ) -> None:
         self._model = model
         self._allow_dirs = allow_dirs
         self._policy = replace(policy, allowed_dirs=allow_dirs, isolated=True)
         self._limits = limits
+        self._state = state
         self._known: dict[str, Client] = {}
         self._last_number = 0
         self._swept = time.monotonic()
@@ -110,6 +118,7 @@ class Clients:
             room=lambda: self._limits.memory_bytes - self.bytes_kept,
             # Handles from before a client was forgotten must not name anything new.
             last_number=self._last_number if returns else 0,
+            state=self._state.workspace(key) if self._state and returns else None,
         )
         return Client(key, self._model.for_workspace(workspace))
 

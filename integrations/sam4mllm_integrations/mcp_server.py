@@ -6,6 +6,7 @@ sam4mllm-tool mcp --allow-dir ~/pictures
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from sam4mllm_tool.errors import InputError
 from sam4mllm_tool.images.access import ImagePolicy
 from sam4mllm_tool.tools.coordinates import Coordinates
 from sam4mllm_tool.tools.registry import ToolSpec
+from sam4mllm_tool.tools.state import StateStore
 
 try:
     from sam4mllm_integrations.mcp_credentials import Credentials, read_tokens
@@ -43,6 +45,7 @@ def serve(
     tools: Sequence[ToolSpec | str] | None = None,
     read_only: bool = False,
     limits: Limits | None = None,
+    state: Path | None = None,
 ) -> None:
     """Serve until interrupted; SIGTERM lets running calls end first.
 
@@ -52,10 +55,13 @@ def serve(
         http: where HTTP listens and who may connect; anything but loopback needs a token.
         allow_dirs, policy, coordinates, mask_links, tools, read_only, limits: see
             :class:`ToolServer`.
+        state: folder for what shall survive the process, see :class:`ToolServer`.
 
     Raises:
-        InputError: an unknown transport, or an open address without a token.
+        InputError: an unknown transport, an open address without a token, or a state folder that
+            another process uses.
     """
+    store = StateStore(state) if state else None
     server = ToolServer(
         load,
         tuple(allow_dirs),
@@ -65,10 +71,15 @@ def serve(
         tools=tools,
         read_only=read_only,
         limits=limits or Limits(),
+        state=store,
     )
     if transport == "stdio":
         anyio.run(serve_stdio, server)
     elif transport == "http":
-        serve_http(server, http or HttpSettings())
+        http = http or HttpSettings()
+        if store:  # cookies from before a restart stay good
+            key = store.secret("cookie_key")
+            http = replace(http, credentials=replace(http.credentials, cookie_key=key))
+        serve_http(server, http)
     else:
         raise InputError(f"unknown transport {transport!r}", hint="Use 'stdio' or 'http'.")

@@ -38,6 +38,7 @@ from sam4mllm_tool.images.isolation import warm_up
 from sam4mllm_tool.masks.files import masks_to_coco
 from sam4mllm_tool.tools.coordinates import Coordinates
 from sam4mllm_tool.tools.registry import ToolSpec
+from sam4mllm_tool.tools.state import StateStore
 from sam4mllm_tool.tools.toolbox import Toolbox
 from sam4mllm_tool.tools.workspace import ObjectRecord, Workspace, labelled_masks
 
@@ -86,6 +87,8 @@ class ToolServer:
             such links to the LLM as pictures, which providers refuse.
         tools, read_only: which tools, see :class:`sam4mllm_tool.tools.toolbox.Toolbox`.
         limits: what clients are granted.
+        state: keeps the workspaces of clients that may come back: over stdio, with users' tokens
+            or cookies. Sessions end with the process, and so do their handles.
     """
 
     load: Callable[[], Sam4MLLM]
@@ -97,6 +100,7 @@ class ToolServer:
     tools: Sequence[ToolSpec | str] | None = None
     read_only: bool = False
     limits: Limits = field(default_factory=Limits)
+    state: StateStore | None = None
 
     def __post_init__(self) -> None:
         self._model = Toolbox(
@@ -107,7 +111,9 @@ class ToolServer:
         self.draining = False
         self.running = 0
         self.answers = 0
-        self._clients = Clients(self._model, tuple(self.allow_dirs), self.policy, self.limits)
+        self._clients = Clients(
+            self._model, tuple(self.allow_dirs), self.policy, self.limits, self.state
+        )
         self._queue = ModelQueue(self.limits.model_calls, self.limits.waiting_calls)
         self._others = anyio.CapacityLimiter(self.limits.other_calls)
         self.watch = Watch(

@@ -67,6 +67,9 @@ def mcp(
     ] = None,
     deadline: Annotated[float, typer.Option(help="Seconds a call may take, all in all.")] = 120.0,
     max_clients: Annotated[int, typer.Option(help="Clients with handles at a time.")] = 1000,
+    state: Annotated[
+        Path | None, typer.Option(help="Folder in which handles survive a restart.")
+    ] = None,
     memory: Annotated[float, typer.Option(help="GiB of pictures and masks kept for all.")] = 4.0,
     allow_dir: Annotated[
         list[Path] | None, typer.Option(help="Folder that may be read; repeatable.")
@@ -133,6 +136,7 @@ def mcp(
             allowed_origins=allowed_origin or (),
             max_body=max_body,
         ),
+        state=state,
         limits=mcp_server.Limits(
             clients=max_clients, memory_bytes=int(memory * 1024**3), call_seconds=deadline
         ),

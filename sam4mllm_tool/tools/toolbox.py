@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,6 +20,7 @@ from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.tools.builtin import BUILTIN_TOOLS
 from sam4mllm_tool.tools.coordinates import Coordinates, Frame
 from sam4mllm_tool.tools.registry import ToolContext, ToolOutput, ToolSpec
+from sam4mllm_tool.tools.state import StateStore
 from sam4mllm_tool.tools.texts import complaint
 from sam4mllm_tool.tools.workspace import Workspace
 
@@ -34,9 +36,11 @@ class Toolbox:
         tools: built-in tools by name, and tools of your own (see
             :mod:`sam4mllm_tool.tools.registry`); all built-in ones by default.
         read_only: leave out tools that write files.
+        state: folder in which the new workspace is kept, so that its handles outlive the process.
 
     Raises:
-        InputError: a name that no built-in tool has, or two tools of one name.
+        InputError: a name that no built-in tool has, two tools of one name, a workspace beside
+            ``state``, or a folder that another process uses.
     """
 
     def __init__(
@@ -47,7 +51,14 @@ class Toolbox:
         coordinates: Coordinates = "pixels",
         tools: Sequence[ToolSpec | str] | None = None,
         read_only: bool = False,
+        state: str | Path | None = None,
     ) -> None:
+        if state is not None:
+            if workspace is not None:
+                raise InputError(
+                    "state is for a new workspace", hint="Give the workspace its own state."
+                )
+            workspace = Workspace(state=StateStore(state).workspace("toolbox"))
         self._context = ToolContext(model, workspace or Workspace(), coordinates)
         self._tools = select_tools(tools, read_only=read_only)
 

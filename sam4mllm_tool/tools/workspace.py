@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,63 +19,16 @@ from cachetools import LRUCache
 from sam4mllm_tool.errors import Busy, InputError, UnknownHandle
 from sam4mllm_tool.images.access import ImagePolicy, readable_path
 from sam4mllm_tool.images.loading import load_image
-from sam4mllm_tool.masks.interop import LabelledMask
-from sam4mllm_tool.pipeline.results import Location
-from sam4mllm_tool.protocols import MaskCandidate
-from sam4mllm_tool.types import Box, Mask, PromptPoint, RgbImage
+from sam4mllm_tool.tools.records import ImageRecord, ObjectRecord, labelled_masks
+from sam4mllm_tool.tools.state import WorkspaceState
+from sam4mllm_tool.types import RgbImage
+
+__all__ = ["ImageRecord", "ObjectRecord", "Workspace", "labelled_masks"]
 
 R = TypeVar("R")
 
 DEFAULT_BYTES = 1024**3
 _OVERHEAD = 4096
-
-
-@dataclass(frozen=True)
-class ImageRecord:
-    """An image an agent may refer to."""
-
-    image_id: str
-    image: RgbImage
-    source: str
-    notes: tuple[str, ...] = ()
-
-    @property
-    def file_name(self) -> str:
-        """What files about it call the picture."""
-        return Path(self.source).name if self.source else self.image_id
-
-
-@dataclass(frozen=True)
-class ObjectRecord:
-    """An object of an image: where it is, what was asked about it, and its mask if drawn.
-
-    Attributes:
-        number: counts the objects of a workspace from 1; what pictures show.
-        location: round 1's dialogue, which round 2 goes on from; ``None`` for an object made from
-            prompts or from other objects' masks.
-        drawn: the chosen mask with its logits, ``None`` until a mask is drawn.
-        mask: the mask; without ``drawn`` for an object made by combining masks.
-    """
-
-    image_id: str
-    name: str
-    box: Box
-    object_id: str = ""
-    number: int = 0
-    score: float | None = None
-    location: Location | None = None
-    points: tuple[PromptPoint, ...] = ()
-    drawn: MaskCandidate | None = None
-    mask: Mask | None = None
-
-
-def labelled_masks(objects: Iterable[ObjectRecord]) -> list[LabelledMask]:
-    """The masks of those objects that have one, as other libraries take them."""
-    return [
-        LabelledMask(one.name, one.mask, one.score, one.object_id)
-        for one in objects
-        if one.mask is not None
-    ]
 
 
 class Workspace:
@@ -86,6 +39,8 @@ class Workspace:
         max_bytes: bound on the pixels, masks and logits kept.
         room: says how many bytes more may be kept, where several workspaces share one bound.
         last_number: handles are numbered from the next one on; those before count as expired.
+        state: keeps everything on disk too; what memory forgets or an earlier process kept is read
+            from there.
     """
 
     def __init__(
@@ -95,6 +50,7 @@ class Workspace:
         max_bytes: int = DEFAULT_BYTES,
         room: Callable[[], int] | None = None,
         last_number: int = 0,
+        state: WorkspaceState | None = None,
     ) -> None:
         self.policy = policy or ImagePolicy()
         self._room = room
@@ -103,7 +59,9 @@ class Workspace:
         self._objects: LRUCache[str, ObjectRecord] = LRUCache(max_bytes // 2, _object_bytes)
         self._by_digest: LRUCache[str, str] = LRUCache(4096)
         self._by_file: LRUCache[tuple[Any, ...], str] = LRUCache(4096)
-        self._numbers = {"img": last_number, "obj": last_number}
+        self._state = state
+        kept = state.numbers() if state else {}
+        self._numbers = {kind: max(last_number, kept.get(kind, 0)) for kind in ("img", "obj")}
 
     @property
     def bytes_kept(self) -> int:
@@ -147,7 +105,10 @@ class Workspace:
         """
         with self._lock:
             if image_id not in self._images:
-                raise self._unknown("img", image_id, list(self._images))
+                kept = self._state.image(image_id) if self._state else None
+                if kept is None:
+                    raise self._unknown("img", image_id, list(self._images))
+                self._keep(self._images, image_id, kept)
             return self._images[image_id]
 
     def object(self, object_id: str) -> ObjectRecord:
@@ -158,7 +119,10 @@ class Workspace:
         """
         with self._lock:
             if object_id not in self._objects:
-                raise self._unknown("obj", object_id, list(self._objects))
+                kept = self._state.object(object_id) if self._state else None
+                if kept is None:
+                    raise self._unknown("obj", object_id, list(self._objects))
+                self._keep(self._objects, object_id, kept)
             return self._objects[object_id]
 
     def add_object(self, record: ObjectRecord) -> ObjectRecord:
@@ -169,8 +133,9 @@ class Workspace:
         """
         with self._lock:
             object_id = self._next("obj")
-            named = replace(record, object_id=object_id, number=self._numbers["obj"])
-            return self._keep(self._objects, object_id, named)
+            return self._store_object(
+                replace(record, object_id=object_id, number=self._numbers["obj"])
+            )
 
     def update_object(self, record: ObjectRecord) -> ObjectRecord:
         """Put a new value behind the record's handle.
@@ -180,22 +145,36 @@ class Workspace:
         """
         with self._lock:
             number = self.object(record.object_id).number
-            return self._keep(self._objects, record.object_id, replace(record, number=number))
+            return self._store_object(replace(record, number=number))
 
     def objects(self, image_id: str | None = None) -> list[ObjectRecord]:
         """All objects (of an image), oldest handle first."""
         with self._lock:
-            records = list(self._objects.values())
+            if self._state:
+                records = [self.object(handle) for handle in self._state.objects_of(image_id)]
+            else:
+                records = list(self._objects.values())
         kept = [r for r in records if image_id is None or r.image_id == image_id]
         return sorted(kept, key=lambda record: record.number)
 
     def _keep_image(self, image: RgbImage, source: str, notes: tuple[str, ...]) -> ImageRecord:
         image_id = self._by_digest.get(image.digest)
-        if image_id is None:
-            image_id = self._by_digest[image.digest] = self._next("img")
+        written = self._state.image_of(image.digest) if self._state else None
+        image_id = image_id or written or self._next("img")
+        self._by_digest[image.digest] = image_id
         if image_id not in self._images:
             self._keep(self._images, image_id, ImageRecord(image_id, image, source, notes))
+        if self._state and written is None:
+            self._state.write_image(self._images[image_id], self._numbers)
         return self._images[image_id]
+
+    def _store_object(self, record: ObjectRecord) -> ObjectRecord:
+        if record.location is not None:  # its picture is for display, and may be forgotten before
+            record = replace(record, location=replace(record.location, image=None))
+        self._keep(self._objects, record.object_id, record)
+        if self._state:
+            self._state.write_object(record, self._numbers)
+        return record
 
     def _file_key(self, source: Any) -> tuple[Any, ...] | None:
         """What tells whether a file has changed; the policy is asked each time."""

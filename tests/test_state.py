@@ -1,0 +1,130 @@
+"""Workspaces on disk: everything comes back as it was, also after ``kill -9``."""
+
+from dataclasses import replace
+
+import anyio
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.load import survive
+from sam4mllm_tool.errors import InputError, StorageError, UnknownHandle
+from sam4mllm_tool.tools.state import StateStore
+from sam4mllm_tool.tools.toolbox import Toolbox
+from sam4mllm_tool.tools.workspace import ObjectRecord, Workspace
+from sam4mllm_tool.types import Box, Mask
+
+
+@pytest.fixture
+def store(tmp_path):
+    one = StateStore(tmp_path / "state")
+    yield one
+    one.close()
+
+
+def reopened(store: StateStore, **options) -> StateStore:
+    store.close()
+    return StateStore(store.folder, **options)
+
+
+def test_all_that_tools_made_comes_back_equal(model, blocks, blocks_file, store):
+    before = Toolbox(model, Workspace(state=store.workspace("a")))
+    image = {"image": str(blocks_file)}
+    before.call("segment_object", {**image, "expression": "all blocks"})
+    before.call("locate_object", {**image, "expression": "the blue block", "alternates": 2})
+    points = [{"x": 130, "y": 30}, {"x": 5, "y": 110}]
+    before.call("is_point_inside_object", {"object_id": "obj_3", "points": points})
+    before.call("compare_objects", {"object_ids": ["obj_1", "obj_2"], "combine": "union"})
+    records = before.workspace.objects()
+    assert [one.object_id for one in records] == ["obj_1", "obj_2", "obj_3", "obj_4"]
+
+    store = reopened(store)
+    after = Workspace(state=store.workspace("a"))
+    assert after.image("img_1").image.array.tolist() == blocks.array.tolist()
+    assert after.image("img_1") == before.workspace.image("img_1")
+    for was in records:
+        now = after.object(was.object_id)
+        assert replace(now, drawn=None) == replace(was, drawn=None)
+        assert (now.drawn is None) == (was.drawn is None)
+        if was.drawn and now.drawn:
+            assert np.array_equal(now.drawn.logits, was.drawn.logits)
+            assert now.drawn.logits.dtype == np.float32
+            assert now.drawn.predicted_iou == was.drawn.predicted_iou
+    # Work goes on where it was, with new handles.
+    tools = Toolbox(model, after)
+    refined = tools.call("segment_with_prompts", {"object_id": "obj_3"}).result.objects[0]
+    assert (refined.object_id, refined.area) == ("obj_3", 2400)
+    again = tools.call("segment_object", {"image": "img_1", "expression": "the red block"})
+    assert again.result.objects[0].object_id == "obj_5"
+    assert after.open_image(blocks_file).image_id == "img_1"
+    assert Workspace(state=store.workspace("b")).objects() == []
+    store.close()
+
+
+def test_what_memory_forgets_is_read_from_disk(store):
+    workspace = Workspace(max_bytes=60_000, state=store.workspace("a"))
+    for shade in range(6):
+        workspace.open_image(Image.new("RGB", (64, 64), (shade, 0, 9)))
+    assert workspace.bytes_kept < 60_000
+    for shade in range(6):
+        assert tuple(workspace.image(f"img_{shade + 1}").image.array[0, 0]) == (shade, 0, 9)
+
+
+def kept(store: StateStore, number: int) -> None:
+    workspace = Workspace(state=store.workspace("a"))
+    noise = np.random.default_rng(number).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    record = workspace.open_image(noise)
+    mask = Mask(np.eye(64, dtype=bool))
+    workspace.add_object(ObjectRecord(record.image_id, "x", Box(0, 0, 1, 1), mask=mask))
+
+
+def test_what_is_old_or_too_much_expires_and_its_handle_is_not_given_again(store):
+    for number in range(4):
+        kept(store, number)
+    files = list(store.folder.glob("blobs/*/*"))
+    assert len(files) == 4
+    size = max(file.stat().st_size for file in files)
+    store = reopened(store, max_bytes=2 * size)
+    workspace = Workspace(state=store.workspace("a"))
+    assert workspace.image("img_4").image_id == "img_4"
+    with pytest.raises(UnknownHandle, match="img_1 has expired"):
+        workspace.image("img_1")
+    assert len(list(store.folder.glob("blobs/*/*"))) == 2
+    store = reopened(store, max_age_seconds=0)
+    workspace = Workspace(state=store.workspace("a"))
+    with pytest.raises(UnknownHandle, match="obj_4 has expired"):
+        workspace.object("obj_4")
+    kept(store, 9)
+    assert [one.object_id for one in Workspace(state=store.workspace("a")).objects()] == ["obj_5"]
+    store.close()
+
+
+def test_one_process_at_a_time_and_damage_is_a_storage_error(store, tmp_path):
+    with pytest.raises(InputError, match="another process"):
+        StateStore(store.folder)
+    kept(store, 1)
+    for path in store.folder.glob("blobs/*/*"):
+        path.write_bytes(b"rotten")
+    with pytest.raises(StorageError, match="damaged"):
+        Workspace(state=store.workspace("a")).image("img_1")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "state.sqlite").write_bytes(b"no database at all, but long enough" * 50)
+    with pytest.raises(StorageError):
+        StateStore(tmp_path / "other")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError):
+        StateStore(tmp_path / "file")
+
+
+def test_a_toolbox_with_state(model, blocks_file, tmp_path):
+    box = Toolbox(model, state=tmp_path / "state")
+    box.call("segment_object", {"image": str(blocks_file), "expression": "the red block"})
+    with pytest.raises(InputError):
+        Toolbox(model, Workspace(), state=tmp_path / "other")
+
+
+def test_no_acknowledged_object_is_lost_to_kill_9(tmp_path):
+    """The short form of ``python -m benchmarks.load --kills 20``."""
+    report = anyio.run(survive, 1, 4, 0.0, tmp_path / "state")
+    assert report["acknowledged"] >= 8 and report["checks"] >= 4
+    assert report["lost"] == 0
