@@ -53,6 +53,11 @@ def test_a_reply_lands_where_the_makers_drew_it():
     assert (pearl.x_min, pearl.x_max) == pytest.approx((2683, 3086), abs=1)
 
 
+def test_numbers_of_the_expression_are_no_box():
+    reply = "<ref>tile [10, 20, 30, 40]</ref><box>(100,200),(300,400)</box>"
+    assert FORMAT.read_boxes(reply, (1000, 1000)).boxes == (Box(100, 200, 300, 400),)
+
+
 def test_the_questions_are_the_documented_ones():
     assert FORMAT.ask_boxes("击掌", ONE, (9, 9)).replace('"', "") == "框出图中击掌的位置"
     assert FORMAT.ask_boxes("a dog", ANY, (9, 9)).startswith('框出图中"a dog"的位置')

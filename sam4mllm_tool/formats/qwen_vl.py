@@ -11,6 +11,7 @@ speaks the format ``sam4mllm``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from sam4mllm_tool.formats.qwen2_vl import Qwen2VlFormat
 from sam4mllm_tool.types import Box, TargetCount
 
 NONE = "没有"
+_CORNERS = re.compile(r"\((\d{1,4}), ?(\d{1,4})\), ?\((\d{1,4}), ?(\d{1,4})\)")
 _NOTHING_THERE = (NONE, "不存在", "找不到", "无法找到")
 
 
@@ -42,10 +44,17 @@ class QwenVlFormat(Qwen2VlFormat):
 
     def read_boxes(self, reply: str, size: Size) -> BoxesRead:
         """Boxes of a reply, with or without its tags; a statement in Chinese that nothing fits."""
-        if not reading.four_numbers(reply) and any(words in reply for words in _NOTHING_THERE):
+        if not _find(reply) and any(words in reply for words in _NOTHING_THERE):
             return BoxesRead(())
-        return super().read_boxes(reply, size)
+        return reading.read_boxes(reply, size, self.grid, _find)
 
     def box_numbers(self, box: Box, size: Size) -> list[int]:
         """Whole numbers below 1000."""
         return [min(number, 999) for number in super().box_numbers(box, size)]
+
+
+def _find(reply: str) -> list[reading.Numbers]:
+    """The documented pairs of corners; any other group of four numbers only where there are none,
+    since the reply repeats the expression."""
+    found = [tuple(map(float, corners)) for corners in _CORNERS.findall(reply)]
+    return list(dict.fromkeys(found)) or reading.four_numbers(reply)
