@@ -8,6 +8,7 @@ the names and shapes of the weights of all five published sizes.
 import hashlib
 import json
 import zlib
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -137,9 +138,15 @@ def shapes_of(variant):
         return build_efficientvit_sam(variant).state_dict()
 
 
+@cache
+def weights_of(name):
+    return weights_like(shapes_of(NARROW[name]))
+
+
 def narrow(name, tuned=False):
     variant = NARROW[name]
-    sam = filled(lambda: build_efficientvit_sam(variant), weights_like(shapes_of(variant)), name)
+    own = {key: value.clone() for key, value in weights_of(name).items()}
+    sam = filled(lambda: build_efficientvit_sam(variant), own, name)
     if tuned:
         overlay(sam, tuned_decoder(variant), "decoder.pt")
     return SegmentAnythingSegmenter(sam)
@@ -293,8 +300,8 @@ def test_only_the_decoder_changes(base, ending, tmp_path):
         torch.save({"state_dict": tuned}, tmp_path / "decoder.pt")
     else:
         safetensors.torch.save_file(tuned, tmp_path / "decoder.safetensors")
-    options = {"decoder": str(tmp_path / f"decoder.{ending}")}
-    loaded = load(segmenter=str(base), device="cpu", segmenter_options=options).segmenter
+    decoder = str(tmp_path / f"decoder.{ending}")
+    loaded = load_segmenter(str(base), device="cpu", decoder=decoder)
     for name, value in loaded._sam.state_dict().items():
         expected = tuned.get(f"model.{name}", torch.ones(()))
         assert torch.equal(value, expected.expand(value.shape).to(value.dtype)), name
