@@ -18,6 +18,7 @@ from random_models import (
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 
 def gemma_turns(image: str) -> str:
@@ -173,7 +174,32 @@ def molmo2() -> tuple[Any, Any]:
     return _with_ends(tf.Molmo2ForConditionalGeneration(config), tokenizer), processor
 
 
+def paligemma(kind: str = "gemma") -> tuple[Any, Any]:
+    """PaliGemma: no turns, no chat template; the whole prompt attends both ways."""
+    special = ["<bos>", "<eos>", "<image>"]
+    tokenizer = byte_tokenizer(special, {"image_token": "<image>"}, numbers=1)
+    pictures = SiglipImageProcessorPil(size={"height": 56, "width": 56})
+    pictures.image_seq_length = 16
+    processor = tf.PaliGemmaProcessor(pictures, tokenizer)  # adds its location tokens
+    text = _text(tokenizer, model_type=kind, head_dim=16, hidden_activation="gelu_pytorch_tanh")
+    if kind == "gemma2":
+        text |= {"sliding_window": 24, "query_pre_attn_scalar": 16}
+    config = tf.PaliGemmaConfig(
+        text_config=text,
+        vision_config={"model_type": "siglip_vision_model", "image_size": 56, "patch_size": 14,
+                       "vision_use_head": False, "projection_dim": WIDTH, **VISION},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), projection_dim=WIDTH,
+    )  # fmt: skip
+    return _with_ends(tf.PaliGemmaForConditionalGeneration(config), tokenizer), processor
+
+
+def paligemma2() -> tuple[Any, Any]:
+    """PaliGemma 2: over Gemma 2, with a sliding window in every other layer."""
+    return paligemma("gemma2")
+
+
 BUILDERS = {
     "gemma3": gemma3, "gemma4": gemma4, "glm4v": glm4v, "qwen2_vl": qwen2_vl,
     "qwen3_vl_moe": qwen3_vl_moe, "molmo2": molmo2,
+    "paligemma": paligemma, "paligemma2": paligemma2,
 }  # fmt: skip

@@ -14,11 +14,13 @@ import torch
 from mllm_dialogues import FORM, answers, ask_box, ask_points, open_dialogue
 from random_models import FAMILIES, build, picture
 
+from sam4mllm_tool.formats import get_format
 from sam4mllm_tool.mllm.local import LocalMllm
 from sam4mllm_tool.protocols import Dialogue, Turn
 from sam4mllm_tool.types import RgbImage
 
 TOLERANCE = 1e-4
+GENERIC = get_format("generic")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,3 +109,57 @@ def longer(inputs: dict[str, Any], ids: Sequence[int]) -> dict[str, Any]:
         if value.shape == shape else value
         for name, value in inputs.items()
     }  # fmt: skip
+
+
+# --- PaliGemma: one question, read both ways ------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["paligemma", "paligemma2"])
+def one_question(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> LocalMllm:
+    folder = build(request.param, tmp_path_factory.mktemp(request.param))
+    assert not list(folder.glob("chat_template*")), "as published"
+    return LocalMllm.from_pretrained(folder, device="cpu")
+
+
+def paligemma_inputs(mllm: LocalMllm, image: RgbImage, text: str) -> dict[str, Any]:
+    """As its model card has it: text and picture to the processor, without a chat template."""
+    inputs = mllm.encoder.processor(text=f"<image>{text}", images=image.pil, return_tensors="pt")
+    return {name: value for name, value in inputs.items() if name != "labels"}
+
+
+def test_paligemmas_logits_are_those_of_plain_hugging_face(one_question: LocalMllm) -> None:
+    mllm = one_question
+    assert mllm.format_name == "paligemma"
+    one, other = picture(1, (120, 70)), picture(2, (61, 133))
+    asked = "detect a small cup"
+    for image, text in [(one, asked), (one, asked + "s"), (other, asked), (one, asked)]:
+        with torch.inference_mode():
+            expected = mllm.model(**paligemma_inputs(mllm, image, text)).logits[0, -1]
+        found = engine_logits(mllm, image, (Turn("user", text),))
+        assert found.std() > 0.1
+        torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_paligemma_replies_as_plain_generate(one_question: LocalMllm) -> None:
+    """Replies are read one way: with their own positions, behind a prompt read both ways."""
+    mllm, image = one_question, picture(4, (80, 80))
+    for text in ("detect cup", "answer en is mark 1 on the cup?"):
+        inputs = paligemma_inputs(mllm, image, text)
+        with torch.inference_mode():
+            plain = mllm.model.generate(
+                **inputs, do_sample=False, max_new_tokens=8, output_logits=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+        ids = plain.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        said = mllm.generate(image, (Turn("user", text),), max_new_tokens=8)
+        again = mllm.generate(image, (Turn("user", text),), max_new_tokens=8)
+        ours = [token for token in ids if token not in mllm.end_ids]
+        assert said.text == again.text == mllm.encoder.decode_continuation(ours)
+        words = GENERIC.yes_no
+        tokens = mllm._yes_no_tokens(words)
+        row = plain.logits[0][0].softmax(-1)
+        answer = mllm.answer_yes_no(image, (Turn("user", text),), words=words, count=1)[0]
+        assert answer.p_yes == pytest.approx(float(row[list(tokens.yes)].sum()), abs=TOLERANCE)
+        assert answer.p_no == pytest.approx(float(row[list(tokens.no)].sum()), abs=TOLERANCE)

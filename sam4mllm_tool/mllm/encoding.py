@@ -23,7 +23,7 @@ from sam4mllm_tool.protocols import Dialogue, Turn
 from sam4mllm_tool.types import RgbImage
 
 _MARK = "\ue0a5{}\ue0a6"  # private-use characters: survive templates, belong to no vocabulary
-_READ = ("input_ids", "attention_mask")
+_READ = ("input_ids", "attention_mask", "labels")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class ImageInputs:
         per_token: the model's arguments with one value per token, such as ``mm_token_type_ids``
             or Gemma 3's ``token_type_ids``: the values at ``ids``, all others are 0.
         before, after: plain text that the processor writes around the image, part of the turn.
-        first: a start token that the processor, and not the template, puts before everything.
+        first, last: ids that the processor, and not the template, puts before and behind everything
+            (a start token; PaliGemma's line break).
     """
 
     ids: tuple[int, ...]
@@ -45,6 +46,7 @@ class ImageInputs:
     before: str = ""
     after: str = ""
     first: tuple[int, ...] = ()
+    last: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class DialogueEncoder:
         ids = [*image.first, *self.text_ids(dialogue, image)]
         at = ids.index(self.image_token_id)
         before, after = tuple(ids[:at]), tuple(ids[at + 1 :])
-        return Encoded(before + image.ids + after, at + len(image.ids))
+        return Encoded(before + image.ids + after + image.last, at + len(image.ids))
 
     def transcripts(self, dialogue: Dialogue, image: ImageInputs) -> tuple[Transcript, ...]:
         """A dialogue whose replies are learnt: each prompt as :meth:`encode` gives it, then the
@@ -164,8 +166,9 @@ class DialogueEncoder:
         first = full[:1] if full[0] != plain[0] and full[1] == plain[0] else []
         plain = [*first, *plain]
         at = plain.index(self.image_token_id)
-        end = len(full) - (len(plain) - at - 1)
-        if full[:at] != plain[:at] or full[end:] != plain[at + 1 :]:
+        behind = plain[at + 1 :]
+        end = _last_place(behind, full)
+        if full[:at] != plain[:at] or end <= at:
             raise _not_by_tokens("the processor rewrites the text around the image")
         shape = inputs["input_ids"].shape
         per_token = {k: v for k, v in inputs.items() if v.shape == shape and k not in _READ}
@@ -177,6 +180,7 @@ class DialogueEncoder:
             tensors={k: v for k, v in inputs.items() if v.shape != shape},
             per_token={k: v[0, at:end] for k, v in per_token.items()},
             first=tuple(first),
+            last=tuple(full[end + len(behind) :]),
         )
 
     def _processed(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -227,7 +231,7 @@ class DialogueEncoder:
         """Control tokens that the template writes right behind a reply."""
         turns = (Turn("user", "a"), Turn("assistant", _MARK.format(1)), Turn("user", "b"))
         with self._lock:
-            tail = self._render(turns).split(_MARK.format(1))[1]
+            tail = self._render(turns).partition(_MARK.format(1))[2]
             ids = self.tokenizer.encode(tail, add_special_tokens=False)
         first = ids[:1]
         return [i for i in first if i in self._special_ids()]
@@ -252,8 +256,10 @@ class DialogueEncoder:
         rendered = self._render(marked, image)
         ids: list[int] = []
         for index, turn in enumerate(marked):
+            if turn.text not in rendered:
+                continue  # a template of one question only
             before, rendered = rendered.split(turn.text, 1)
-            ids += self._tokenize(before) if index == 0 else self._encode_fixed(before)
+            ids += self._encode_fixed(before) if ids else self._tokenize(before)
             ids += self._encode_plain(dialogue[index].text)
         return ids + self._encode_fixed(rendered)
 
@@ -318,6 +324,12 @@ class DialogueEncoder:
                 hint="The checkpoint must be an image-text-to-text chat model.",
             )
         return int(image_id)
+
+
+def _last_place(some: Sequence[int], ids: Sequence[int]) -> int:
+    """Where ``some`` stand among ``ids``, as far behind as they do; -1 if they do not."""
+    places = range(len(ids) - len(some), -1, -1)
+    return next((i for i in places if ids[i : i + len(some)] == some), -1)
 
 
 def _not_by_tokens(message: str) -> CheckpointError:

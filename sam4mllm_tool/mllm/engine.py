@@ -24,6 +24,8 @@ from sam4mllm_tool.mllm.encoding import Encoded, ImageInputs, model_inputs
 from sam4mllm_tool.mllm.prefix import Prefix
 from sam4mllm_tool.mllm.store import ImageKey, PrefixStore
 
+_BOTH_WAYS = ("paligemma",)
+
 
 @dataclass(frozen=True, eq=False)
 class Spot:
@@ -88,6 +90,9 @@ class Engine:
         cache_bytes: bound for kept keys and values.
 
     Attributes:
+        reads_both_ways: every token of a prompt attends to all others (PaliGemma's prefix), so that
+            nothing read of one prompt is of use for another.
+        can_cut: whether what was read can be cut back to any length.
         token_bytes: what a token's keys and values take, as measured on the first image read.
     """
 
@@ -99,11 +104,13 @@ class Engine:
         self.token_bytes: int | None = None
         self._cache_name = cache_argument(model)
         layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-        self.can_cut = all(type(layer) is DynamicLayer for layer in layers)
+        self.reads_both_ways = model.config.model_type in _BOTH_WAYS
+        self.can_cut = not self.reads_both_ways and all(type(x) is DynamicLayer for x in layers)
 
     def open(self, digest: str, encoded: Encoded, inputs: ImageInputs) -> Spot:
         """The end of a dialogue, with as much of it read as was kept."""
-        key = (digest, encoded.ids[: encoded.image_end])
+        trunk = len(encoded.ids) if self.reads_both_ways else encoded.image_end
+        key = (digest, encoded.ids[:trunk])
         prefix = self.store.find(key, encoded.ids)
         unread = encoded.ids[0 if prefix is None else len(prefix.ids) :]
         return Spot(key, inputs, prefix, unread)
@@ -146,8 +153,10 @@ class Engine:
                 prefix, logits = self._prefill(spot.inputs, ids, image_end, keep)
                 self.store.keep(spot.key, prefix.cut(image_end))
                 return replace(spot, prefix=prefix, unread=(), passes=passes), logits
-            known, _ = self._prefill(spot.inputs, ids[:image_end], image_end, 1)
+            known, logits = self._prefill(spot.inputs, ids[:image_end], image_end, 1)
             self.store.keep(spot.key, known)
+            if len(ids) == image_end:
+                return replace(spot, prefix=known, unread=(), passes=passes), logits
             passes += 1
         prefix, logits = self._read_on(known, ids[len(known.ids) :], keep)
         return replace(spot, prefix=prefix, unread=(), passes=passes), logits
@@ -160,7 +169,9 @@ class Engine:
         out = self.model(use_cache=True, logits_to_keep=keep, **arguments)
         # The model's own copy is overwritten by the next image; ours stays with the prefix.
         deltas = getattr(getattr(self.model, "model", None), "rope_deltas", None)
-        shift = 0 if deltas is None else int(deltas.reshape(-1)[0])
+        shift = int(self.reads_both_ways)  # PaliGemma counts positions from 1
+        if deltas is not None:
+            shift = int(deltas.reshape(-1)[0])
         read = Prefix(ids, getattr(out, self._cache_name), shift)
         prefix, logits = self._checked(read, out.logits, keep)
         if self.token_bytes is None:

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     GenerationConfig,
+    PaliGemmaProcessor,
 )
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import BitsAndBytesConfig
@@ -29,6 +30,12 @@ from sam4mllm_tool.mllm.files import find_checkpoint
 
 TEMPLATE_FILE = "chat_template.jinja"
 _CONTROL = re.compile(r"<\|\w+\|>")
+# PaliGemma knows no turns: it is shown the picture and one question; start token and line break
+# are its processor's business.
+_ONE_QUESTION = (
+    "<image>{% for part in messages[-1]['content'] if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% endfor %}"
+)
 _HEADROOM = 1.15
 """Activations and workspaces on top of the weights."""
 USUAL_CACHE = 4 << 30
@@ -186,6 +193,8 @@ def load_processor(folder: Path, adapter: Path | None = None) -> Any:
             hint="The checkpoint must be an image-text-to-text chat model.",
         )
     processor.image_processor = pictures
+    if isinstance(processor, PaliGemmaProcessor) and not processor.chat_template:
+        processor.chat_template = _ONE_QUESTION
     if adapter is not None and (file := adapter / TEMPLATE_FILE).is_file():
         processor.chat_template = _fitting_template(file, processor.tokenizer)
     return processor
