@@ -8,6 +8,7 @@ import typer
 
 from sam4mllm_tool.cli import (
     annotate,
+    check,
     convert,
     demo,
     doctor,
@@ -37,6 +38,7 @@ app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
 app.command("mcp")(mcp.mcp)
 app.command("models")(models.models)
+app.command("check")(check.check)
 app.command("scenes")(scenes.scenes)
 app.add_typer(evaluate.app, name="eval")
 app.command("dialogues")(train.dialogues)

@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from sam4mllm_tool.errors import CheckpointError
 from sam4mllm_tool.formats import DialogueFormat, format_for
@@ -228,6 +229,19 @@ class LocalMllm:
             )
             self.engine.keep(after)
         return answers
+
+    def next_token_logits(self, image: RgbImage, dialogue: Dialogue) -> Tensor:
+        """Float32 logits of the reply's first token: shape (vocabulary,); for check-ups."""
+        with self._dialogue(image, dialogue, 1) as spot:
+            return self.engine.read(spot, ())[1][-1]
+
+    def yes_no_tokens(self, words: YesNoWords) -> YesNoTokens:
+        """The single tokens that spell yes and no.
+
+        Raises:
+            CheckpointError: the tokenizer has no single token for one of the words.
+        """
+        return self._words(words)
 
     @contextmanager
     def _dialogue(self, image: RgbImage, dialogue: Dialogue, reply: int) -> Iterator[Spot]:
