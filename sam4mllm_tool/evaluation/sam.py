@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.stats import bootstrap
 
 from sam4mllm_tool.evaluation.sam_prompts import conditions, error_point, true_prompts
 from sam4mllm_tool.masks.relations import mask_iou
@@ -181,12 +183,18 @@ def score(values: Iterable[tuple[int, float]]) -> Score:
         by_scene[scene].append(value)
     sums = np.array([sum(found) for found in by_scene.values()])
     counts = np.array([len(found) for found in by_scene.values()])
-    rng = np.random.default_rng(0)
-    picks = rng.integers(len(sums), size=(RESAMPLES, len(sums)))
-    means = sums[picks].sum(axis=1) / counts[picks].sum(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    mean = sums.sum() / counts.sum()
+    mean = _ratio(sums, counts)
+    if len(sums) < 2:
+        return Score(float(mean), float(mean), float(mean), int(counts.sum()))
+    low, high = bootstrap(
+        (sums, counts), _ratio, paired=True, vectorized=True, n_resamples=RESAMPLES,
+        method="percentile", rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
     return Score(float(mean), float(low), float(high), int(counts.sum()))
+
+
+def _ratio(sums: NDArray[Any], counts: NDArray[Any], axis: int = -1) -> NDArray[Any]:
+    return np.asarray(sums.sum(axis=axis) / counts.sum(axis=axis))
 
 
 def calibration(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
