@@ -59,11 +59,9 @@ def test_vqa_is_read_from_a_file(tmp_path: Path, refcoco: Path) -> None:
     said = [{"from": "human", "value": "<image>\nHow warm?"}, {"from": "gpt", "value": "Quite."}]
     records = [{"id": "a", "image": picture.name, "conversations": said}]
     (tmp_path / "vqa.json").write_text(json.dumps(records))
-    mixed = ["--vqa-share", 0.5, "--vqa", tmp_path / "vqa.json", "--vqa-images", picture.parent]
-    output = run("dialogues", "--count", 9, "--show", 12, *mixed)
-    assert "How warm?" in output and "Quite." in output
-    with pytest.raises(InputError, match="no VQA file"):
-        run("dialogues", "--data", "refcoco", "--folder", refcoco, "--vqa-share", 0.5)
+    (tmp_path / "images").symlink_to(picture.parent)
+    output = run("dialogues", "--data", f"vqa={tmp_path}/vqa.json", "--data", f"refcoco={refcoco}")
+    assert "How warm?" in output and "Quite." in output and "bounding box" in output
 
 
 def test_pictures_of_other_splits_are_not_learnt_from(refcoco: Path, tmp_path: Path) -> None:
@@ -77,11 +75,11 @@ def test_pictures_of_other_splits_are_not_learnt_from(refcoco: Path, tmp_path: P
             record["split"] = "val"
             break
     refs.write_text(json.dumps(records))
-    options = ["--data", "refcoco", "--folder", refcoco, "--count", 99, "--show", 99]
+    options = ["--data", f"refcoco={refcoco}", "--show", 99]
     shown = set(re.findall(r"image (\S+)", run("dialogues", *options)))
     assert shown == {str(image) for image in learnt} - {barred}
     with pytest.raises(DatasetError):  # named, so that it has to be there
-        run("dialogues", *options, "--exclude", "refcoco+")
+        run("dialogues", *options, "--exclude", f"refcoco+={refcoco}")
 
 
 def test_an_adapter_is_trained_examined_and_served(tmp_path: Path) -> None:

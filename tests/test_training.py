@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -25,8 +24,9 @@ from recipes.embedded_mllm.model import (
     save_base,
 )
 from sam4mllm_tool import embedded
+from sam4mllm_tool.datasets import llava
 from sam4mllm_tool.datasets.record import ReferringExample
-from sam4mllm_tool.datasets.vqa import VqaExample, llava_vqa, scene_vqa
+from sam4mllm_tool.datasets.vqa import VqaExample, scene_vqa
 from sam4mllm_tool.errors import CheckpointError, DatasetError, InputError
 from sam4mllm_tool.evaluation.cases import cases_of
 from sam4mllm_tool.formats import get_format
@@ -39,16 +39,14 @@ from sam4mllm_tool.testing import ColourSegmenter
 from sam4mllm_tool.training.candidates import Candidates
 from sam4mllm_tool.training.dialogues import Conversation, Recipe, conversations
 from sam4mllm_tool.training.lora import (
-    PRESETS,
     Collator,
     ConversationEncoder,
-    LoraRecipe,
     adapt,
     take_over,
     train,
 )
 from sam4mllm_tool.training.progress import HeldOut
-from sam4mllm_tool.training.token_loss import END, NUMBER, PUNCTUATION, TokenLoss
+from sam4mllm_tool.training.recipe import PRESETS, LoraRecipe
 from sam4mllm_tool.types import Box, Mask, PointLabel, RgbImage, TargetCount
 
 SHAPE = BaseShape(
@@ -280,7 +278,8 @@ def test_what_does_not_fit_is_left_out_by_whole_questions(base: Path) -> None:
     (conversation,) = conversations(many, PQPP)
     (whole,) = ConversationEncoder(processor, PQPP).fit(conversation)
     length = whole.labels.shape[1]
-    (cut,) = ConversationEncoder(processor, PQPP, length - 1).fit(conversation)
+    assert whole.text == length - SHAPE.grid**2 + 1, "the picture counts as one token"
+    (cut,) = ConversationEncoder(processor, PQPP, whole.text - 1).fit(conversation)
     (shorter,) = ConversationEncoder(processor, PQPP).fit(conversation.shortened())
     assert cut.labels.shape[1] < length
     assert torch.equal(cut.labels, shorter.labels)
@@ -303,12 +302,12 @@ def test_llava_instruction_files_are_read(tmp_path: Path) -> None:
     ]
     file = tmp_path / "vqa.json"
     file.write_text(json.dumps(records))
-    (example,) = llava_vqa(file, tmp_path)
+    (example,) = llava.examples(file)
     assert example.pairs == (("Colour?", "Red."), ("And?", "Blue."))
     assert example.open_image().size == (SIDE, SIDE)
-    file.write_text('{"image": 3}')
+    file.write_text('[{"image": 3}]')
     with pytest.raises(DatasetError, match="no LLaVA instruction file"):
-        llava_vqa(file, tmp_path)
+        next(llava.examples(file))
 
 
 def test_scenes_say_what_lies_where() -> None:
@@ -338,83 +337,6 @@ def test_padding_is_not_under_loss(base: Path) -> None:
         assert torch.equal(batch["labels"][row, :length], one.labels[0])
 
 
-def test_numbers_are_smoothed_and_brackets_weigh_little(base: Path) -> None:
-    tokenizer = load_processor(base).tokenizer
-    convert = tokenizer.convert_tokens_to_ids
-    loss = TokenLoss(tokenizer, spread=2.0)
-    targets = torch.tensor([convert(t) for t in ("[", "500", ",", "Yes", ",", "500", "</s>")])
-    logits = torch.zeros(7, len(tokenizer))
-    logits[1, convert("503")] = logits[5, convert("503")] = 5.0
-    mean, each = loss(logits, targets)
-    # Each token's own loss is plain cross-entropy, but that a coordinate's is spread over
-    # neighbours. The last number stands in no brackets.
-    logs = torch.log_softmax(logits, -1)
-    near = torch.exp(-0.5 * ((torch.arange(1000) - 500) / 2.0) ** 2)
-    first = convert("000")
-    expected = -logs.gather(1, targets[:, None])[:, 0]
-    expected[1] = -(near / near.sum() * logs[1, first : first + 1000]).sum()
-    torch.testing.assert_close(each, expected)
-    weights = torch.tensor([1.0, NUMBER, PUNCTUATION, 1.0, 1.0, 1.0, END])
-    torch.testing.assert_close(mean, (each * weights).sum() / weights.sum())
-    far = logits.clone()
-    far[1, convert("503")], far[1, convert("560")] = 0.0, 5.0
-    assert loss(far, targets)[1][1] > each[1] + 0.2  # a near miss costs less than a far one
-
-
-BOXES = "[281,251,863,999] [299,300,007,020]"
-
-
-@pytest.mark.parametrize("family", ["llama3", "qwen"])
-def test_smoothing_on_published_vocabularies(family: str) -> None:
-    """Llama-3 writes 281 as one token, its ids in no order; Qwen as three digits."""
-    import real_vocabularies
-
-    tokenizer = getattr(real_vocabularies, family)()
-    loss = TokenLoss(tokenizer, spread=4.0)
-    assert loss.width == {"llama3": 1, "qwen": 3}[family]
-    said = tokenizer(f"In 1999, 128 (or 12) dogs. {BOXES}", add_special_tokens=False)
-    targets = torch.tensor([*said["input_ids"], tokenizer.eos_token_id])
-    numbers = [281, 251, 863, 999, 299, 300, 7, 20]
-    starts, found = loss._coordinates(targets)
-    assert found.tolist() == numbers
-    logits = torch.randn(len(targets), len(tokenizer), generator=torch.Generator().manual_seed(1))
-    _, each = loss(logits, targets)
-    logs = torch.log_softmax(logits, -1)
-    plain = -logs.gather(1, targets[:, None])[:, 0]
-    smoothed = {int(start) + digit for start in starts for digit in range(loss.width)}
-    others = [place for place in range(len(targets)) if place not in smoothed]
-    torch.testing.assert_close(each[others], plain[others])
-    for start, number in zip(starts.tolist(), numbers, strict=True):
-        bell = [math.exp(-0.5 * ((n - number) / 4.0) ** 2) for n in range(1000)]
-        for digit in range(loss.width):
-            # All numbers that begin as this one does, each asked of the tokenizer by itself.
-            total = value = 0.0
-            for n in range(1000):
-                if digit and f"{n:03d}"[:digit] != f"{number:03d}"[:digit]:
-                    continue
-                piece = f"{n:03d}"[digit] if loss.width == 3 else f"{n:03d}"
-                value -= bell[n] * float(
-                    logs[start + digit, tokenizer.convert_tokens_to_ids(piece)]
-                )
-                total += bell[n]
-            assert float(each[start + digit]) == pytest.approx(value / total, rel=1e-4), number
-
-
-def test_vocabularies_whose_numbers_are_neither_are_left_alone() -> None:
-    """Byte-pair merges of two digits; and a bracket that is one token with a digit."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import BPE
-    from transformers import PreTrainedTokenizerFast
-
-    letters = list("0123456789[],()")
-    for merged in (("2", "8"), ("[", "0")):
-        vocabulary = {text: n for n, text in enumerate([*letters, "".join(merged)])}
-        backend = Tokenizer(BPE(vocabulary, [merged]))
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="]")
-        with pytest.raises(InputError, match="cannot be smoothed"):
-            TokenLoss(tokenizer)
-
-
 def test_training_without_smoothable_numbers_goes_on_plainly_and_says_so(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -423,21 +345,27 @@ def test_training_without_smoothable_numbers_goes_on_plainly_and_says_so(
 
     monkeypatch.setattr("sam4mllm_tool.training.lora.TokenLoss", refuse)
     found = list(conversations(_examples()[:1], PQPP))
-    recipe = replace(PRESETS["small"], rank=2)
+    recipe = replace(PRESETS["small"].learning, rank=2)
     train(base, found, tmp_path, recipe, PQPP, device="cpu")
     assert "so it is" in caplog.text and "plain cross-entropy" in caplog.text
     assert json.loads((tmp_path / "sam4mllm.json").read_text())["lora"]["smoothing"] == 0
 
 
-def test_only_lora_and_projector_learn(base: Path) -> None:
-    model = adapt(load_model(base, choose_placement("cpu", "float32")), PRESETS["published"])
-    learning = [name for name, weight in model.named_parameters() if weight.requires_grad]
-    assert any("multi_modal_projector" in name for name in learning)
-    assert all("lora_" in name or "multi_modal_projector" in name for name in learning)
+@pytest.mark.parametrize("projector", ["lora", "full", "frozen"])
+def test_only_lora_and_projector_learn(base: Path, projector: str) -> None:
+    recipe = replace(PRESETS["published"].learning, projector=projector)
+    model = adapt(load_model(base, choose_placement("cpu", "bfloat16")), recipe)
+    learning = {n: weight for n, weight in model.named_parameters() if weight.requires_grad}
+    assert {weight.dtype for weight in learning.values()} == {torch.float32}
+    between = {name for name in learning if "multi_modal_projector" in name}
+    assert all("lora_" in name for name in learning.keys() - between)
     assert not any("vision_tower" in name for name in learning)
+    assert bool(between) == (projector != "frozen")
+    assert all(("lora_" in name) == (projector == "lora") for name in between)
     projections = {
-        name.split(".lora_")[0].rsplit(".", 1)[1] for name in learning if "lora_" in name
-    }
+        name.split(".lora_")[0].rsplit(".", 1)[1]
+        for name in learning.keys() - between if "lora_" in name
+    }  # fmt: skip
     assert projections == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
                            "down_proj"}  # fmt: skip
 
@@ -448,8 +376,9 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     torch.set_num_threads(1)
     found = list(conversations(_examples() * 3, PQPP))
     recipe = LoraRecipe(
-        rank=4, alpha=4, dropout=0.1, rate=1e-2, epochs=3, batch=3, bf16=False, checkpointing=False
-    )
+        rank=4, alpha=4, dropout=0.1, rate=1e-2, epochs=3, batch=3, bf16=False, checkpointing=False,
+        projector="full", accumulate=1, clip=1.0,
+    )  # fmt: skip
     folder = tmp_path_factory.mktemp("adapters")
     whole, broken = folder / "whole", folder / "broken"
     cases = list(cases_of(_examples()))
@@ -475,7 +404,7 @@ def test_an_adapter_goes_on_from_another(
     base: Path, adapters: tuple[Path, Path], tmp_path: Path
 ) -> None:
     whole, _ = adapters
-    recipe = LoraRecipe(rank=4, alpha=4, rate=1e-2, batch=3, bf16=False, checkpointing=False)
+    recipe = LoraRecipe(rank=4, alpha=4, projector="full", bf16=False, checkpointing=False)
     model = adapt(load_model(base, choose_placement("cpu", "float32")), recipe)
     take_over(model, whole)
     saved = load_file(whole / "adapter_model.safetensors")
@@ -510,7 +439,7 @@ def test_figures_of_the_pipeline_are_logged(adapters: tuple[Path, Path], base: P
 
 def test_an_adapter_over_the_embedded_base_names_no_folder(tmp_path: Path) -> None:
     (conversation, *_) = conversations(_examples()[:1], PQPP)
-    recipe = replace(PRESETS["small"], rank=2)
+    recipe = replace(PRESETS["small"].learning, rank=2)
     train(embedded.MLLM, [conversation], tmp_path / "out", recipe, PQPP, device="cpu")
     for file in (tmp_path / "out").glob("*.*"):
         assert str(embedded.MLLM).encode() not in file.read_bytes(), file

@@ -16,11 +16,13 @@ from sam4mllm_tool.scenes.export import export_scenes
 from sam4mllm_tool.scenes.world import SMALL_WORLD
 from sam4mllm_tool.tools.toolbox import Toolbox
 from sam4mllm_tool.training.dialogues import Conversations, Recipe, chunks
-from sam4mllm_tool.training.lora import PRESETS, train
+from sam4mllm_tool.training.lora import train
+from sam4mllm_tool.training.recipe import PRESETS
 
 RECIPE = replace(
-    PRESETS["published"], rate=1e-2, epochs=6, batch=2, bf16=False, checkpointing=False
-)
+    PRESETS["published"].learning, rate=1e-2, epochs=6, batch=2, accumulate=1, bf16=False,
+    checkpointing=False,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

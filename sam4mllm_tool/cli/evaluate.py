@@ -139,9 +139,13 @@ def scenes_command(
     _show_report(report, out, as_json)
 
 
-def _benchmark_command(name: str, splits: tuple[str, ...]) -> Callable[..., None]:
+def _benchmark_command(known: str, splits: tuple[str, ...]) -> Callable[..., None]:
+    """The command of a data set, or of any that is named with its path."""
+
     def benchmark(
-        data: Annotated[Path, typer.Option(help="Folder of the data set.")],
+        data: Annotated[
+            str, typer.Option(help="NAME=PATH of the data set, as train takes it; or its folder.")
+        ],
         split: Annotated[str, typer.Option(help="A split of the data set, as named above.")],
         limit: LimitOption = None,
         sample_seed: SampleSeedOption = 0,
@@ -170,20 +174,35 @@ def _benchmark_command(name: str, splits: tuple[str, ...]) -> Callable[..., None
         from sam4mllm_tool.datasets.protocol import get_protocol
         from sam4mllm_tool.evaluation.benchmark import evaluate_benchmark
 
+        name, path = _named(data, known)
         rules = get_protocol(protocol).with_rules(rule)
-        check_present(name, data, split)
+        check_present(name, path, split)
         model = _load(mllm, adapter, format, sam, sam_decoder, device, points, candidates)
         folder = out or Path("runs") / "-".join([name, split, *rules.name.split()])
         with counted("expressions", limit, quiet=as_json) as on_case:
             report = evaluate_benchmark(
-                model, name, data, split, strategy, folder, limit=limit, sample_seed=sample_seed,
+                model, name, path, split, strategy, folder, limit=limit, sample_seed=sample_seed,
                 ask=_ask(ask, "data"), protocol=rules, shard=_shard(shard),
                 unreadable_limit=unreadable_limit, on_case=on_case,
             )  # fmt: skip
         _show_report(report, folder, as_json)
 
-    benchmark.__doc__ = f"{name} ({', '.join(splits)}), from the makers' or the hub's files."
+    benchmark.__doc__ = (
+        f"{known} ({', '.join(splits)}), from the makers' or the hub's files."
+        if known
+        else "Any data set: --data NAME=PATH, your own too (coco, labelme, jsonl)."
+    )
     return benchmark
+
+
+def _named(data: str, known: str) -> tuple[str, Path]:
+    """The data set's name and path from NAME=PATH, or from the path alone where it is known."""
+    name, equals, path = data.partition("=")
+    if known:
+        return known, Path(path if equals and name == known else data)
+    if not (equals and path):
+        raise typer.BadParameter(f"{data!r} is not NAME=PATH", param_hint="--data")
+    return name, Path(path)
 
 
 _BENCHMARKS = {
@@ -194,6 +213,7 @@ _BENCHMARKS = {
     "grefcoco": ("train", "val", "testA", "testB"),
     "reasonseg": ("train", "val", "test"),
 }
+app.command("run")(_benchmark_command("", ()))
 for _name, _splits in _BENCHMARKS.items():
     app.command(_name)(_benchmark_command(_name, _splits))
 

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
-from sam4mllm_tool.cli.common import DeviceOption, SamOption, console
-from sam4mllm_tool.errors import DatasetError, InputError
+from sam4mllm_tool.cli.common import DeviceOption, console
+from sam4mllm_tool.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from sam4mllm_tool.datasets import ReferringExample
-    from sam4mllm_tool.datasets.vqa import VqaExample
-    from sam4mllm_tool.training.candidates import Candidates
     from sam4mllm_tool.training.dialogues import Conversation, Recipe
+    from sam4mllm_tool.training.mixture import Source
+    from sam4mllm_tool.training.recipe import LoraRecipe, Preset
 
-SCENES, SMALL = "scenes", "small"
-VQA_SCENES = 400
 DataOption = Annotated[
-    str, typer.Option(help="'scenes', or a data set: refcoco, refcoco+, refcocog, grefcoco, …")
+    list[str],
+    typer.Option(
+        help="'scenes', or NAME=PATH[:SHARE], repeatable: refcoco=DIR, grefcoco=DIR:0.5, "
+        "vqa=FILE:0.2, … SHARE is how much of the set's conversations an epoch holds."
+    ),
 ]
 WorldOption = Annotated[
     list[str],
@@ -32,125 +33,155 @@ WorldOption = Annotated[
         help="Of scenes; repeatable: in each of COUNT turns one scene of each, or NAME:N."
     ),
 ]
-FolderOption = Annotated[Path | None, typer.Option(help="Folder of the data set.")]
 SplitOption = Annotated[str, typer.Option(help="Split to learn from.")]
-CountOption = Annotated[int, typer.Option(min=1, help="Scenes, or records of the data set.")]
-PpgOption = Annotated[float, typer.Option(min=0, max=1, help="Share asked the PPG way.")]
-ReferencesOption = Annotated[int, typer.Option(min=1, help="Most references a conversation.")]
-PointsOption = Annotated[int, typer.Option(min=1, help="Most points a round-2 question.")]
+CountOption = Annotated[
+    int | None, typer.Option(min=1, help="Turns of scenes (2000), or records of each set (all).")
+]
+PresetOption = Annotated[
+    str, typer.Option(help="published, ours or small; other options go instead of its values.")
+]
+PpgOption = Annotated[float | None, typer.Option(min=0, max=1, help="Share asked the PPG way.")]
+JudgeOption = Annotated[
+    str | None,
+    typer.Option("--sam", help="Segmenter that judges PPG's points and draws the held-out masks: "
+                 "'embedded', a checkpoint or a family; no default but with --preset small."),
+]  # fmt: skip
+ReferencesOption = Annotated[
+    int | None, typer.Option(min=1, help="Most references a conversation.")
+]
+PointsOption = Annotated[
+    int | None, typer.Option(min=1, help="Most points a round-2 question; any number is as likely.")
+]
 GridsOption = Annotated[
-    float, typer.Option(min=0, max=1, help="Share of round-2 questions about an even grid.")
+    float | None, typer.Option(min=0, max=1, help="Share of round-2 questions about an even grid.")
 ]
 JitterOption = Annotated[
-    float,
+    float | None,
     typer.Option(min=0, max=0.5, help="How far the edges of round 2's boxes move, of a side."),
 ]
 HardPointsOption = Annotated[
-    float,
+    float | None,
     typer.Option(
         min=0, max=1, help="Share of round-2 points off the object moved onto others in the box."
     ),
 ]
 SharedBoxesOption = Annotated[
-    float,
+    float | None,
     typer.Option(min=0, max=1, help="Share of round-2 boxes that hold an overlapping object too; "
                  "its expressions get the same box and points."),
 ]  # fmt: skip
-VqaOption = Annotated[
-    Path | None,
-    typer.Option(help="LLaVA instruction file to mix in; scenes ask what lies where without one."),
+VqaShareOption = Annotated[
+    float | None, typer.Option(min=0, max=0.9, help="Of scenes: share that asks what lies where.")
 ]
-VqaImagesOption = Annotated[Path | None, typer.Option(help="Folder of that file's pictures.")]
-VqaShareOption = Annotated[float, typer.Option(min=0, max=0.9, help="Share of VQA conversations.")]
 ExcludeOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="Data sets in the same folder whose val and test pictures are left out too; those "
-        "of the data set itself always are."
+        help="NAME=PATH of data sets whose val and test pictures are left out too; those of the "
+        "sets learnt from always are."
     ),
 ]
+SMALL = "small"
 # Scenes say "0+" of absent things alone; asked so, the model would learn just that. With half of
 # the others asked so, it refused a quarter of the compound expressions.
 LOOSENED = 0.85
 
 
 def dialogues(
-    data: DataOption = SCENES,
+    data: DataOption = ["scenes"],  # noqa: B006
     world: WorldOption = [SMALL],  # noqa: B006
-    folder: FolderOption = None,
     split: SplitOption = "train",
-    count: CountOption = 20,
-    show: Annotated[int, typer.Option(min=1, help="Conversations to show.")] = 5,
-    ppg: PpgOption = 0.25,
-    references: ReferencesOption = 5,
-    points: PointsOption = 30,
-    grids: GridsOption = 0.0,
-    jitter: JitterOption = 0.1,
-    hard_points: HardPointsOption = 0.0,
-    shared_boxes: SharedBoxesOption = 0.0,
-    vqa: VqaOption = None,
-    vqa_images: VqaImagesOption = None,
-    vqa_share: VqaShareOption = 0.0,
+    count: CountOption = None,
+    preset: PresetOption = SMALL,
+    show: Annotated[int, typer.Option(min=1, help="Conversations to show of each set.")] = 5,
+    ppg: PpgOption = None,
+    references: ReferencesOption = None,
+    points: PointsOption = None,
+    grids: GridsOption = None,
+    jitter: JitterOption = None,
+    hard_points: HardPointsOption = None,
+    shared_boxes: SharedBoxesOption = None,
+    vqa_share: VqaShareOption = None,
     exclude: ExcludeOption = None,
     seed: Annotated[int, typer.Option(help="Other seeds ask other things.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for pictures with the points.")] = None,
-    sam: SamOption = "embedded",
+    sam: JudgeOption = None,
 ) -> None:
-    """Show the conversations a data set becomes, and draw their points."""
+    """Show the conversations that data sets become, and draw their points."""
     from sam4mllm_tool.segmenter import load_segmenter
-    from sam4mllm_tool.training.dialogues import conversations
+    from sam4mllm_tool.training.dialogues import converse
+    from sam4mllm_tool.training.mixture import SceneDraw, mixture
 
-    asked = _candidates(points, grids, jitter, hard_points, shared_boxes)
-    recipe = _recipe(data, seed, ppg, references, asked, vqa_share)
-    judge = load_segmenter(sam) if ppg else None
-    found = conversations(
-        _examples(data, world, folder, split, count, seed),
-        recipe,
-        judge,
-        _vqa(data, recipe, vqa, vqa_images, split),
-        _excluded(data, folder, split, exclude or []),
-    )
-    for number, conversation in enumerate(islice(found, show)):
-        console.rule(f"image {conversation.image_id}")
-        for turn in conversation.turns:
-            style = "cyan" if turn.role == "user" else "green"
-            console.print(f"[{style}]{turn.role:>9}[/] ", end="")
-            console.print(turn.text.strip(), markup=False, highlight=False)
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            _draw(conversation).save(out / f"{number:03d}-{conversation.image_id}.png")
+    chosen, sources = _preset(preset), _sources(data)
+    recipe = _dialogues(
+        chosen, sources, seed, ppg, references, vqa_share,
+        _candidates(points, grids, jitter, hard_points, shared_boxes),
+    )  # fmt: skip
+    judge = load_segmenter(_judge(chosen, sam)) if recipe.ppg_share else None
+    scenes = SceneDraw(world, count or 20)
+    left_out = _excluded(sources, exclude, split)
+    drawn = 0
+    for source in sources:
+        about = mixture([source], recipe, split, scenes, left_out, limit=count)[:show]
+        for conversation in (converse(one, recipe, judge) for one in about):
+            console.rule(f"{source.name}: image {conversation.image_id}")
+            for turn in conversation.turns:
+                style = "cyan" if turn.role == "user" else "green"
+                console.print(f"[{style}]{turn.role:>9}[/] ", end="")
+                console.print(turn.text.strip(), markup=False, highlight=False)
+            if out is not None:
+                out.mkdir(parents=True, exist_ok=True)
+                name = conversation.image_id.replace("/", "-")
+                _draw(conversation).save(out / f"{drawn:03d}-{source.name}-{name}.png")
+            drawn += 1
     if out is not None:
-        console.print(f"drew {show} pictures in {out}", markup=False, highlight=False)
+        console.print(f"drew {drawn} pictures in {out}", markup=False, highlight=False)
 
 
 def train(
-    out: Annotated[Path, typer.Option(help="Folder for the adapter.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the adapter.")] = None,
     base: Annotated[str, typer.Option(help="'embedded', or directory of the base.")] = "embedded",
-    data: DataOption = SCENES,
+    data: DataOption = ["scenes"],  # noqa: B006
     world: WorldOption = [SMALL],  # noqa: B006
-    folder: FolderOption = None,
     split: SplitOption = "train",
-    count: CountOption = 2000,
-    preset: Annotated[str, typer.Option(help="published or small.")] = "small",
-    epochs: Annotated[float | None, typer.Option(help="Instead of the preset's.")] = None,
-    rate: Annotated[float | None, typer.Option(help="Instead of the preset's.")] = None,
+    count: CountOption = None,
+    preset: PresetOption = SMALL,
+    show_recipe: Annotated[
+        bool, typer.Option(help="Print every value with its source, and stop.")
+    ] = False,
+    epochs: Annotated[float | None, typer.Option()] = None,
+    rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Instead of the preset's: conversations a step.")
+        int | None, typer.Option(min=1, help="Conversations a step, a device.")
     ] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Instead of the preset's.")] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(min=1, help="Steps whose gradients are summed.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1)] = None,
+    alpha: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Stays the preset's if the rank is changed; with small it is twice the rank.",
+        ),
+    ] = None,
+    projector: Annotated[str | None, typer.Option(help="lora, full or frozen.")] = None,
     vision: Annotated[bool, typer.Option(help="LoRA layers in the vision tower too.")] = False,
-    bf16: Annotated[bool | None, typer.Option(help="Instead of the preset's.")] = None,
-    ppg: PpgOption = 0.25,
-    references: ReferencesOption = 5,
-    points: PointsOption = 30,
-    grids: GridsOption = 0.0,
-    jitter: JitterOption = 0.1,
-    hard_points: HardPointsOption = 0.0,
-    shared_boxes: SharedBoxesOption = 0.0,
-    tokens: Annotated[int, typer.Option(min=64, help="Most tokens a conversation.")] = 2048,
-    vqa: VqaOption = None,
-    vqa_images: VqaImagesOption = None,
-    vqa_share: VqaShareOption = 0.0,
+    smoothing: Annotated[
+        float | None, typer.Option(min=0, help="Of coordinates, in steps of 0-999; 0: none.")
+    ] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw_torch, adamw_bnb_8bit, …")] = None,
+    bf16: Annotated[bool | None, typer.Option()] = None,
+    ppg: PpgOption = None,
+    references: ReferencesOption = None,
+    points: PointsOption = None,
+    grids: GridsOption = None,
+    jitter: JitterOption = None,
+    hard_points: HardPointsOption = None,
+    shared_boxes: SharedBoxesOption = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=64, help="Most tokens of text a conversation.")
+    ] = None,
+    vqa_share: VqaShareOption = None,
     exclude: ExcludeOption = None,
     held_out: Annotated[
         int, typer.Option(min=0, help="Scenes or records to examine the model on as it learns.")
@@ -163,58 +194,54 @@ def train(
     start: Annotated[
         Path | None, typer.Option(help="An adapter of the same rank to go on from, on other data.")
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
-    sam: SamOption = "embedded",
+    resume: Annotated[bool, typer.Option(help="Go on from the last whole checkpoint.")] = False,
+    sam: JudgeOption = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Train a LoRA adapter on referring dialogues."""
+    chosen, sources = _preset(preset), _sources(data)
+    how = _dialogues(
+        chosen, sources, seed, ppg, references, vqa_share,
+        _candidates(points, grids, jitter, hard_points, shared_boxes),
+    )  # fmt: skip
+    learning = _learning(
+        chosen, seed=seed, vision=vision, epochs=epochs, rate=rate, batch=batch,
+        accumulate=accumulate, rank=rank, alpha=alpha, projector=projector, smoothing=smoothing,
+        optimizer=optimizer, bf16=bf16, longest=tokens,
+    )  # fmt: skip
+    if show_recipe:
+        _show_recipe(preset, chosen, learning, how)
+        return
+    if out is None:
+        raise InputError("no folder for the adapter", hint="Say with --out where it goes.")
+
     from sam4mllm_tool import embedded
-    from sam4mllm_tool.evaluation.cases import cases_of
+    from sam4mllm_tool.evaluation.cases import asked_with, cases_of
     from sam4mllm_tool.segmenter import load_segmenter
     from sam4mllm_tool.training.dialogues import Conversations, chunks
-    from sam4mllm_tool.training.lora import PRESETS
     from sam4mllm_tool.training.lora import train as run
+    from sam4mllm_tool.training.mixture import SceneDraw, mixture
+    from sam4mllm_tool.training.mixture import held_out as draw_held_out
     from sam4mllm_tool.training.progress import HeldOut
 
-    if preset not in PRESETS:
-        raise InputError(f"unknown preset {preset!r}", hint=f"Known: {', '.join(PRESETS)}.")
-    kept = PRESETS[preset]
-    recipe = replace(
-        kept,
-        seed=seed,
-        longest=tokens,
-        epochs=epochs or kept.epochs,
-        rate=rate or kept.rate,
-        batch=batch or kept.batch,
-        rank=rank or kept.rank,
-        vision=vision,
-        alpha=2 * rank if rank else kept.alpha,
-        bf16=kept.bf16 if bf16 is None else bf16,
-    )
-    candidates = _candidates(points, grids, jitter, hard_points, shared_boxes)
-    how = _recipe(data, seed, ppg, references, candidates, vqa_share)
-    judge = load_segmenter(sam) if ppg or held_out else None
-    about = chunks(
-        _examples(data, world, folder, split, count, seed),
-        how,
-        _vqa(data, how, vqa, vqa_images, split),
-        _excluded(data, folder, split, exclude or []),
-    )
-    learnt = Conversations(about, how, judge if ppg else None)
-    asked = list(_examples(data, world, folder, held_out_split, held_out, seed)) if held_out else []
-    place = str(embedded.MLLM) if base == embedded.NAME else base
+    judge = load_segmenter(_judge(chosen, sam)) if how.ppg_share or held_out else None
+    scenes = SceneDraw(world, count)
+    about = mixture(sources, how, split, scenes, _excluded(sources, exclude, split), limit=count)
+    learnt = Conversations(about, how, judge if how.ppg_share else None)
+    asked = draw_held_out(sources, held_out_split, scenes, seed, held_out) if held_out else []
+    cases = list(asked_with(lambda: cases_of(asked), how.count)())
     console.print(f"{len(learnt)} conversations", highlight=False)
     run(
-        place,
+        str(embedded.MLLM) if base == embedded.NAME else base,
         learnt,
         out,
-        recipe,
+        learning,
         how,
         device=device,
         resume=resume,
         save_steps=save_steps,
         held_out=Conversations(chunks(asked, how), how),
-        examined=HeldOut(list(cases_of(asked)), judge) if asked and judge else None,
+        examined=HeldOut(cases, judge) if asked and judge else None,
         start=start,
         deepspeed=deepspeed,
         tensorboard=tensorboard,
@@ -223,109 +250,98 @@ def train(
     console.print(f"wrote the adapter to {out}", markup=False, highlight=False, soft_wrap=True)
 
 
+def _preset(name: str) -> Preset:
+    from sam4mllm_tool.training.recipe import PRESETS
+
+    if name not in PRESETS:
+        raise InputError(f"unknown preset {name!r}", hint=f"Known: {', '.join(PRESETS)}.")
+    return PRESETS[name]
+
+
+def _sources(data: Sequence[str]) -> list[Source]:
+    from sam4mllm_tool.training.mixture import Source
+
+    return [Source.parse(text) for text in data]
+
+
+def _learning(preset: Preset, **asked: Any) -> LoraRecipe:
+    """The preset's learning with what was asked for instead."""
+    changes = {name: value for name, value in asked.items() if value is not None}
+    if changes.get("projector", "lora") not in ("lora", "full", "frozen"):
+        raise InputError(
+            f"no way to train a projector: {changes['projector']!r}", hint="lora, full or frozen."
+        )
+    if preset.alpha_per_rank and "rank" in changes:
+        changes.setdefault("alpha", round(preset.alpha_per_rank * changes["rank"]))
+    return replace(preset.learning, **changes)
+
+
 def _candidates(
-    points: int, grids: float, jitter: float, hard_points: float, shared_boxes: float
-) -> Candidates:
-    from sam4mllm_tool.training.candidates import Candidates
+    points: int | None,
+    grids: float | None,
+    jitter: float | None,
+    hard_points: float | None,
+    shared_boxes: float | None,
+) -> dict[str, Any]:
+    """The changes asked for of round 2's questions."""
+    asked = {"grids": grids, "jitter": jitter, "hard_points": hard_points,
+             "shared_boxes": shared_boxes}  # fmt: skip
+    changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    return changes | ({"asked": (1, points), "normal": None} if points else {})
 
-    return Candidates(
-        asked=(1, points),
-        grids=grids,
-        jitter=jitter,
-        hard_points=hard_points,
-        shared_boxes=shared_boxes,
-    )
 
-
-def _recipe(
-    data: str, seed: int, ppg: float, references: int, candidates: Candidates, vqa_share: float
+def _dialogues(
+    preset: Preset,
+    sources: Sequence[Source],
+    seed: int,
+    ppg: float | None,
+    references: int | None,
+    vqa_share: float | None,
+    candidates: dict[str, Any],
 ) -> Recipe:
-    from sam4mllm_tool.training.dialogues import Recipe
-
-    return Recipe(
+    """The preset's conversations with what was asked for instead."""
+    kept = preset.dialogues
+    scenes = any(source.path is None for source in sources)
+    return replace(
+        kept,
         seed=seed,
-        ppg_share=ppg,
-        references=references,
-        candidates=candidates,
-        vqa_share=vqa_share,
-        loosened=LOOSENED if data == SCENES else 0.0,
+        ppg_share=kept.ppg_share if ppg is None else ppg,
+        references=references or kept.references,
+        vqa_share=kept.vqa_share if vqa_share is None else vqa_share,
+        candidates=replace(kept.candidates, **candidates),
+        loosened=LOOSENED if scenes and kept.count is None else kept.loosened,
     )
 
 
-def _vqa(
-    data: str, recipe: Recipe, file: Path | None, images: Path | None, split: str
-) -> list[VqaExample]:
-    """What is mixed in, if anything is."""
-    from sam4mllm_tool.datasets.vqa import llava_vqa, scene_vqa
-
-    if file is not None:
-        return llava_vqa(file, images or file.parent)
-    if not recipe.vqa_share:
-        return []
-    if data != SCENES:
-        raise InputError("no VQA file given", hint="Say with --vqa what should be mixed in.")
-    from sam4mllm_tool.scenes.world import SMALL_WORLD
-
-    return scene_vqa(SMALL_WORLD, split, recipe.seed, VQA_SCENES)
+def _judge(preset: Preset, named: str | None) -> str:
+    """The segmenter that was named; never the embedded one by accident."""
+    if not (named or preset.judge):
+        raise InputError(
+            "no segmenter named to judge points and draw masks with",
+            hint="Name it with --sam: a SAM checkpoint or family, or 'embedded'.",
+        )
+    return named or preset.judge
 
 
-def _excluded(data: str, folder: Path | None, split: str, others: list[str]) -> frozenset[str]:
-    """Pictures of val and test splits, if it is a training split that is learnt from.
+def _excluded(sources: list[Source], others: list[str] | None, split: str) -> frozenset[str]:
+    from sam4mllm_tool.training.mixture import excluded_pictures
 
-    A split of the data set itself that is not there is told and passed over.
-    """
-    from sam4mllm_tool.datasets import DATASETS, load_examples
-
-    if data == SCENES or folder is None or split != "train":
+    if split != "train":
         return frozenset()
-    found: set[str] = set()
-    for name in dict.fromkeys([data, *others]):
-        parts = DATASETS[name].splits if name in DATASETS else ("val",)
-        for part in parts:
-            if part == "train":
-                continue
-            try:
-                found |= {example.image_id for example in load_examples(name, folder, part)}
-            except DatasetError as error:
-                if name != data:
-                    raise
-                console.print(f"[yellow]{part} pictures are not left out:[/] {error}")
-    return frozenset(found)
+    return excluded_pictures(
+        sources, _sources(others or []), lambda text: console.print(f"[yellow]{text}[/]")
+    )
 
 
-def _examples(
-    data: str, worlds: Sequence[str], folder: Path | None, split: str, count: int, seed: int
-) -> Iterator[ReferringExample]:
-    if data == SCENES:
-        from sam4mllm_tool.datasets.scenes import scene_examples
-        from sam4mllm_tool.scenes.world import WORLDS
+def _show_recipe(name: str, preset: Preset, learning: LoraRecipe, how: Recipe) -> None:
+    from sam4mllm_tool.training.recipe import recipe_rows
 
-        turns = [_turn(world) for world in worlds]
-        for index in range(count):
-            for name, scenes in turns:
-                yield from scene_examples(WORLDS[name], split, seed, scenes, first=index * scenes)
-        return
-    from sam4mllm_tool.datasets import load_examples
-
-    if folder is None:
-        raise InputError("no folder given", hint=f"Say where {data} lies with --folder.")
-    yield from load_examples(data, folder, split, count)
-
-
-def _turn(world: str) -> tuple[str, int]:
-    """NAME or NAME:N as a world's name and its scenes a turn.
-
-    Raises:
-        InputError: no such world, or no number above 0.
-    """
-    from sam4mllm_tool.scenes.world import WORLDS
-
-    name, _, scenes = world.partition(":")
-    if name not in WORLDS:
-        raise InputError(f"no world {name!r}", hint=f"Known: {', '.join(sorted(WORLDS))}.")
-    if scenes and not (scenes.isdigit() and int(scenes)):
-        raise InputError(f"no number of scenes in {world!r}", hint=f"Write {name}:2, say.")
-    return name, int(scenes or 1)
+    table = Table(title=f"preset {name}", title_justify="left")
+    for column in ("value", "is", "source"):
+        table.add_column(column, overflow="fold")
+    for row in recipe_rows(preset, learning, how):
+        table.add_row(*("none" if cell is None else str(cell) for cell in row))
+    console.print(table)
 
 
 def _draw(conversation: Conversation) -> Image.Image:

@@ -7,14 +7,32 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from sam4mllm_tool.datasets import hub, reasonseg
+from sam4mllm_tool.datasets import (
+    ade20k,
+    gqa,
+    hub,
+    llava,
+    own,
+    paco,
+    part_imagenet,
+    reasonseg,
+    vqav2,
+)
 from sam4mllm_tool.datasets.protocol import OURS, Protocol
 from sam4mllm_tool.datasets.record import ReferringExample
 from sam4mllm_tool.datasets.refer import ReferFiles
+from sam4mllm_tool.datasets.vqa import VqaExample
 from sam4mllm_tool.errors import DatasetError
 from sam4mllm_tool.types import TargetCount
 
-__all__ = ["DATASETS", "Dataset", "ReferringExample", "check_present", "load_examples"]
+__all__ = [
+    "DATASETS",
+    "VQA_SETS",
+    "Dataset",
+    "ReferringExample",
+    "check_present",
+    "load_examples",
+]
 
 Reader = Callable[[Path, str, Protocol], Iterator[ReferringExample]]
 
@@ -36,6 +54,11 @@ DATASETS: dict[str, Dataset] = {
     known.name: known
     for known in (
         Dataset("refcoco", _UNC, ReferFiles("refcoco", "refcoco", "refs(unc)", _REFER).examples),
+        Dataset(
+            "refcoco-google",
+            ("train", "val", "test"),
+            ReferFiles("refcoco-google", "refcoco", "refs(google)", _REFER).examples,
+        ),
         Dataset("refcoco+", _UNC, ReferFiles("refcoco+", "refcoco+", "refs(unc)", _REFER).examples),
         Dataset(
             "refcocog",
@@ -55,8 +78,19 @@ DATASETS: dict[str, Dataset] = {
             ).examples,
         ),
         Dataset("reasonseg", ("train", "val", "test"), reasonseg.examples),
+        Dataset("ade20k", ("train", "val"), ade20k.examples),
+        Dataset("paco", ("train", "val", "test"), paco.examples),
+        Dataset("part-imagenet", ("train", "val", "test"), part_imagenet.examples),
+        *(Dataset(name, ("train", "val", "test"), read) for name, read in own.READERS.items()),
     )
 }
+
+VQA_SETS: dict[str, Callable[[Path, str], Iterator[VqaExample]]] = {
+    "vqa": llava.examples,
+    "vqav2": vqav2.examples,
+    "gqa": gqa.examples,
+}
+"""Questions without masks, by name: ``vqa`` is a LLaVA instruction file."""
 
 
 def load_examples(

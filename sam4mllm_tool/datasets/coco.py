@@ -38,12 +38,12 @@ class CocoObject:
     scored: Rle | None = None
 
 
-def read_images(path: Path, wanted: AbstractSet[int]) -> dict[int, CocoImage]:
-    """The wanted images by id."""
+def read_images(path: Path, wanted: AbstractSet[int] | None = None) -> dict[int, CocoImage]:
+    """The wanted images (all, without any) by id."""
     return {
         item["id"]: CocoImage(item["file_name"], item["width"], item["height"])
-        for item in _items(path, "images.item")
-        if item["id"] in wanted
+        for item in stream_items(path, "images.item")
+        if wanted is None or item["id"] in wanted
     }
 
 
@@ -56,7 +56,7 @@ def read_objects(
         scored_size: (width, height) to also give the masks at.
     """
     found = {}
-    for item in _items(path, "annotations.item"):
+    for item in stream_items(path, "annotations.item"):
         if (image := images.get(item["image_id"])) is not None:
             x, y, width, height = map(float, item["bbox"])
             mask = segmentation_to_rle(item["segmentation"], image.width, image.height)
@@ -85,7 +85,12 @@ def _stretched(segmentation: Any, mask: Rle, image: CocoImage, size: tuple[int, 
     return segmentation_to_rle(polygons, width, height)
 
 
-def _items(path: Path, prefix: str) -> Iterator[dict[str, Any]]:
+def stream_items(path: Path, prefix: str) -> Iterator[dict[str, Any]]:
+    """The objects under ``prefix`` of a JSON file, one at a time.
+
+    Raises:
+        DatasetError: it is not valid JSON.
+    """
     ijson = need_extra("ijson")
     try:
         with path.open("rb") as file:

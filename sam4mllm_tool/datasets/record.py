@@ -46,7 +46,8 @@ class ReferringExample:
         image_id: of the picture, to keep expressions on one image together.
         image: a file, or the encoded bytes where the data set holds them inside.
         expressions: each is judged by itself.
-        masks: one a target object; empty means that the expressions have no target here.
+        masks: one a target object, as RLE or as a picture file whose pixels above 0 are on it;
+            empty means that the expressions have no target here.
         boxes: one a mask, pixels of the image, as the data set's makers give them.
         ignore: pixels that count neither for nor against a prediction.
         count: how many targets the data set lets an expression have.
@@ -67,7 +68,7 @@ class ReferringExample:
     image_id: str
     image: Path | bytes
     expressions: tuple[str, ...]
-    masks: tuple[Rle, ...]
+    masks: tuple[Rle | Path, ...]
     boxes: tuple[Box, ...]
     ignore: Rle | None = None
     count: TargetCount = TargetCount.ONE
@@ -98,21 +99,26 @@ class ReferringExample:
         image = load_image(self.image).image
         if self.exif == "stored" or (self.exif == "fit" and not self._fits(image)):
             image = _as_stored(self.image)
-        for rle in self.masks:
-            if not self._fits(image):
+        for mask in self.masks:
+            size = _mask_size(mask)
+            if size != image.size:
                 raise DatasetError(
                     f"{self.example_id}: the image is {image.width}×{image.height}, its mask "
-                    f"{rle['size'][1]}×{rle['size'][0]}",
+                    f"{size[0]}×{size[1]}",
                     hint="The image folder does not belong to these annotations.",
                 )
         return image
 
     def _fits(self, image: RgbImage) -> bool:
-        return all(list(rle["size"]) == [image.height, image.width] for rle in self.masks)
+        return all(_mask_size(mask) == image.size for mask in self.masks)
 
     def truth(self) -> list[Mask]:
-        """The targets' masks, decoded."""
-        return [Mask.from_rle(rle) for rle in self.masks]
+        """The targets' masks, decoded.
+
+        Raises:
+            DatasetError: a mask's file cannot be read.
+        """
+        return [mask_of(mask) for mask in self.masks]
 
     def others(self) -> list[Mask] | None:
         """The neighbours' masks, decoded; ``None`` if they are not known."""
@@ -130,6 +136,34 @@ class ReferringExample:
         """(id, expression) of each expression; the id is unique within the split."""
         for number, expression in enumerate(self.expressions):
             yield f"{self.example_id}:{number}", expression
+
+
+def mask_of(mask: Rle | Path) -> Mask:
+    """A mask from its RLE or file.
+
+    Raises:
+        DatasetError: the file cannot be read.
+    """
+    if not isinstance(mask, Path):
+        return Mask.from_rle(mask)
+    try:
+        with Image.open(mask) as opened:
+            pixels = np.asarray(opened)
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"the mask {mask} cannot be read: {error}") from error
+    on = np.asarray(pixels > 0)
+    return Mask(on if on.ndim == 2 else np.logical_or.reduce(on, axis=2))
+
+
+def _mask_size(mask: Rle | Path) -> tuple[int, int]:
+    """(width, height)."""
+    if not isinstance(mask, Path):
+        return mask["size"][1], mask["size"][0]
+    try:
+        with Image.open(mask) as opened:
+            return opened.size
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"the mask {mask} cannot be read: {error}") from error
 
 
 def _as_stored(source: Path | bytes) -> RgbImage:

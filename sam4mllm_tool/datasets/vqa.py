@@ -1,27 +1,23 @@
-"""Questions without masks, mixed in so that a model keeps its other abilities.
-
-LLaVA's instruction files (a JSON list of records with ``image`` and ``conversations``, turns of
-``human`` and ``gpt``) are read as they are; scenes give questions of their own.
+"""Questions without masks, mixed in so that a model keeps its other abilities: the record, and
+what scenes ask. Each data set has a file of its own.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from sam4mllm_tool.errors import DatasetError
 from sam4mllm_tool.geometry import to_grid
 from sam4mllm_tool.images.loading import load_image
 from sam4mllm_tool.scenes.render import Scene, render_scene
 from sam4mllm_tool.scenes.world import World
 from sam4mllm_tool.types import RgbImage
 
-IMAGE_MARK = "<image>"
+SHORTLY = "Answer the question using a single word or phrase."
+"""What LLaVA-1.5's data asks for where the answers are short."""
 BACKGROUND = "background"
 """The answer where a scene holds nothing."""
 
@@ -41,35 +37,6 @@ class VqaExample:
             ImageError: it cannot be read.
         """
         return load_image(self.image).image
-
-
-def llava_vqa(file: Path, images: Path) -> list[VqaExample]:
-    """The records of a LLaVA instruction file that have a picture.
-
-    Args:
-        file: JSON list of ``{"id", "image", "conversations": [{"from", "value"}, …]}``.
-        images: folder that the ``image`` paths are relative to.
-
-    Raises:
-        DatasetError: not such a file.
-    """
-    try:
-        records = json.loads(file.read_text(encoding="utf-8"))
-        return [
-            VqaExample(str(record["id"]), images / record["image"], _pairs(record))
-            for record in records
-            if "image" in record
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DatasetError(
-            f"{file} is no LLaVA instruction file: {error!r}",
-            hint='It should be a JSON list of {"id", "image", "conversations"}.',
-        ) from error
-
-
-def _pairs(record: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    said = [str(turn["value"]).replace(IMAGE_MARK, "").strip() for turn in record["conversations"]]
-    return tuple(zip(said[::2], said[1::2], strict=False))
 
 
 def scene_vqa(world: World, split: str, seed: int, count: int, first: int = 0) -> list[VqaExample]:

@@ -149,9 +149,14 @@ def measure(
                     _check_limit(skipped, unreadable_limit)
                     continue
                 for case in group:
-                    for name, one in wanted.items():
-                        assert image is not None
-                        lines.add(Line(name, judge(one, case, image)).to_json())
+                    try:
+                        for name, one in wanted.items():
+                            assert image is not None
+                            lines.add(Line(name, judge(one, case, image)).to_json())
+                    except DatasetError as error:  # its mask's file
+                        skipped.append(Skipped(case.image, (case.case,), error.message))
+                        unread.add(vars(skipped[-1]))
+                        _check_limit(skipped, unreadable_limit)
                     on_case(case)
 
 

@@ -29,6 +29,8 @@ class Candidates:
         spread, radius: some of up to ``spread`` Poisson-disk points of the box are asked, no two
             closer than ``radius`` box sides.
         asked: fewest and most points of a question.
+        normal: mean and deviation of their number, cut to whole numbers and to ``asked``; without
+            it any number is as likely as any other.
         grids: share of questions about an even grid over the box, in row order, as the pipeline
             spreads its candidates; the published recipe has none.
         jitter: each edge of the box moves by up to this share of its side.
@@ -41,6 +43,7 @@ class Candidates:
     spread: int = 100
     radius: float = 0.1
     asked: tuple[int, int] = (1, 30)
+    normal: tuple[float, float] | None = None
     grids: float = 0.0
     jitter: float = 0.1
     hard_points: float = 0.0
@@ -68,11 +71,17 @@ class Candidates:
         asked = jittered(box, self.jitter, (mask.width, mask.height), rng)
         return asked, self._points(asked, [mask], others, rng)
 
+    def _number(self, rng: random.Random) -> int:
+        fewest, most = self.asked
+        if self.normal is None:
+            return rng.randint(fewest, most)
+        return int(max(fewest, min(most, rng.normalvariate(*self.normal))))
+
     def _points(
         self, box: Box, kept: Sequence[Mask], hard: Sequence[Mask], rng: random.Random
     ) -> list[Point]:
         """Points of the box, some of those that are not on ``kept`` moved onto ``hard``."""
-        number = rng.randint(*self.asked)
+        number = self._number(rng)
         if self.grids and rng.random() < self.grids:
             points = grid_points(box, number)
         else:

@@ -12,7 +12,7 @@ import random
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import overload
+from typing import Literal, overload
 
 import numpy as np
 
@@ -36,6 +36,10 @@ class Recipe:
         references: most references (or VQA pairs) a conversation holds.
         ppg_share: share of references asked the PPG way; the rest is PQPP.
         candidates: the box and the points of round-2 questions.
+        count: that round-1 questions ask with; ``None``: what the data set promises.
+        every_target: round 2 asks about each target, in random order, not about one of them.
+        order: of the boxes in a reply: from left to right, or as the data set lists them.
+        picture: (width, height) that pictures are resized to before the model sees them.
         positive, negative: points of a PPG reply on and off the object (our numbers, as are the
             next two: the paper says "few").
         inset: PPG points lie at least this share as deep in the object, or in the rest of the box,
@@ -52,6 +56,10 @@ class Recipe:
     references: int = 5
     ppg_share: float = 0.25
     candidates: Candidates = field(default_factory=Candidates)
+    count: TargetCount | None = None
+    every_target: bool = False
+    order: Literal["left to right", "annotated"] = "left to right"
+    picture: tuple[int, int] | None = None
     positive: int = 3
     negative: int = 1
     inset: float = 0.5
@@ -219,7 +227,9 @@ class _Maker:
             )
             if ppg:
                 return [ppg]
-        order = sorted(range(len(masks)), key=lambda n: example.boxes[n][:2])
+        order = list(range(len(masks)))
+        if self.recipe.order == "left to right":
+            order.sort(key=lambda n: example.boxes[n][:2])
         boxes = [example.boxes[n] for n in order]
         size = self.image.size
         first = _Exchange(
@@ -227,13 +237,23 @@ class _Maker:
         )
         if not masks:
             return [first]
-        chosen = self.rng.choice(order)
-        others = [mask for n, mask in enumerate(masks) if n != chosen] + (example.others() or [])
-        return [first, self._round_two(text, masks[chosen], example.boxes[chosen], others)]
+        asked = self.rng.sample(order, len(order) if self.recipe.every_target else 1)
+        around = example.others() or []
+        return [first] + [
+            self._round_two(
+                text,
+                masks[one],
+                example.boxes[one],
+                [mask for n, mask in enumerate(masks) if n != one] + around,
+            )
+            for one in asked
+        ]
 
     def _count(self, example: ReferringExample) -> TargetCount:
         """What the question promises: as much as the data set does, or less."""
         number, counts = len(example.masks), list(TargetCount)
+        if self.recipe.count is not None:
+            return self.recipe.count
         if number == 0 or example.count is TargetCount.ZERO_OR_MORE:
             return TargetCount.ZERO_OR_MORE
         several = number > 1 or example.count is TargetCount.ONE_OR_MORE

@@ -37,7 +37,9 @@ from sam4mllm_tool.mllm.loading import (
 from sam4mllm_tool.protocols import Turn
 from sam4mllm_tool.training.dialogues import Conversation, Recipe
 from sam4mllm_tool.training.progress import HeldOut
-from sam4mllm_tool.training.token_loss import SPREAD, TokenLoss
+from sam4mllm_tool.training.recipe import LoraRecipe
+from sam4mllm_tool.training.token_loss import TokenLoss
+from sam4mllm_tool.types import RgbImage
 
 _log = logging.getLogger(__name__)
 IGNORED = -100
@@ -51,63 +53,18 @@ VISION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "q
 
 
 @dataclass(frozen=True)
-class LoraRecipe:
-    """How an adapter is trained.
-
-    Attributes:
-        rank, alpha, dropout: of the LoRA layers.
-        rate: peak learning rate of the one-cycle schedule.
-        epochs: passes over the conversations.
-        batch: conversations a step (a device).
-        accumulate: steps whose gradients are summed.
-        projector: also train the projector between picture and text, whole.
-        vision: LoRA layers in the vision tower too. The published recipe leaves it as it is; a
-            small tower has not seen everything that pictures are made of.
-        bf16: compute in bfloat16.
-        checkpointing: recompute activations to save memory.
-        smoothing: standard deviation of the label smoothing of coordinates, in steps of 0-999, with
-            punctuation weighing little (:class:`TokenLoss`); 0 is plain cross-entropy.
-        longest: tokens a conversation may have; its last questions are left out until it fits.
-        seed: of initialisation, order and dropout.
-    """
-
-    rank: int = 128
-    alpha: int = 128
-    dropout: float = 0.05
-    rate: float = 1e-4
-    epochs: float = 3
-    batch: int = 4
-    accumulate: int = 1
-    projector: bool = True
-    vision: bool = False
-    bf16: bool = True
-    checkpointing: bool = True
-    smoothing: float = 0.0
-    longest: int = 2048
-    seed: int = 0
-
-
-PRESETS = {
-    "published": LoraRecipe(),
-    "small": LoraRecipe(
-        rank=16, alpha=32, dropout=0.0, rate=1e-3, epochs=1, batch=8, bf16=False,
-        checkpointing=False, smoothing=SPREAD,
-    ),
-}  # fmt: skip
-"""``published``: the paper's figures. ``small``: for the embedded model, on a CPU."""
-
-
-@dataclass(frozen=True)
 class Learnt:
     """One sequence of a conversation as the model reads it while it learns.
 
     Attributes:
         inputs: the model's arguments, without padding; ``input_ids`` is 1 x L.
         labels: 1 x L; the token itself where the assistant speaks, else -100.
+        text: tokens before the picture is put in, which counts as one.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
+    text: int
 
 
 class ConversationEncoder:
@@ -125,7 +82,7 @@ class ConversationEncoder:
     def fit(self, conversation: Conversation) -> tuple[Learnt, ...]:
         """As many of its questions as the limit of tokens per sequence allows, one at least."""
         encoded = self.encode(conversation)
-        while self.longest and max(one.labels.shape[1] for one in encoded) > self.longest:
+        while self.longest and max(one.text for one in encoded) > self.longest:
             if len(conversation.topics) == 1:
                 break
             conversation = conversation.shortened()
@@ -147,20 +104,29 @@ def _learnt(transcript: Transcript, image: ImageInputs) -> Learnt:
     labels = torch.full_like(inputs["input_ids"], IGNORED)
     for start, end in transcript.replies:
         labels[0, start:end] = inputs["input_ids"][0, start:end]
-    return Learnt(inputs, labels)
+    return Learnt(inputs, labels, len(transcript.ids) - len(image.ids) + 1)
 
 
 class ConversationSet(Dataset[tuple[Learnt, ...]]):
     """Conversations for the trainer, encoded when asked for."""
 
-    def __init__(self, conversations: Sequence[Conversation], encoder: ConversationEncoder) -> None:
-        self._conversations, self._encoder = conversations, encoder
+    def __init__(
+        self,
+        conversations: Sequence[Conversation],
+        encoder: ConversationEncoder,
+        picture: tuple[int, int] | None = None,
+    ) -> None:
+        self._conversations, self._encoder, self._picture = conversations, encoder, picture
 
     def __len__(self) -> int:
         return len(self._conversations)
 
     def __getitem__(self, index: int) -> tuple[Learnt, ...]:
-        return self._encoder.fit(self._conversations[index])
+        conversation = self._conversations[index]
+        if self._picture is not None:
+            resized = conversation.image.pil.resize(self._picture)
+            conversation = replace(conversation, image=RgbImage.from_pil(resized))
+        return self._encoder.fit(conversation)
 
 
 class Collator:
@@ -194,12 +160,13 @@ def _padded(values: Sequence[Tensor], filler: int) -> Tensor:
 
 
 class DialogueTrainer(Trainer):
-    """transformers' ``Trainer`` with PyTorch's one-cycle schedule.
+    """transformers' ``Trainer`` with PyTorch's one-cycle schedule, as ``recipe`` says.
 
     ``measure`` gives figures of the model as it is; they are reported beside the held-out loss.
     """
 
     measure: Callable[[], dict[str, float]] | None = None
+    recipe: LoraRecipe = LoraRecipe()
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """The held-out loss, and what else the model can do.
@@ -223,12 +190,20 @@ class DialogueTrainer(Trainer):
                 optimizer or self.optimizer,
                 max_lr=self.args.learning_rate,
                 total_steps=num_training_steps,
+                pct_start=self.recipe.warm_up,
+                anneal_strategy=self.recipe.annealing,
             )
         return self.lr_scheduler
 
 
 def adapt(model: Any, recipe: LoraRecipe) -> PeftModel:
-    """The model with fresh LoRA layers; all else but the projector is frozen."""
+    """The model with fresh LoRA layers; all else but the projector is frozen.
+
+    What learns is held in float32, whatever the model is in.
+
+    Raises:
+        InputError: LoRA on a projector without linear layers.
+    """
     set_seed(recipe.seed)
     found = [
         name
@@ -238,17 +213,38 @@ def adapt(model: Any, recipe: LoraRecipe) -> PeftModel:
     assert found, f"no language projection named {'|'.join(PROJECTIONS)} in this model"
     kept = {part for name, _ in model.named_modules() for part in PROJECTORS
             if name.endswith("." + part) or name == part}  # fmt: skip
-    return get_peft_model(
+    if recipe.projector == "lora":
+        found += _projector_layers(model)
+    adapted = get_peft_model(
         model,
         LoraConfig(
             r=recipe.rank,
             lora_alpha=recipe.alpha,
             lora_dropout=recipe.dropout,
             target_modules=found,
-            modules_to_save=sorted(kept) if recipe.projector else None,
+            modules_to_save=sorted(kept) if recipe.projector == "full" else None,
             task_type="CAUSAL_LM",
         ),
     )
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    return adapted
+
+
+def _projector_layers(model: Any) -> list[str]:
+    """The linear layers of the projector."""
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and set(name.split(".")) & set(PROJECTORS)
+    ]
+    if not found:
+        raise InputError(
+            "the projector of this model has no linear layers to put LoRA on",
+            hint="Train it whole or leave it: --projector full, --projector frozen.",
+        )
+    return found
 
 
 def _adapted(module: str, vision: bool) -> bool:
@@ -337,6 +333,8 @@ def train(
     """
     processor = load_processor(Path(base), start)
     placement = choose_placement(device, "float32")
+    if recipe.bf16 and placement.device.type == "cuda":
+        placement = choose_placement(device, "bfloat16")
     model = adapt(load_model(Path(base), placement), recipe)
     if start is not None:
         take_over(model, start)
@@ -348,8 +346,12 @@ def train(
         per_device_train_batch_size=recipe.batch,
         gradient_accumulation_steps=recipe.accumulate,
         learning_rate=recipe.rate,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.clip,
+        optim=recipe.optimizer,
         bf16=recipe.bf16,
         gradient_checkpointing=recipe.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.checkpointing else None,
         seed=recipe.seed,
         data_seed=recipe.seed,
         save_steps=save_steps,
@@ -371,11 +373,12 @@ def train(
         model=model,
         args=arguments,
         data_collator=Collator(processor.tokenizer.pad_token_id or 0),
-        train_dataset=ConversationSet(conversations, encoder),
-        eval_dataset=ConversationSet(held_out, encoder) if held_out else None,
+        train_dataset=ConversationSet(conversations, encoder, data.picture),
+        eval_dataset=ConversationSet(held_out, encoder, data.picture) if held_out else None,
         callbacks=callbacks,
         compute_loss_func=_as_trainer_calls(token_loss) if token_loss else None,
     )
+    trainer.recipe = recipe
     if examined is not None:
         trainer.measure = partial(examined.measure, model.get_base_model(), processor, data.format)
     trainer.train(resume_from_checkpoint=resume)

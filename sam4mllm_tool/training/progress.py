@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from sam4mllm_tool.evaluation.cases import Case
 from sam4mllm_tool.evaluation.judge import judge
 from sam4mllm_tool.evaluation.metrics import METRICS
@@ -31,14 +33,18 @@ class HeldOut:
     def measure(self, model: Any, processor: Any, format_name: str) -> dict[str, float]:
         """Each metric of `SHOWN` that is defined on the cases, for the model as it is now.
 
-        The model is left in the mode (training or not) it was in.
+        The model is left in the mode (training or not) it was in. A model held in 16 bits has
+        layers that learn in 32: what they meet is cast.
         """
         training = model.training
+        halved = any(weight.dtype == torch.bfloat16 for weight in model.parameters())
+        cast = torch.autocast(model.device.type, torch.bfloat16, enabled=halved)
         model.eval()
         try:
             mllm = LocalMllm(model, processor, name="in training", format_name=format_name)
             pipeline = Sam4MLLM(mllm, self.segmenter)
-            outcomes = [judge(pipeline, case, case.open_image()).outcome for case in self.cases]
+            with cast:
+                outcomes = [judge(pipeline, case, case.open_image()).outcome for case in self.cases]
         finally:
             model.train(training)
         found = {name: METRICS[name](outcomes) for name in SHOWN}
