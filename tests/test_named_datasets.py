@@ -326,9 +326,12 @@ def write_every_set(root):
              "ade20k": write_ade(root / "ade20k"), "coco": write_own_coco(root / "coco"),
              "jsonl": write_jsonl(root / "jsonl")}  # fmt: skip
     for name, folder, refs in (
-        ("refcoco", "refcoco", "unc"), ("refcoco-google", "refcoco", "google"), ("refcoco+", "refcoco+", "unc"),
-        ("refcocog", "refcocog", "umd"), ("refcocog-google", "refcocog", "google"),
-    ):  # fmt: skip
+        ("refcoco", "refcoco", "unc"),
+        ("refcoco-google", "refcoco", "google"),
+        ("refcoco+", "refcoco+", "unc"),
+        ("refcocog", "refcocog", "umd"),
+        ("refcocog-google", "refcocog", "google"),
+    ):
         made = write_refcoco(root / name, "train")
         (made / "refcoco").rename(made / "to be named")
         (made / "to be named").rename(made / folder)

@@ -482,7 +482,8 @@ def test_training_goes_on_in_the_dialogue_of_the_adapter(
     assert other != own
     (start / "chat_template.jinja").write_text(other)
     found = list(conversations(_examples()[:1], PQPP))
-    recipe = LoraRecipe(rank=4, alpha=4, epochs=1, batch=1, bf16=False, checkpointing=False)
+    recipe = LoraRecipe(rank=4, alpha=4, epochs=1, projector="full", bf16=False,
+                        checkpointing=False)  # fmt: skip
     out = train(base, found, tmp_path / "out", recipe, PQPP, device="cpu", start=start)
     assert (out / "chat_template.jinja").read_text() == other
     asked = load_mllm(adapter=str(out), device="cpu").encoder.processor

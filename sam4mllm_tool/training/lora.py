@@ -272,12 +272,12 @@ def take_over(model: PeftModel, adapter: Path) -> None:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"no way on from the adapter in {adapter}: {error}",
-            hint="It must have been trained over this base with the same --rank.",
+            hint="It must have been trained over this base with the same --rank and --projector.",
         ) from error
     if lost or found.unexpected_keys:
         raise CheckpointError(
             f"the adapter in {adapter} has other layers, first {(lost + found.unexpected_keys)[0]}",
-            hint="It must have been trained over this base with the same --rank.",
+            hint="It must have been trained over this base with the same --rank and --projector.",
         )
 
 
