@@ -35,6 +35,7 @@ from sam4mllm_tool.mllm.loading import (
     load_processor,
 )
 from sam4mllm_tool.protocols import Turn
+from sam4mllm_tool.training.checkpoints import last_whole, saving
 from sam4mllm_tool.training.dialogues import Conversation, Recipe
 from sam4mllm_tool.training.progress import HeldOut
 from sam4mllm_tool.training.recipe import LoraRecipe
@@ -308,7 +309,8 @@ def train(
         recipe: how to train.
         data: how the conversations were made; written beside the adapter.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``.
-        resume: go on from the last checkpoint, with the result of a run that never stopped.
+        resume: go on from the last whole checkpoint (from the beginning, if there is none), with
+            the result of a run that never stopped.
         save_steps: steps between checkpoints.
         stop_after: stop after this many steps without finishing the schedule (for tests, and to
             train in several sittings).
@@ -330,6 +332,7 @@ def train(
     Raises:
         CheckpointError: the base cannot be loaded, or ``start`` does not fit it.
         InputError: TensorBoard is asked for and not installed.
+        StorageError: the disk is full; the checkpoints before are kept.
     """
     processor = load_processor(Path(base), start)
     placement = choose_placement(device, "float32")
@@ -381,9 +384,12 @@ def train(
     trainer.recipe = recipe
     if examined is not None:
         trainer.measure = partial(examined.measure, model.get_base_model(), processor, data.format)
-    trainer.train(resume_from_checkpoint=resume)
+    last = last_whole(out / "checkpoints") if resume else None
+    with saving(out):
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if trainer.is_world_process_zero():
-        save_adapter(model, out, base, recipe, data)
+        with saving(out):
+            save_adapter(model, out, base, recipe, data)
         # The adapter knows this dialogue: it is asked in it, whatever the base's template becomes.
         if isinstance(processor.chat_template, str):
             (out / TEMPLATE_FILE).write_text(processor.chat_template, encoding="utf-8")

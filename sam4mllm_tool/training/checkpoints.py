@@ -1,0 +1,84 @@
+"""Checkpoints that can be gone on from, and what a full disk does to them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from sam4mllm_tool.disk import storing
+from sam4mllm_tool.errors import StorageError
+
+_log = logging.getLogger(__name__)
+NEEDED = ("trainer_state.json", "adapter_model.safetensors")
+
+
+def last_whole(folder: Path) -> Path | None:
+    """The newest checkpoint of which nothing is missing or cut off; ``None`` if there is none.
+
+    Torn ones, which a kill or a full disk leaves, are named in a warning and moved aside, so that
+    they take no place among the checkpoints that are kept.
+    """
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
+    for path in sorted(found, key=lambda path: -int(path.name[11:])):
+        damage = torn(path)
+        if damage is None:
+            return path
+        _log.warning("%s is torn (%s); going on from the one before", path, damage)
+        if os.environ.get("RANK", "0") == "0":
+            path.rename(path.with_name(f"torn-{path.name}"))
+    return None
+
+
+def torn(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, ``None`` if nothing is.
+
+    transformers writes ``trainer_state.json`` last; PyTorch's files are archives with a checksum
+    for each part, and safetensors knows its length.
+    """
+    for name in NEEDED:
+        if not (checkpoint / name).exists():
+            return f"{name} is missing"
+    for path in sorted(checkpoint.rglob("*")):
+        try:
+            match path.suffix:
+                case ".json":
+                    json.loads(path.read_bytes())
+                case ".safetensors":
+                    with safe_open(path, framework="pt"):
+                        pass
+                case ".pt" | ".pth" | ".bin":
+                    with zipfile.ZipFile(path) as archive:
+                        if archive.testzip() is not None:
+                            return f"{path.name} is damaged"
+        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+            return f"{path.name}: {error}"
+    return None
+
+
+@contextmanager
+def saving(folder: Path) -> Iterator[None]:
+    """Failures to write a checkpoint or an adapter, as a typed error.
+
+    Raises:
+        StorageError: the disk is full or cannot be written; PyTorch and safetensors say so in
+            errors of their own.
+    """
+    try:
+        with storing(folder):
+            yield
+    except (RuntimeError, SafetensorError) as error:
+        said = str(error)
+        if not any(words in said for words in ("No space", "os error 28", "PytorchStreamWriter",
+                                               "file write failed")):  # fmt: skip
+            raise
+        raise StorageError(
+            f"{folder} cannot be written: {said.splitlines()[0]}",
+            hint="Make room, then go on with --resume: a torn checkpoint is passed over.",
+        ) from error
