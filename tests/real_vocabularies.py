@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,21 +25,31 @@ def llama3(adds_start: bool = False) -> Any:
         adds_start: the tokenizer writes ``<|begin_of_text|>`` by itself, as Meta's does since May
             2024; before, only the chat template wrote it.
     """
-    from llama_models.llama3.tokenizer import Tokenizer
-
-    special = list(Tokenizer.get_instance().special_tokens)
-    model = _package("llama_models") / "llama3" / "tokenizer.model"
-    backend = TikTokenConverter(str(model), extra_special_tokens=[*special, IMAGE]).converted()
+    backend = deepcopy(_llama3())
     if adds_start:
-        start = "<|begin_of_text|>"
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{start} $A", special_tokens=[(start, backend.token_to_id(start))]
-        )
+        add_start(backend)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>",
         pad_token="<|eot_id|>", extra_special_tokens={"image_token": IMAGE},
         clean_up_tokenization_spaces=False,
     )  # fmt: skip
+
+
+def add_start(backend: Any) -> None:
+    """Let a tokenizer with Llama-3's start token write it before every text."""
+    start = "<|begin_of_text|>"
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A", special_tokens=[(start, backend.token_to_id(start))]
+    )
+
+
+@cache
+def _llama3() -> Any:
+    from llama_models.llama3.tokenizer import Tokenizer
+
+    special = list(Tokenizer.get_instance().special_tokens)
+    model = _package("llama_models") / "llama3" / "tokenizer.model"
+    return TikTokenConverter(str(model), extra_special_tokens=[*special, IMAGE]).converted()
 
 
 @cache
