@@ -4,7 +4,7 @@ Coordinate replies such as ``[281,251,863,999]`` are mostly punctuation that the
 beforehand. Stating that as data lets an engine feed the fixed part without asking for it, and
 lets any other engine check a reply. A grammar is a sequence of parts::
 
-    (Literal("\\n["), Number(3), Literal(","), …, Choice(((), (Literal(" "), …))))
+    (Literal("["), Number(3), Literal(","), …, Choice(((), (Literal(" "), …))))
 """
 
 from __future__ import annotations
