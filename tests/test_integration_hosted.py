@@ -142,7 +142,7 @@ def check_texts(texts: list[str]) -> None:
     assert wrong.startswith("Error: there is no object 'obj_77'")
     assert "Hint: " in wrong
     assert "no tool 'weather'" in unknown
-    assert "obj_1 is left of" in compared
+    assert "obj_1 is right of" in compared
     assert all(len(text) < 2_000 for text in texts)
 
 
@@ -168,7 +168,7 @@ async def test_chat_completions(toolbox, blocks_file, twin):
     with ScriptedLlm(script(blocks_file)) as llm:
         client = (AsyncOpenAI if twin else OpenAI)(base_url=f"{llm.url}/v1", api_key="none")
         answer, messages = await chat_turns(client, toolbox, "Which is left?", twin=twin)
-    assert answer == "obj_1 is left of"
+    assert answer == "obj_1 is right of"
     for call in (c for m in messages for c in m.get("tool_calls", ())):
         call["function"].pop("parsed_arguments", None)
     TypeAdapter(list[ChatCompletionMessageParam]).validate_python(messages)
@@ -195,7 +195,7 @@ async def test_responses(toolbox, blocks_file, twin):
                 items += await openai_functions.aanswer_responses(toolbox, response)
             else:
                 items += openai_functions.answer_responses(toolbox, response)
-    assert response.output_text == "obj_1 is left of"
+    assert response.output_text == "obj_1 is right of"
     TypeAdapter(list[ResponseInputItemParam]).validate_python(items)
     outputs = [item["output"] for item in items if item.get("type") == "function_call_output"]
     check_texts([o if isinstance(o, str) else o[0]["text"] for o in outputs])
@@ -220,7 +220,7 @@ async def test_messages(toolbox, blocks_file, twin):
                 messages += await anthropic_tools.aanswer(toolbox, message)
             else:
                 messages += anthropic_tools.answer(toolbox, message)
-    assert message.content[0].text == "obj_1 is left of"
+    assert message.content[0].text == "obj_1 is right of"
     TypeAdapter(list[MessageParam]).validate_python(messages)
     results = [b for m in messages[1:] if m["role"] == "user" for b in m["content"]]
     check_texts([block["content"][0]["text"] for block in results])

@@ -42,11 +42,9 @@ def judge(model: Sam4MLLM, case: Case, image: RgbImage) -> Judged:
     except DialogueError as failure:
         error = str(failure)
     seconds = time.perf_counter() - start
-    outcome = replace(
-        outcome_of(found, case),
-        said_target=_says_target(model, case, image) if _apart(case) else None,
-        seconds=seconds,
-    )
+    outcome = replace(outcome_of(found, case), seconds=seconds)
+    if _apart(case):
+        outcome = replace(outcome, said_target=_says_target(model, case, image))
     masks = tuple(one.mask.to_rle() for one in found.objects) if found else ()
     return Judged(outcome, case.expression, masks, error)
 
@@ -55,14 +53,15 @@ def outcome_of(found: Segmentation | None, case: Case) -> Outcome:
     """What was found (``None``: the reply could not be read), compared with the case's truth."""
     truth = case.truth()
     objects = found.objects if found else ()
-    areas = compare_masks([one.mask for one in objects], truth, case.ignore())
     return Outcome(
         case.case,
         case.image,
-        *areas,
+        *_compare(case, [one.mask for one in objects], truth),
         box_iou=match_boxes([one.located.box for one in objects], case.boxes),
         points=_points(found, truth, case.others()) if found and truth else (),
         stated=_stated(found, truth) if found and truth else (),
+        said_target=bool(objects) if case.decides else None,
+        decides=case.decides,
         questions=_questions(found) if found else 1,
         kind=case.kind,
     )
