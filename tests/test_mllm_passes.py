@@ -13,11 +13,13 @@ import pytest
 import torch
 from mllm_dialogues import FORM, answers, ask_box, ask_points, check_same
 from random_models import build, picture
+from transformers import TrainingArguments
 
 from sam4mllm_tool.errors import BackendError
 from sam4mllm_tool.mllm.engine import cache_argument
 from sam4mllm_tool.mllm.local import LocalMllm
 from sam4mllm_tool.mllm.oracle import RecomputeMllm
+from sam4mllm_tool.training.lora import recomputing
 from sam4mllm_tool.types import TargetCount
 
 ONE = FORM.box_grammar(TargetCount.ONE)
@@ -114,6 +116,16 @@ def test_our_calls_are_not_deprecated(family: str, tmp_path: Path) -> None:
             mllm.generate(IMAGE, OPENING, max_new_tokens=3)
             mllm.alternates(IMAGE, OPENING, grammar=ONE, count=2)
             answers(mllm, IMAGE, QUESTION, 5)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_trainers_arguments_are_not_deprecated(wanted: bool, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), use_cpu=True, report_to=[], **recomputing(wanted)
+        )
+    assert arguments.activation_checkpointing is wanted
 
 
 # --- logits ---------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -353,8 +353,7 @@ def train(
         max_grad_norm=recipe.clip,
         optim=recipe.optimizer,
         bf16=recipe.bf16,
-        gradient_checkpointing=recipe.checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.checkpointing else None,
+        **recomputing(recipe.checkpointing),
         seed=recipe.seed,
         data_seed=recipe.seed,
         save_steps=save_steps,
@@ -450,6 +449,17 @@ def _tensorboard(folder: Path) -> TrainerCallback:
         raise InputError(
             "TensorBoard is not installed", hint="pip install 'sam4mllm-tool[train]'."
         ) from error
+
+
+def recomputing(wanted: bool) -> dict[str, Any]:
+    """Arguments by which the installed transformers recomputes activations to save memory.
+
+    The name was ``gradient_checkpointing`` before it was ``activation_checkpointing``.
+    """
+    known = {field.name for field in fields(TrainingArguments)}
+    new = "activation_checkpointing"
+    name = new if new in known else "gradient_checkpointing"
+    return {name: wanted, f"{name}_kwargs": {"use_reentrant": False} if wanted else None}
 
 
 class _StopAfter(TrainerCallback):
