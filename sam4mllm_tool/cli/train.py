@@ -188,7 +188,9 @@ def train(
     ] = 0,
     held_out_split: Annotated[str, typer.Option(help="Their split.")] = "val",
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
-    deepspeed: Annotated[Path | None, typer.Option(help="DeepSpeed configuration.")] = None,
+    deepspeed: Annotated[
+        str | None, typer.Option(help="zero2, zero3, or a DeepSpeed configuration.")
+    ] = None,
     tensorboard: Annotated[bool, typer.Option(help="Write OUT/tensorboard.")] = False,
     seed: Annotated[int, typer.Option(help="Of data, weights and order.")] = 0,
     start: Annotated[
@@ -219,6 +221,7 @@ def train(
     from sam4mllm_tool.evaluation.cases import asked_with, cases_of
     from sam4mllm_tool.segmenter import load_segmenter
     from sam4mllm_tool.training.dialogues import Conversations, chunks
+    from sam4mllm_tool.training.lora import deepspeed_file
     from sam4mllm_tool.training.lora import train as run
     from sam4mllm_tool.training.mixture import SceneDraw, mixture
     from sam4mllm_tool.training.mixture import held_out as draw_held_out
@@ -243,7 +246,7 @@ def train(
         held_out=Conversations(chunks(asked, how), how),
         examined=HeldOut(cases, judge) if asked and judge else None,
         start=start,
-        deepspeed=deepspeed,
+        deepspeed=deepspeed_file(deepspeed) if deepspeed else None,
         tensorboard=tensorboard,
         show_progress=True,
     )

@@ -321,8 +321,8 @@ def train(
         start: an adapter over the same base, of the same rank, to go on from with a fresh schedule
             (other data, another rate); without it LoRA layers begin by doing nothing. A chat
             template beside it is used in place of the base's.
-        deepspeed: DeepSpeed configuration, as transformers takes it; several processes are found
-            by themselves under ``accelerate launch``.
+        deepspeed: DeepSpeed configuration, as transformers takes it (:func:`deepspeed_file` knows
+            ours); several processes are found by themselves under ``torchrun``.
         tensorboard: write all figures to ``out/tensorboard`` as well.
         show_progress: draw transformers' progress bars.
 
@@ -360,7 +360,7 @@ def train(
         save_total_limit=2,
         eval_strategy="steps" if held_out else "no",
         eval_steps=save_steps,
-        logging_steps=10,
+        logging_steps=min(10, save_steps),
         report_to=[],
         deepspeed=None if deepspeed is None else str(deepspeed),
         remove_unused_columns=False,
@@ -393,6 +393,21 @@ def train(
         if isinstance(processor.chat_template, str):
             (out / TEMPLATE_FILE).write_text(processor.chat_template, encoding="utf-8")
     return out
+
+
+def deepspeed_file(name: str) -> Path:
+    """The configuration of ZeRO stage 2 or 3 by name (``zero2``, ``zero3``), or a file.
+
+    Raises:
+        InputError: neither.
+    """
+    known = Path(__file__).parent / "deepspeed" / f"{name}.json"
+    found = known if known.exists() else Path(name)
+    if not found.is_file():
+        raise InputError(
+            f"no DeepSpeed configuration {name!r}", hint="zero2, zero3 or the path of a file."
+        )
+    return found
 
 
 def _loss_of(recipe: LoraRecipe, tokenizer: Any) -> tuple[LoraRecipe, TokenLoss | None]:
