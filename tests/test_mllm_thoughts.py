@@ -88,9 +88,11 @@ def scripted(
             hook.remove()
 
 
-def said(mllm: LocalMllm, thought: str) -> str:
+def said(mllm: LocalMllm, thought: str, before: str = "") -> str:
     """The thought as this model says it: with its opening, unless the template writes that."""
-    return thought if mllm.model.config.model_type == "qwen3_vl" else f"<think>\n{thought}"
+    if mllm.model.config.model_type == "qwen3_vl":
+        return thought
+    return f"{before}<think>\n{thought}"
 
 
 WHERE: Dialogue = (Turn("user", "Where is the cup?"),)
@@ -98,9 +100,13 @@ ON_IT: Dialogue = (Turn("user", "Is the point [10, 20] on the cup?"),)
 
 
 @pytest.mark.parametrize("kind", [LocalMllm, RecomputeMllm])
-def test_a_reply_is_what_stands_behind_the_thought(folder: Path, kind: type[LocalMllm]) -> None:
+@pytest.mark.parametrize("before", ["", "\n"])
+def test_a_reply_is_what_stands_behind_the_thought(
+    folder: Path, kind: type[LocalMllm], before: str
+) -> None:
+    """GLM-4.6V's generation prompt ends before the line break that its replies begin with."""
     mllm = thinker(folder, kind)
-    text = said(mllm, f"Hm. {OTHER}\n</think>\n\n{BOX}")
+    text = said(mllm, f"Hm. {OTHER}\n</think>\n\n{BOX}", before)
     end = mllm.encoder.tokenizer.convert_ids_to_tokens(mllm.end_ids[0])
     with scripted(mllm, WHERE, text + end):
         reply = mllm.generate(IMAGE, WHERE, max_new_tokens=64)
@@ -117,7 +123,8 @@ def test_yes_or_no_is_read_behind_the_thought(
 ) -> None:
     """Its probability is that of plain Hugging Face behind the closed thought."""
     mllm = thinker(folder, kind)
-    with scripted(mllm, ON_IT, said(mllm, f"Yes or no? {OTHER}</think>{lead}")) as script:
+    text = said(mllm, f"Yes or no? {OTHER}</think>{lead}", before=lead[:1].strip("<"))
+    with scripted(mllm, ON_IT, text) as script:
         answer = mllm.answer_yes_no(IMAGE, ON_IT, words=FORM.yes_no, count=1)
     inputs = plain_inputs(mllm, IMAGE, ON_IT)
     with torch.inference_mode():
@@ -174,11 +181,17 @@ def test_a_model_that_does_not_think_is_asked_as_ever(tmp_path: Path) -> None:
     with scripted(plain, WHERE, BOX):
         second = plain.generate(IMAGE, WHERE, max_new_tokens=40)
     assert (first.text, first.forward_passes) == (second.text, second.forward_passes)
+    with scripted(mllm, WHERE, "\n" + BOX):  # a line break alone is no thought
+        assert mllm.generate(IMAGE, WHERE, max_new_tokens=40).text.startswith("\n" + BOX)
+    with scripted(mllm, ON_IT, "\n"):
+        first_answers = mllm.answer_yes_no(IMAGE, ON_IT, words=FORM.yes_no, count=3)
+    with scripted(plain, ON_IT, "\n"):
+        check_same(first_answers, plain.answer_yes_no(IMAGE, ON_IT, words=FORM.yes_no, count=3))
 
 
 def test_a_served_model_is_read_behind_its_thought(folder: Path) -> None:
     mllm = thinker(folder)
-    opening = said(mllm, "")
+    opening = said(mllm, "", before="\n")
     server = TestServer(mllm)
     with running(server) as url:
         remote = OpenAIEndpointMllm(url, thought_budget=100)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +14,15 @@ from sam4mllm_tool.types import YesNo
 
 _JACOBI_PASSES = 8
 """After so many passes over all slots the answers hang on each other: go slot by slot."""
+
+
+Leads = Callable[[int], bool]
+"""Whether a reply that begins with this token may be a thought."""
+
+
+def no_lead(token: int) -> bool:
+    """No token leads to a thought."""
+    return False
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +64,11 @@ class Spoken:
 
 
 def speak_freely(
-    engine: Engine, spot: Spot, end_ids: Sequence[int], limit: int, opens: int | None = None
+    engine: Engine, spot: Spot, end_ids: Sequence[int], limit: int, leads: Leads = no_lead
 ) -> Spoken | None:
     """Greedy reply without a grammar, up to ``limit`` tokens.
 
-    ``None`` if it begins with the token ``opens``, which opens a thought.
+    ``None`` if its first token leads to a thought.
     """
     said: list[int] = []
     score = 0.0
@@ -67,7 +76,7 @@ def speak_freely(
     while len(said) < limit:
         spot, logits = engine.read(spot, new)
         token = int(logits[-1].argmax())
-        if not said and token == opens:
+        if not said and leads(token):
             return None
         score += float(logits[-1].log_softmax(-1)[token])
         if token in end_ids:
@@ -140,11 +149,11 @@ def speak_alternates(
 
 
 def answer_slots(
-    engine: Engine, spot: Spot, tokens: YesNoTokens, count: int, opens: int | None = None
+    engine: Engine, spot: Spot, tokens: YesNoTokens, count: int, leads: Leads = no_lead
 ) -> tuple[list[YesNo], Spot] | None:
     """Answer ``count`` slots as greedy decoding would, several slots a pass (Jacobi iteration).
 
-    ``None`` if the model would rather say the token ``opens`` first, which opens a thought.
+    ``None`` if the model would rather say a token first that leads to a thought.
 
     All answers are guessed and read at once; up to and including the first slot whose answer
     comes out other than guessed, the answers are what one-by-one decoding gives. From there it
@@ -160,7 +169,7 @@ def answer_slots(
         end = settled if one_by_one else count - 1
         keep = end + 1 - settled
         after, logits = engine.read(spot, (*lead, *answers[start:end]), keep)
-        if settled == 0 and int(logits[0].argmax()) == opens:
+        if settled == 0 and leads(int(logits[0].argmax())):
             return None
         picks = guesser.see(settled, answers, logits)
         guessed = answers[settled:end]

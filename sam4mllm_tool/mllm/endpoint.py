@@ -162,13 +162,12 @@ class OpenAIEndpointMllm:
 
     def _examine_template(self) -> Served:
         served = self._examiner.served()
-        if served.open is not None and not served.thinks:
-            fields = {"return_tokens_as_token_ids": True} | _start(served)
+        if served.close is not None and not served.thinks:
             choice = self.client.ask(
-                PROBE, PROBE_DIALOGUE, extra_body=fields, max_tokens=1, logprobs=True
+                PROBE, PROBE_DIALOGUE, extra_body=_start(served), max_tokens=4, logprobs=True
             )[0]
             content = choice.logprobs.content if choice.logprobs else None
-            served = replace(served, thinks=self._examiner.opens_thought(content, served))
+            served = replace(served, thinks=self._examiner.opens_thought(content))
         if self.format_name == "sam4mllm" and not served.thinks:
             self._examiner.check_template()
         return served

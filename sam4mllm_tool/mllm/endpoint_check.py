@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from sam4mllm_tool.errors import EndpointError, ProbabilitiesMissing
-from sam4mllm_tool.mllm.endpoint_slots import SlotTokens, read_slots, spellings, token_id
+from sam4mllm_tool.mllm.endpoint_slots import SlotTokens, read_slots, spellings
 from sam4mllm_tool.protocols import Dialogue, Turn, YesNoWords
 from sam4mllm_tool.types import RgbImage
 
@@ -37,12 +37,11 @@ class Served:
     Attributes:
         add_start: the template does not write the tokenizer's start token, so the server must.
         thinks: a thought comes before each answer.
-        open, close: ids of ``<think>`` and ``</think>``, ``None`` if they are not one token each.
+        close: id of ``</think>``, ``None`` if it or ``<think>`` is not one token.
     """
 
     add_start: bool
     thinks: bool
-    open: int | None = None
     close: int | None = None
 
 
@@ -75,7 +74,7 @@ class Examiner:
         if any(len(ids) != 1 for ids in marks):
             return Served(lacks_start, thinks=False)
         opens, closes = marks[0][0], marks[1][0]
-        return Served(lacks_start, opens in prompt[-3:], opens, closes)
+        return Served(lacks_start, opens in prompt[-3:], closes)
 
     def check_template(self) -> None:
         """Make sure that a reply of the past stands where a reply of the present begins.
@@ -99,9 +98,9 @@ class Examiner:
                 retryable=False,
             )
 
-    def opens_thought(self, content: Any, served: Served) -> bool:
-        """Whether a reply's first token opens a thought."""
-        return bool(content) and token_id(content[0].token) == served.open
+    def opens_thought(self, content: Any) -> bool:
+        """Whether a reply's first tokens open a thought, line breaks before it left out."""
+        return "".join(slot.token for slot in content or ()).lstrip().startswith(OPEN)
 
     def slot_tokens(self, words: YesNoWords) -> SlotTokens:
         """All spellings of yes and no that are one token in the middle of a reply.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -19,8 +18,10 @@ from sam4mllm_tool.grammar import Grammar
 from sam4mllm_tool.mllm import loading
 from sam4mllm_tool.mllm.budget import ByteBudget
 from sam4mllm_tool.mllm.decoding import (
+    Leads,
     Spoken,
     answer_slots,
+    no_lead,
     speak,
     speak_alternates,
     speak_freely,
@@ -182,8 +183,8 @@ class LocalMllm:
             if grammar is None:
                 spoken = self._thought_out(
                     spot,
-                    lambda at, opens: speak_freely(
-                        self.engine, at, self.end_ids, max_new_tokens, opens
+                    lambda at, leads: speak_freely(
+                        self.engine, at, self.end_ids, max_new_tokens, leads
                     ),
                 )
                 free = len(spoken.ids)
@@ -225,7 +226,7 @@ class LocalMllm:
         tokens = self._words(words)
         with self._dialogue(image, dialogue, count) as spot:
             answers, after = self._thought_out(
-                spot, lambda at, opens: answer_slots(self.engine, at, tokens, count, opens)
+                spot, lambda at, leads: answer_slots(self.engine, at, tokens, count, leads)
             )
             self.engine.keep(after)
         return answers
@@ -262,14 +263,15 @@ class LocalMllm:
                 spot = self.thinking.past(self.engine, spot, self.end_ids)
             yield spot
 
-    def _thought_out(self, spot: Spot, speak: Callable[[Spot, int | None], T | None]) -> T:
-        """What ``speak`` says at ``spot``; where it would open a thought first, behind that."""
-        said = speak(spot, None if self.thinking is None else self.thinking.open)
-        if said is None:
-            assert self.thinking is not None
-            opened = replace(spot, unread=(*spot.unread, self.thinking.open))
-            said = speak(self.thinking.past(self.engine, opened, self.end_ids), None)
-            assert said is not None
+    def _thought_out(self, spot: Spot, speak: Callable[[Spot, Leads], T | None]) -> T:
+        """What ``speak`` says at ``spot``, or behind the thought that the model opens there."""
+        said = speak(spot, no_lead if self.thinking is None else self.thinking.leads)
+        if said is None and self.thinking is not None:
+            opened = self.thinking.opened(self.engine, spot)
+            if opened is not None:
+                spot = self.thinking.past(self.engine, opened, self.end_ids)
+            said = speak(spot, no_lead)
+        assert said is not None
         return said
 
     def _encoded(self, image: RgbImage, dialogue: Dialogue) -> tuple[Encoded, ImageInputs]:

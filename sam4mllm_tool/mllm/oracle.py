@@ -104,9 +104,10 @@ class RecomputeMllm(LocalMllm):
 
         begun: tuple[int, ...] = ()
         if not thinking.is_open(encoded.ids):
-            begun = tuple(more((), 1, list(self.end_ids)))
-            if begun != (thinking.open,):
+            first = more((), 8, [thinking.open, *self.end_ids])
+            if first[-1] != thinking.open or self.encoder.decode_continuation(first[:-1]).strip():
                 return ()
+            begun = tuple(first)
         if thinking.budget == 0:
             return begun + tuple(self.encoder.encode_continuation(f"\n{CLOSE}\n\n"))
         said = more(begun, thinking.budget + 1, [thinking.close, *self.end_ids])

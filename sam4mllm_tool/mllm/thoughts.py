@@ -1,9 +1,9 @@
 """Thinking models: a thought is spoken to its end before the answer is looked at.
 
 Two kinds are published. The chat template opens the thought (Qwen3-VL-Thinking: the generation
-prompt ends with ``<think>`` and a line break), or the model opens it itself with its first token
-(GLM-4.1V-Thinking). Either closes it with ``</think>``, after which come line breaks, with GLM also
-``<answer>``, and then the answer.
+prompt ends with ``<think>`` and a line break), or the model opens it itself, with its first token
+(GLM-4.1V-Thinking) or behind a line break (GLM-4.6V). Either closes it with ``</think>``, after
+which come line breaks, with GLM also ``<answer>``, and then the answer.
 """
 
 from __future__ import annotations
@@ -42,6 +42,22 @@ class Thinking:
                 return False
         return False
 
+    def leads(self, token: int) -> bool:
+        """Whether a reply that begins with this token may be a thought."""
+        return token == self.open or self._is_blank(token)
+
+    def opened(self, engine: Engine, spot: Spot) -> Spot | None:
+        """The place behind the ``<think>`` that the model says at ``spot``, line breaks before it
+        included; ``None`` if it says none.
+        """
+        for _ in range(_LEAD):
+            after, logits = engine.read(spot, ())
+            token = int(logits[-1].argmax())
+            spot = replace(after, unread=(token,))
+            if not self._is_blank(token):
+                return spot if token == self.open else None
+        return None
+
     def past(self, engine: Engine, spot: Spot, end_ids: Sequence[int]) -> Spot:
         """The place where the answer begins, the thought that is open at ``spot`` thought out.
 
@@ -76,6 +92,7 @@ class Thinking:
         return spot
 
     def _is_blank(self, token: int) -> bool:
+        """Whether a token is white space alone."""
         text = self.encoder.decode_continuation([token])
         return bool(text) and text.isspace()
 
