@@ -140,7 +140,10 @@ def test_a_slow_hub_is_not_given_up_while_bytes_come(
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr(files, "HUB_PATIENCE", 0.3)
     enable_progress_bars()  # building the random model turned them off
-    assert files.find_checkpoint("some/model") == folder
+    stages: list[str] = []
+    with call_context(CallContext(on_stage=stages.append)):
+        assert files.find_checkpoint("some/model") == folder
+    assert stages == ["download"]
     assert "model.safetensors" in capfd.readouterr().err, "progress is shown meanwhile"
 
 

@@ -15,7 +15,7 @@ import huggingface_hub
 from huggingface_hub.utils.tqdm import tqdm
 from safetensors import SafetensorError, safe_open
 
-from sam4mllm_tool.concurrency import check_cancelled
+from sam4mllm_tool.concurrency import check_cancelled, stage
 from sam4mllm_tool.errors import CheckpointError
 
 HUB_PATIENCE = 60.0
@@ -45,6 +45,7 @@ def find_checkpoint(name: str) -> Path:
 def _from_hub(name: str) -> Path:
     """Download in a thread of its own, which is left behind if the hub falls silent."""
     _log.info("fetching %s from the hub", name)
+    stage("download")
     progress, found = _Progress(), _Found()
 
     def fetch() -> None:
