@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -188,13 +189,22 @@ class DialogueTrainer(Trainer):
         """One cycle to the peak rate and down, over all steps."""
         if getattr(self, "lr_scheduler", None) is None:
             self.lr_scheduler: Any = OneCycleLR(
-                optimizer or self.optimizer,
+                _innermost(optimizer or self.optimizer),
                 max_lr=self.args.learning_rate,
                 total_steps=num_training_steps,
                 pct_start=self.recipe.warm_up,
                 anneal_strategy=self.recipe.annealing,
             )
         return self.lr_scheduler
+
+
+def _innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """PyTorch's own optimizer; accelerate's and DeepSpeed's around it lack what a cycle reads."""
+    while not isinstance(optimizer, torch.optim.Optimizer) or isinstance(
+        optimizer, AcceleratedOptimizer
+    ):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def adapt(model: Any, recipe: LoraRecipe) -> PeftModel:
@@ -386,13 +396,26 @@ def train(
     last = last_whole(out / "checkpoints") if resume else None
     with saving(out):
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    weights = _gathered(trainer)
     if trainer.is_world_process_zero():
         with saving(out):
-            save_adapter(model, out, base, recipe, data)
+            save_adapter(model, out, base, recipe, data, weights)
         # The adapter knows this dialogue: it is asked in it, whatever the base's template becomes.
         if isinstance(processor.chat_template, str):
             (out / TEMPLATE_FILE).write_text(processor.chat_template, encoding="utf-8")
     return out
+
+
+def _gathered(trainer: Trainer) -> dict[str, Tensor] | None:
+    """All weights of a model that ZeRO-3 has spread over the processes; else ``None``.
+
+    Every process has to call it.
+    """
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    if plugin is None or plugin.zero_stage != 3:
+        return None
+    weights: dict[str, Tensor] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return weights
 
 
 def deepspeed_file(name: str) -> Path:
@@ -434,14 +457,20 @@ def _as_trainer_calls(token_loss: TokenLoss) -> Callable[..., Tensor]:
 
 
 def save_adapter(
-    model: PeftModel, out: Path, base: str | Path, recipe: LoraRecipe, data: Recipe
+    model: PeftModel,
+    out: Path,
+    base: str | Path,
+    recipe: LoraRecipe,
+    data: Recipe,
+    weights: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write the adapter and ``sam4mllm.json``: format, base model, longest list and recipes."""
     # Where the embedded base lies differs from machine to machine.
     named = embedded.NAME if Path(base) == embedded.MLLM else str(base)
     for config in model.peft_config.values():
         config.base_model_name_or_path = named
-    model.save_pretrained(str(out), save_embedding_layers=False)  # they are not trained
+    # Embeddings are not trained.
+    model.save_pretrained(str(out), save_embedding_layers=False, state_dict=weights)
     (out / "README.md").unlink(missing_ok=True)  # peft's card: a form nobody has filled in
     about = {
         "format": data.format,
