@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,7 @@ from sam4mllm_tool.protocols import MaskCandidate, SegmentPrompt
 from sam4mllm_tool.scenes.world import SMALL_WORLD
 from sam4mllm_tool.testing import ColourSegmenter
 from sam4mllm_tool.training.candidates import Candidates
+from sam4mllm_tool.training.convergence import convergence_page
 from sam4mllm_tool.training.dialogues import Conversation, Recipe, conversations
 from sam4mllm_tool.training.lora import (
     Collator,
@@ -435,6 +437,25 @@ def test_figures_of_the_pipeline_are_logged(adapters: tuple[Path, Path], base: P
     for name, value in found.items():
         assert logged[f"eval_{name}"] == pytest.approx(value), name
     assert list((whole / "tensorboard").glob("events*"))
+    page = (whole / "convergence.html").read_text()
+    for title in ("Loss", "Box Acc@0.5", "cIoU", "Learning rate"):
+        assert f"<h2>{title}</h2>" in page
+    assert "http" not in page.replace("http-equiv", ""), "nothing is loaded from elsewhere"
+    losses = [h["eval_loss"] for h in history if "eval_loss" in h]
+    assert f"held out</span> {losses[0]:.3g} → {losses[-1]:.3g}" in page
+
+
+def test_curves_are_drawn_where_the_numbers_say() -> None:
+    history = [{"step": 10, "loss": 3.0}, {"step": 20, "loss": 1.0}, {"step": 20, "eval_loss": 2.0},
+               {"step": 50, "loss": 2.0}, {"step": 50, "eval_cIoU": 0.25}]  # fmt: skip
+    page = convergence_page(history, "a <run>")
+    assert "a &lt;run&gt;" in page and "50 steps" in page
+    training, held_out, ciou = re.findall(r'points="([^"]+)"', page)
+    x, y = zip(*(map(float, point.split(",")) for point in training.split()), strict=True)
+    assert x == pytest.approx((46, 46 + (352 - 46) / 4, 352), abs=0.06)
+    assert y == pytest.approx((8, 144, 76), abs=0.06), "3 at the top, 1 at the bottom"
+    assert [float(n) for n in held_out.split(",")] == pytest.approx([122.5, 76], abs=0.06)
+    assert len(ciou.split()) == 1 and "Box Acc" not in page
 
 
 def test_an_adapter_over_the_embedded_base_names_no_folder(tmp_path: Path) -> None:

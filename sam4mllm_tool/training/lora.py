@@ -37,6 +37,7 @@ from sam4mllm_tool.mllm.loading import (
 )
 from sam4mllm_tool.protocols import Turn
 from sam4mllm_tool.training.checkpoints import last_whole, saving
+from sam4mllm_tool.training.convergence import ConvergencePage
 from sam4mllm_tool.training.dialogues import Conversation, Recipe
 from sam4mllm_tool.training.progress import HeldOut
 from sam4mllm_tool.training.recipe import LoraRecipe
@@ -310,7 +311,7 @@ def train(
     tensorboard: bool = False,
     show_progress: bool = False,
 ) -> Path:
-    """Train an adapter and write it to ``out``.
+    """Train an adapter and write it to ``out``, and its figures to ``out/convergence.html``.
 
     Args:
         base: directory of the base model.
@@ -379,6 +380,7 @@ def train(
         disable_tqdm=not show_progress,
     )
     callbacks: list[TrainerCallback] = [] if stop_after is None else [_StopAfter(stop_after)]
+    callbacks.append(ConvergencePage(out / "convergence.html", f"Training {out.name}"))
     if tensorboard:
         callbacks.append(_tensorboard(out / "tensorboard"))
     trainer = DialogueTrainer(
