@@ -96,6 +96,17 @@ def test_the_judge_is_never_the_embedded_one_by_accident(tmp_path: Path) -> None
     assert result.exit_code == 0 and "prompt points" in result.stdout
 
 
+def test_the_preset_where_none_is_named() -> None:
+    """``small``, with the embedded judge, is for the embedded model and scenes alone."""
+    for options, expected in (
+        ([], "small"), (["--base", "x"], "published"), (["--data", "refcoco=x"], "published"),
+        (["--data", "scenes", "--data", "vqa=x", "--preset", "ours"], "ours"),
+    ):  # fmt: skip
+        arguments = ["train", "--show-recipe", *options]
+        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert f"preset {expected}" in result.stdout, options
+
+
 # --- as it acts -----------------------------------------------------------------------------------
 
 

@@ -38,8 +38,10 @@ CountOption = Annotated[
     int | None, typer.Option(min=1, help="Turns of scenes (2000), or records of each set (all).")
 ]
 PresetOption = Annotated[
-    str, typer.Option(help="published, ours or small; other options go instead of its values.")
-]
+    str | None,
+    typer.Option(help="published, ours or small (by default small for the embedded model and "
+                 "scenes, else published); other options go instead of its values."),
+]  # fmt: skip
 PpgOption = Annotated[float | None, typer.Option(min=0, max=1, help="Share asked the PPG way.")]
 JudgeOption = Annotated[
     str | None,
@@ -91,7 +93,7 @@ def dialogues(
     world: WorldOption = [SMALL],  # noqa: B006
     split: SplitOption = "train",
     count: CountOption = None,
-    preset: PresetOption = SMALL,
+    preset: PresetOption = None,
     show: Annotated[int, typer.Option(min=1, help="Conversations to show of each set.")] = 5,
     ppg: PpgOption = None,
     references: ReferencesOption = None,
@@ -111,7 +113,8 @@ def dialogues(
     from sam4mllm_tool.training.dialogues import converse
     from sam4mllm_tool.training.mixture import SceneDraw, mixture
 
-    chosen, sources = _preset(preset), _sources(data)
+    sources = _sources(data)
+    chosen = _preset(preset or _fitting("embedded", sources))
     recipe = _dialogues(
         chosen, sources, seed, ppg, references, vqa_share,
         _candidates(points, grids, jitter, hard_points, shared_boxes),
@@ -144,7 +147,7 @@ def train(
     world: WorldOption = [SMALL],  # noqa: B006
     split: SplitOption = "train",
     count: CountOption = None,
-    preset: PresetOption = SMALL,
+    preset: PresetOption = None,
     show_recipe: Annotated[
         bool, typer.Option(help="Print every value with its source, and stop.")
     ] = False,
@@ -201,7 +204,9 @@ def train(
     device: DeviceOption = "auto",
 ) -> None:
     """Train a LoRA adapter on referring dialogues."""
-    chosen, sources = _preset(preset), _sources(data)
+    sources = _sources(data)
+    preset = preset or _fitting(base, sources)
+    chosen = _preset(preset)
     how = _dialogues(
         chosen, sources, seed, ppg, references, vqa_share,
         _candidates(points, grids, jitter, hard_points, shared_boxes),
@@ -251,6 +256,12 @@ def train(
         show_progress=True,
     )
     console.print(f"wrote the adapter to {out}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _fitting(base: str, sources: Sequence[Source]) -> str:
+    """The preset where none is named: ``small`` is for the embedded model and scenes alone."""
+    scenes = all(source.path is None for source in sources)
+    return SMALL if base == "embedded" and scenes else "published"
 
 
 def _preset(name: str) -> Preset:
