@@ -40,7 +40,7 @@ from sam4mllm_tool.pipeline.results import Location
 from sam4mllm_tool.protocols import Segmenter, SegmentPrompt, Turn
 from sam4mllm_tool.segmenter.segment_anything import SegmentAnythingSegmenter
 from sam4mllm_tool.segmenter.small import SmallSamConfig, build_small_sam
-from sam4mllm_tool.types import Point, PromptPoint, RgbImage
+from sam4mllm_tool.types import Point, PromptPoint, RgbImage, TargetCount
 
 POINTS = 30
 IMAGE_TOKENS = (576, 1936)
@@ -119,11 +119,11 @@ class _Floor:
         inputs = encoder.image_inputs(image)
         asked = encoder.encode(location.dialogue[:-1], inputs)
         full = encoder.encode((*location.dialogue, Turn("user", question)), inputs)
-        opening = (*asked.ids, *encoder.encode_continuation("\n["))
+        opening = (*asked.ids, *encoder.encode_continuation("["))
         self.first = self.mllm.engine.image_arguments(inputs, opening, asked.image_end)
         read = len(opening) + 6  # three numbers, three commas
         self.tails = [
-            torch.tensor([[*full.ids[read:], *encoder.encode_continuation("\n" + word * 29)]])
+            torch.tensor([[*full.ids[read:], *encoder.encode_continuation(word * 29)]])
             for word in ("Yes", "No")
         ]
         self.number = torch.tensor([encoder.encode_continuation("500,")])
@@ -133,16 +133,16 @@ class _Floor:
         """One prefill, three more free numbers, one answer pass."""
         model: Any = self.mllm.model
         cache = DynamicCache(config=model.config.get_text_config())
-        model(**self.first, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(**self.first, cache=cache, use_cache=True, logits_to_keep=1)
         for _ in range(3):
-            model(input_ids=self.number, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=self.number, cache=cache, use_cache=True, logits_to_keep=1)
         self.answer(0, cache)
         return cache
 
     def answer(self, tail: int, cache: DynamicCache) -> None:
         """One pass over question and answers."""
         ids = self.tails[tail]
-        self.mllm.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=POINTS)
+        self.mllm.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=POINTS)
 
     def run(self) -> None:
         """All of that, and SAM."""
@@ -152,7 +152,7 @@ class _Floor:
 
 def _dialogue(side: Sam4MLLM, image: RgbImage, expression: str) -> Outcome:
     """Both rounds."""
-    location = side.locate(image, expression)
+    location = side.locate(image, expression, count=TargetCount.ONE)
     box = location.objects[0].box
     return Outcome(location, side.check_points(image, location, box, _points(location)))
 
