@@ -14,10 +14,10 @@ from test_training import PQPP, _asked, _example, _examples, base  # noqa: F401
 from typer.testing import CliRunner
 
 from sam4mllm_tool.cli import app
-from sam4mllm_tool.errors import InputError
+from sam4mllm_tool.errors import DatasetError, InputError
 from sam4mllm_tool.mllm.loading import load_processor
 from sam4mllm_tool.training.candidates import Candidates
-from sam4mllm_tool.training.dialogues import Recipe, conversations
+from sam4mllm_tool.training.dialogues import Conversations, Recipe, chunks, conversations
 from sam4mllm_tool.training.lora import ConversationEncoder, ConversationSet, train
 from sam4mllm_tool.training.mixture import Source
 from sam4mllm_tool.training.recipe import PRESETS, PUBLISHED_SOURCES, LoraRecipe
@@ -148,6 +148,23 @@ def test_pictures_are_resized_before_the_model_sees_them(base: Path) -> None:  #
     ConversationSet(found, Seen(load_processor(base), PQPP))[0]
     assert [size for size, _ in seen] == [(672, 672), (40, 40)]
     assert seen[0][1] == seen[1][1], "the words stay"
+
+
+def test_an_unreadable_picture_is_named_and_the_next_is_learnt(
+    base: Path,  # noqa: F811
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broken = replace(_examples()[0], image=b"no picture", image_id="broken")
+    recipe = replace(PQPP, references=1)
+    whole = Conversations(chunks(_examples(), recipe), recipe)
+    some = Conversations(chunks([broken, *_examples()], recipe), recipe)
+    encoder = ConversationEncoder(load_processor(base), recipe)
+    (found,), (expected,) = ConversationSet(some, encoder)[0], ConversationSet(whole, encoder)[0]
+    assert torch.equal(found.labels, expected.labels)
+    assert "next conversation is learnt instead" in caplog.text
+    nothing = Conversations(chunks([broken], recipe), recipe)
+    with pytest.raises(DatasetError, match="1 conversations cannot be read"):
+        ConversationSet(nothing, encoder)[0]
 
 
 def test_the_schedule_is_the_scripts(base: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from sam4mllm_tool.disk import storing
 from sam4mllm_tool.errors import StorageError
 
 _log = logging.getLogger(__name__)
+FULL = ("No space left", "inline_container.cc", "iostream error")
+"""What errors say where PyTorch's and safetensors' writers found no room, seen on a full disk."""
 NEEDED = ("trainer_state.json", "adapter_model.safetensors")
 
 
@@ -71,12 +72,10 @@ def saving(folder: Path) -> Iterator[None]:
             errors of their own.
     """
     try:
-        with storing(folder):
-            yield
-    except (RuntimeError, SafetensorError) as error:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
         said = str(error)
-        if not any(words in said for words in ("No space", "os error 28", "PytorchStreamWriter",
-                                               "file write failed")):  # fmt: skip
+        if not isinstance(error, OSError) and not any(words in said for words in FULL):
             raise
         raise StorageError(
             f"{folder} cannot be written: {said.splitlines()[0]}",

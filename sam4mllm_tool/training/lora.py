@@ -26,7 +26,8 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from sam4mllm_tool import embedded
-from sam4mllm_tool.errors import CheckpointError, InputError
+from sam4mllm_tool.errors import CheckpointError, DatasetError, ImageError, InputError
+from sam4mllm_tool.evaluation.run import UNREADABLE_LIMIT
 from sam4mllm_tool.formats import get_format
 from sam4mllm_tool.mllm.encoding import DialogueEncoder, ImageInputs, Transcript, model_inputs
 from sam4mllm_tool.mllm.loading import (
@@ -111,7 +112,11 @@ def _learnt(transcript: Transcript, image: ImageInputs) -> Learnt:
 
 
 class ConversationSet(Dataset[tuple[Learnt, ...]]):
-    """Conversations for the trainer, encoded when asked for."""
+    """Conversations for the trainer, encoded when asked for.
+
+    In place of one whose picture cannot be read the next is learnt; a warning names the file, and
+    more than ``UNREADABLE_LIMIT`` of them end the run with a :class:`DatasetError`.
+    """
 
     def __init__(
         self,
@@ -120,16 +125,32 @@ class ConversationSet(Dataset[tuple[Learnt, ...]]):
         picture: tuple[int, int] | None = None,
     ) -> None:
         self._conversations, self._encoder, self._picture = conversations, encoder, picture
+        self._unreadable: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._conversations)
 
     def __getitem__(self, index: int) -> tuple[Learnt, ...]:
-        conversation = self._conversations[index]
+        conversation = self._readable(index)
         if self._picture is not None:
             resized = conversation.image.pil.resize(self._picture)
             conversation = replace(conversation, image=RgbImage.from_pil(resized))
         return self._encoder.fit(conversation)
+
+    def _readable(self, index: int) -> Conversation:
+        while True:
+            try:
+                return self._conversations[index]
+            except (ImageError, DatasetError) as error:
+                self._unreadable.add(index)
+                _log.warning("%s The next conversation is learnt instead.", error.message)
+                if len(self._unreadable) > min(UNREADABLE_LIMIT, len(self) - 1):
+                    raise DatasetError(
+                        f"{len(self._unreadable)} conversations cannot be read, the last: "
+                        f"{error.message}",
+                        hint="Download the pictures again; training goes on with --resume.",
+                    ) from error
+                index = (index + 1) % len(self)
 
 
 class Collator:
