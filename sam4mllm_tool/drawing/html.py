@@ -17,15 +17,15 @@ ENVIRONMENT = Environment(
     autoescape=True,
     undefined=StrictUndefined,
 )
-"""All pages' templates; what is put into them is escaped."""
+"""Templates of the pages; inserted values are escaped."""
 
 
 def trace_page(data: dict[str, Any], image: RgbImage) -> str:
-    """The page of a run.
+    """The HTML page of a run.
 
     Args:
         data: ``Trace.page_data()``.
-        image: the picture that was asked about; shown at no more than ``MAX_SIDE`` pixels.
+        image: the picture of the run; shown at no more than ``MAX_SIDE`` pixels.
     """
     objects = [
         {
@@ -61,5 +61,5 @@ def trace_page(data: dict[str, Any], image: RgbImage) -> str:
 
 
 def as_hex(colour: Colour) -> str:
-    """The colour as CSS writes it."""
+    """The colour in CSS notation."""
     return "#{:02x}{:02x}{:02x}".format(*colour)

@@ -25,7 +25,7 @@ Rectangle = tuple[int, int, int, int]
 
 
 def dot_radius(size: tuple[int, int]) -> float:
-    """Radius of a mark's dot in pixels for an image of ``size``: large enough to be seen after
+    """Radius of a mark's dot in pixels for an image of ``size``: large enough to be visible after
     a model's resizing, small enough to leave the object visible.
     """
     return max(1.5, min(size) / 160)
@@ -35,12 +35,12 @@ def draw_marks(image: RgbImage, points: Sequence[Point], box: Box | None = None)
     """A copy of the image with marks 1…n on the points and a thin frame around the box.
 
     A dot covers the pixels whose centres lie within :func:`dot_radius` of its point, with a white
-    ring around it; its number stands beside it where it covers least. Dots are drawn last, so
+    ring around it; its number is placed beside it where it covers least. Dots are drawn last, so
     that no number hides one.
 
     Args:
         image: the picture; it is not changed.
-        points: pixels of the image; mark ``i`` (from 1) stands on ``points[i - 1]``.
+        points: pixels of the image; mark ``i`` (from 1) is drawn on ``points[i - 1]``.
         box: pixels of the image, or ``None`` for no frame.
     """
     pixels = image.array.copy()
@@ -66,7 +66,7 @@ def _draw_dot(pixels: NDArray[np.uint8], point: Point, radius: float) -> None:
 
 
 def _draw_frame(pixels: NDArray[np.uint8], box: Box, thickness: int) -> None:
-    """A frame just outside the box, so that it hides nothing of the object."""
+    """A frame just outside the box, so that it covers no part of the object."""
     x0, y0 = math.floor(box.x_min), math.floor(box.y_min)
     x1, y1 = math.ceil(box.x_max), math.ceil(box.y_max)
     outer = [slice(max(0, a - thickness), b + thickness) for a, b in ((y0, y1), (x0, x1))]
@@ -96,7 +96,7 @@ def _best_spot(
     size: tuple[int, int],
     taken: Sequence[Rectangle],
 ) -> Rectangle:
-    """Of eight places around the dot the one inside the image that covers least of the rest."""
+    """Of eight positions around the dot, the one inside the image that covers least."""
     width, height = label
     spots = []
     for across, down in ((1, -1), (1, 1), (-1, -1), (-1, 1), (1, 0), (-1, 0), (0, -1), (0, 1)):

@@ -1,7 +1,7 @@
-"""What results look like as the output of a notebook's cell: bounded in size, readable alone.
+"""Results as notebook output: bounded in size, self-contained.
 
-Styles are inline and colours come from the notebook's own theme: a notebook that is not trusted
-drops style sheets, and its ground may be light or dark.
+Styles are inline and colours come from the notebook's theme: an untrusted notebook drops style
+sheets, and its background may be light or dark.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def result_html(
         status: in words.
         picture: shown at no more than ``MAX_SIDE`` pixels.
         objects: as in a trace; ``area`` and ``predicted_iou`` may be missing. Pixels of the image.
-        dialogue: turns as ``{"role", "text"}``, folded away.
-        numbers: what the coordinates in the dialogue are.
-        notes: sentences that a reader should know.
+        dialogue: turns as ``{"role", "text"}``, collapsed.
+        numbers: unit of the coordinates in the dialogue.
+        notes: remarks for the reader, one sentence each.
     """
     rows = [
         {**one, "colour": as_hex(colour_of(number)), "points": _counts(one.get("points", ()))}

@@ -13,7 +13,7 @@ from sam4mllm_tool.types import Box, Mask, RgbImage
 
 Colour = tuple[int, int, int]
 
-# Okabe and Ito's palette, told apart by people with any kind of colour vision.
+# Okabe and Ito's palette, distinguishable with any kind of colour vision.
 PALETTE: tuple[Colour, ...] = (
     (0, 114, 178),
     (230, 159, 0),
@@ -30,7 +30,7 @@ POINT_COLOURS: dict[str, Colour] = {
 }
 OPACITY = 0.5
 CROP_SIDE = 448
-"""A crop's longer side in pixels, if the object is smaller and the bound allows."""
+"""A smaller crop is enlarged to this longer side in pixels, within the bound."""
 
 
 def colour_of(number: int) -> Colour:
@@ -92,10 +92,10 @@ def small_overlay(
 
     Args:
         image: the picture, at any size; ``None`` = draw on ``blank``.
-        size: (width, height) that the objects' numbers belong to.
-        objects: as in a trace; one without a ``mask`` is drawn as box and points.
+        size: (width, height) of the image that the objects' coordinates refer to.
+        objects: as in a trace; without a ``mask`` only box and points are drawn.
         max_side: bound on both sides of the result.
-        blank: colour of the ground where there is no picture.
+        blank: background colour if there is no picture.
     """
     scale = min(1.0, max_side / max(size))
     small = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
@@ -106,7 +106,7 @@ def small_overlay(
 def _scaled(
     one: Mapping[str, Any], small: tuple[int, int], size: tuple[int, int]
 ) -> Mapping[str, Any]:
-    """An object's numbers and mask on a picture of another size."""
+    """An object's coordinates and mask scaled to a picture of another size."""
     x, y = small[0] / size[0], small[1] / size[1]
     points = [{**point, "x": point["x"] * x, "y": point["y"] * y} for point in one["points"]]
     box = [number * (x, y)[place % 2] for place, number in enumerate(one["box"])]
@@ -192,7 +192,7 @@ def _label(
     colour: Colour,
     size: tuple[int, int],
 ) -> None:
-    """A number in a filled plate, moved inside the picture."""
+    """A number on a filled rectangle, kept inside the picture."""
     font = ImageFont.load_default(size=max(12, round(max(size) / 32)))
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font, anchor="lt")
     half_x, half_y = (right - left) / 2 + 3, (bottom - top) / 2 + 3
@@ -205,7 +205,7 @@ def _label(
 
 
 def _point(draw: ImageDraw.ImageDraw, point: Mapping[str, Any], unit: float) -> None:
-    """One answered point; the shape says the answer, the size how sure it is."""
+    """One answered point; its shape shows the answer, its size the probability."""
     x, y, label = point["x"], point["y"], point["label"]
     sure = max(point.get("p_yes") or 0.0, point.get("p_no") or 0.0) or 1.0
     r = max(2.0, unit * (0.8 + 1.4 * sure) * (0.7 if label == "undecided" else 1.0))

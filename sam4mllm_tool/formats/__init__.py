@@ -1,4 +1,4 @@
-"""Dialogue formats, one short file a model family, found by name or by ``model_type``."""
+"""Dialogue formats, one short file per model family, found by name or by ``model_type``."""
 
 from __future__ import annotations
 
@@ -79,17 +79,17 @@ _NUMBERS = {
 
 
 def describe_numbers(name: str) -> str:
-    """What the coordinates in dialogues of a format are, for people who read them."""
+    """The unit of the coordinates in a format's dialogues, in words."""
     if name not in FORMATS:
         return "in the format's own unit"
     return _NUMBERS.get(name, "thousandths of the picture's width and height")
 
 
 def get_format(name: str) -> DialogueFormat:
-    """The format of that name.
+    """The format with that name.
 
     Raises:
-        CheckpointError: no such format.
+        CheckpointError: there is no such format.
     """
     if name not in FORMATS:
         raise CheckpointError(

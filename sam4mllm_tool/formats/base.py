@@ -19,7 +19,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class BoxesRead:
-    """Boxes found in a reply, in pixels; empty means the model said that nothing is there."""
+    """Boxes found in a reply, in pixels; empty means the model found nothing."""
 
     boxes: tuple[Box, ...]
     notes: tuple[str, ...] = ()
@@ -59,7 +59,7 @@ class DialogueFormat(Protocol):
 
     @property
     def point_asking(self) -> PointAsking:
-        """The way of asking about points that this family answers better."""
+        """How points are named for this family by default: by coordinates or by marks."""
 
     def ask_boxes(self, expression: str, count: TargetCount, size: Size) -> str:
         """Round 1: where is it?"""
@@ -92,7 +92,7 @@ class DialogueFormat(Protocol):
     def read_box_and_points(
         self, reply: str, positive: int, negative: int, size: Size
     ) -> tuple[PromptsRead, ...]:
-        """Objects of a PPG reply; empty means that nothing is there."""
+        """Objects of a PPG reply; empty means the model found nothing."""
 
     def ask_verification(self, expression: str, box: Box, size: Size) -> str:
         """Does this region show the expression? Answered yes or no in one token."""

@@ -1,9 +1,9 @@
 """Any chat VLM, and the base of the stock families: plain questions and a tolerant reader.
 
-A stock model was not fine-tuned for this dialogue. It is asked about one point a question (long
-lists of answers in one reply are not something it was taught), either by its coordinates or by a
+A stock model was not fine-tuned for this dialogue. It is asked about one point per question (it
+was not trained to answer long lists in one reply), either by its coordinates or by a
 numbered mark drawn on the picture, which such models read far better than coordinates (ResAgent,
-arXiv 2601.16394). All wordings are ours unless a subclass says that they are the maker's.
+arXiv 2601.16394). The wordings are ours unless a subclass attributes them to the model's maker.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class GenericFormat:
     Attributes:
         grid: the grid that this family's coordinates are in.
         box_key: JSON key of a box.
-        y_first: numbers stand as y, x instead of x, y.
+        y_first: coordinates are written as y, x instead of x, y.
         grid_words: how the question names the grid.
-        point_asking: the better way to ask this family about points.
+        point_asking: how points are named by default (by coordinates or by marks).
     """
 
     name: str = "generic"
@@ -68,11 +68,11 @@ class GenericFormat:
         return json.dumps([{self.box_key: self.box_numbers(box, size)} for box in boxes])
 
     def read_boxes(self, reply: str, size: Size) -> BoxesRead:
-        """Boxes of a reply, whatever stands around them."""
+        """Boxes of a reply; any text around them is ignored."""
         return reading.read_boxes(reply, size, self.grid, y_first=self.y_first)
 
     def ask_points(self, expression: str, box: Box, points: Sequence[Point], size: Size) -> str:
-        """Round 2 by coordinates; one point a question by default."""
+        """Round 2 by coordinates; one point per question by default."""
         about = (
             f"the object described as {quoted(expression)}, bounding box {self.box_text(box, size)}"
         )
@@ -175,7 +175,7 @@ class GenericFormat:
 
 
 def quoted(expression: str) -> str:
-    """The expression in double quotes that it cannot close."""
+    """The expression in double quotes, with its own double quotes replaced by single ones."""
     return '"' + expression.replace('"', "'").replace("\n", " ").strip() + '"'
 
 

@@ -1,4 +1,4 @@
-"""The grids in which model families state coordinates, and the way from and to pixels."""
+"""The coordinate grids of the model families, and their conversion from and to pixels."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ResizedPixelGrid:
 
     @classmethod
     def from_processor(cls, config: Mapping[str, Any]) -> ResizedPixelGrid:
-        """The limits of a ``preprocessor_config.json``, in its old or its new spelling."""
+        """The pixel limits in a ``preprocessor_config.json``, with its old or its new keys."""
         size = config.get("size") or {}
         return cls(
             factor=config.get("patch_size", 14) * config.get("merge_size", 2),

@@ -21,7 +21,7 @@ class InternVlFormat(GenericFormat):
     name: str = "internvl"
 
     def ask_boxes(self, expression: str, count: TargetCount, size: Size) -> str:
-        """The maker's sentence, with a word on several boxes or none where they may occur."""
+        """The maker's sentence, extended if several boxes or no box may be answered."""
         more = "" if count is TargetCount.ONE else " Give the box of every such object."
         none = " If there is none, say none." if count is TargetCount.ZERO_OR_MORE else ""
         return (

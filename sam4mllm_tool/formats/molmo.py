@@ -54,11 +54,11 @@ class MolmoFormat(GenericFormat):
         )
 
     def read_boxes(self, reply: str, size: Size) -> BoxesRead:
-        """The box around each pair of points; one point alone makes no box."""
+        """The box spanned by each pair of points; a single point is an error."""
         points = _permille_points(reply)
         if len(points) == 1:
             raise DialogueError(
-                "the reply holds one point, which makes no box",
+                "the reply contains one point; a box needs two",
                 raw_reply=reply,
                 hint="Use strategy 'ppg', which asks this family for points on the object.",
             )
@@ -98,7 +98,7 @@ class MolmoFormat(GenericFormat):
 
 
 def _permille_points(reply: str) -> list[reading.Numbers]:
-    """All points of a reply, 0–1000; those off the picture are left out, as the makers do."""
+    """All points of a reply, 0–1000; those outside the picture are dropped, as by the makers."""
     answer = reading.answer_part(reply)
     points = [(round(float(x) * 10, 6), round(float(y) * 10, 6)) for x, y in
               _PERCENT.findall(answer)]  # fmt: skip

@@ -16,7 +16,7 @@ from sam4mllm_tool.types import TargetCount
 
 @dataclass(frozen=True)
 class Qwen25VlFormat(GenericFormat):
-    """Asks in the cookbook's manner; ``grid`` must carry the processor's pixel limits."""
+    """Asks as in the cookbook; ``grid`` must have the processor's pixel limits."""
 
     name: str = "qwen2_5_vl"
     grid: Grid = DEFAULT_RESIZED

@@ -1,7 +1,7 @@
 """Qwen2-VL: ``<|box_start|>(x1,y1),(x2,y2)<|box_end|>``, 0–1000 relative to the image's sides.
 
 Source: Qwen2-VL (arXiv 2409.12191, section 2.2.1). The box tokens are special ones that a decoder
-may leave out of the text, so the reader asks for the two corners only.
+may leave out of the text, so the reader only requires the two corners.
 """
 
 from __future__ import annotations

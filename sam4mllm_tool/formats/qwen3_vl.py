@@ -15,7 +15,7 @@ from sam4mllm_tool.types import TargetCount
 
 @dataclass(frozen=True)
 class Qwen3VlFormat(GenericFormat):
-    """Asks in the cookbook's manner."""
+    """Asks as in the cookbook."""
 
     name: str = "qwen3_vl"
 

@@ -1,7 +1,7 @@
 """Qwen-VL-Chat, served: ``<ref>…</ref><box>(x1,y1),(x2,y2)</box>``, 0–999 of the image's sides.
 
 Source: Qwen-VL's README and tutorial (github.com/QwenLM/Qwen-VL), whose questions are Chinese, and
-the drawing of a reply published there (``Shanghai_Output.jpg``): a number n stands at n/1000 of
+the drawing of a reply published there (``Shanghai_Output.jpg``): a number n means n/1000 of
 the side. The tags are special tokens, which a server leaves out of the text.
 
 transformers has no class for this model and its own code is not loaded here, so it is driven
@@ -43,7 +43,7 @@ class QwenVlFormat(Qwen2VlFormat):
         return "".join(f"<box>{self.box_text(box, size)}</box>" for box in boxes) or NONE
 
     def read_boxes(self, reply: str, size: Size) -> BoxesRead:
-        """Boxes of a reply, with or without its tags; a statement in Chinese that nothing fits."""
+        """Boxes of a reply, with or without its tags; or a Chinese statement that nothing fits."""
         if not _find(reply) and any(words in reply for words in _NOTHING_THERE):
             return BoxesRead(())
         return reading.read_boxes(reply, size, self.grid, _find)

@@ -1,8 +1,8 @@
 """Tolerant readers for the replies of models that were not fine-tuned for this dialogue.
 
-Replies come with thoughts before them, prose around them, in code fences, as JSON that is cut off
-or uses single quotes. So boxes and points are found by their shape (four or two numbers in
-brackets) and not by parsing a whole document; a key such as ``bbox_2d`` only decides which of
+Replies may follow a thought, be surrounded by prose or code fences, or be JSON that is truncated or
+uses single quotes. So boxes and points are found by their shape (four or two numbers in
+brackets) rather than by parsing a whole document; a key like ``bbox_2d`` only decides which of
 several groups are meant.
 """
 
@@ -18,7 +18,7 @@ from sam4mllm_tool.types import Box, Point
 
 Numbers = tuple[float, ...]
 MAX_BOXES = 64
-"""A model caught in a loop repeats boxes without end; more than this many are left out."""
+"""Boxes beyond this number are dropped: a model stuck in a loop repeats them without end."""
 
 _NUMBER = r"([-+]?\d{1,12}(?:\.\d{1,12})?)"
 _GAP = r"[\s,]{1,9}"
@@ -55,14 +55,14 @@ def answer_part(reply: str) -> str:
     """The reply without the thoughts before it, and inside ``<answer>`` tags if there are any.
 
     Raises:
-        DialogueError: a thought was opened and never closed; what it considers is no answer.
+        DialogueError: a thought was never closed; boxes inside a thought are not an answer.
     """
     text = reply.rsplit("</think>", 1)[-1]
     if "<think>" in text:
         raise DialogueError(
             "the reply ends inside a thought",
             raw_reply=reply,
-            hint="Let the model think for longer (thought_budget=…).",
+            hint="Raise the thinking budget (thought_budget=…).",
         )
     tagged = re.findall(r"<answer>(.*?)(?:</answer>|$)", text, re.DOTALL | re.IGNORECASE)
     return tagged[-1] if tagged else text
@@ -101,7 +101,7 @@ def read_boxes(
     """Boxes of a reply in pixels of the image; empty if the reply says that nothing is there.
 
     Args:
-        reply: what the model said, with anything around it.
+        reply: the model's text, with anything around the boxes.
         size: (width, height) of the upright image in pixels.
         grid: the grid the numbers are in.
         find: finds the groups of four numbers.
@@ -116,9 +116,9 @@ def read_boxes(
         if says_nothing_there(answer):
             return BoxesRead(())
         raise DialogueError(
-            "the reply holds no bounding box",
+            "the reply contains no bounding box",
             raw_reply=reply,
-            hint="Rephrase the expression; if it happens always, choose the dialogue format of "
+            hint="Rephrase the expression; if this always happens, choose the dialogue format of "
             "this model family.",
         )
     notes = [f"only the first {MAX_BOXES} boxes were read"] if len(found) > MAX_BOXES else []
@@ -139,9 +139,9 @@ def place_box(
     a, b, c, d = (numbers[i] for i in ((1, 0, 3, 2) if y_first else (0, 1, 2, 3)))
     if max(a, b, c, d) <= 1 < right and any(n != int(n) for n in (a, b, c, d)):
         a, c, b, d = a * right, c * right, b * bottom, d * bottom
-        notes.append("a box given in fractions of the image was read as such")
+        notes.append("a box was given in fractions of the image (0 to 1)")
     if c < a or d < b:
-        notes.append("a box with swapped corners was put right")
+        notes.append("a box with swapped corners was corrected")
     x = _interval(a, c, right)
     y = _interval(b, d, bottom)
     if min(a, b, c, d) < 0 or max(a, c) > right or max(b, d) > bottom:

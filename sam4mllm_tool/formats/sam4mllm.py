@@ -2,11 +2,11 @@
 
 The question strings are the published adapters' protocol (Chen et al., "SAM4MLLM: Enhance
 Multi-Modal Large Language Model for Referring Expression Segmentation", ECCV 2024). The PPG
-question and the verification question are ours: theirs are not public.
+question and the verification question are ours, because the authors' are not public.
 
-Numbers and pixels, as the authors' data preparation and demo have them: a number n of the text
-stands at n/1000 of the side (not at the middle of a cell); boxes are rounded to the nearest number
-when written, points are cut to the number below.
+Coordinates follow the authors' data preparation and demo: a number n in the text means n/1000 of
+the side (not the middle of a cell); boxes are rounded to the nearest integer when written, points
+are truncated.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SYSTEM_PROMPT = (
 _BOX = re.compile(r"\[\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\]")
 _POINT = re.compile(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)")
 _COMMA = Literal(",")
-# A box after its opening bracket: the bracket is part of whatever literal comes before.
+# A box without its opening bracket, which is part of the literal before it.
 _BOX_REST: Grammar = (
     Number(3), _COMMA, Number(3), _COMMA, Number(3), _COMMA, Number(3), Literal("]"),
 )  # fmt: skip
@@ -68,15 +68,15 @@ class Sam4MllmFormat:
         return " ".join(_box_text(box, size) for box in boxes) if boxes else NO_TARGET
 
     def read_boxes(self, reply: str, size: Size) -> BoxesRead:
-        """Every ``[a,b,c,d]`` of the reply; swapped, empty or off-scale ones are mended."""
+        """Every ``[a,b,c,d]`` of the reply; swapped, empty or off-scale ones are corrected."""
         found = _BOX.findall(reply)
         if not found:
             if re.search(r"\bno (object|target)", reply, re.IGNORECASE):
                 return BoxesRead(())
             raise DialogueError(
-                "the reply holds no box of the form [x1,y1,x2,y2]",
+                "the reply contains no box of the form [x1,y1,x2,y2]",
                 raw_reply=reply,
-                hint="Rephrase the expression; if it happens always, check that the checkpoint "
+                hint="Rephrase the expression; if this always happens, check that the checkpoint "
                 "speaks the 'sam4mllm' format.",
             )
         boxes, notes = zip(*(_read_box([int(n) for n in numbers], size) for numbers in found),
@@ -115,14 +115,14 @@ class Sam4MllmFormat:
     ) -> tuple[PromptsRead, ...]:
         """Each box, followed by ``positive`` points on the object and ``negative`` off it."""
         boxes = self.read_boxes(reply, size).boxes
-        parts = _BOX.split(reply)[5::5] if boxes else []  # the text behind each box's 4 groups
+        parts = _BOX.split(reply)[5::5] if boxes else []  # the text after each box's 4 groups
         return tuple(
             PromptsRead(box, _read_points(part, positive, negative, size, reply))
             for box, part in zip(boxes, parts, strict=True)
         )
 
     def _targets(self, count: TargetCount, behind: Grammar) -> Grammar:
-        """As many boxes as the count allows, each with ``behind`` after it."""
+        """As many boxes as the count allows, each followed by ``behind``."""
         box: Grammar = (Literal("["), *_BOX_REST, *behind)
         if count is TargetCount.ONE:
             return box
@@ -147,8 +147,8 @@ def _box_text(box: Box, size: Size) -> str:
 
 
 def _point_text(point: Point, size: Size) -> str:
-    """``(x,y)``, cut to the number below."""
-    # A pixel that was read from a number must give that number again, whatever the rounding.
+    """``(x,y)``, truncated."""
+    # Reading a number and writing it again must give the same number despite float rounding.
     x, y = (math.floor(v / side * STEPS + 1e-6) for v, side in zip(point, size, strict=True))
     return f"({_on_scale(x):03d},{_on_scale(y):03d})"
 
@@ -163,7 +163,7 @@ def _read_points(
     found = _POINT.findall(text)
     if len(found) < positive + negative:
         raise DialogueError(
-            f"the reply holds {len(found)} points instead of {positive + negative}",
+            f"the reply contains {len(found)} points instead of {positive + negative}",
             raw_reply=reply,
             hint="Ask for fewer points, or use strategy 'pqpp'.",
         )
@@ -175,7 +175,7 @@ def _read_points(
 
 
 def _read_box(numbers: list[int], size: Size) -> tuple[Box, tuple[str, ...]]:
-    """A box at least one grid cell wide and high, with notes on what had to be mended."""
+    """A box at least one grid cell wide and high, with notes on what was corrected."""
     notes = []
     if max(numbers) >= STEPS:
         numbers = [_on_scale(n) for n in numbers]
@@ -184,7 +184,7 @@ def _read_box(numbers: list[int], size: Size) -> tuple[Box, tuple[str, ...]]:
     if x2 < x1 or y2 < y1:
         x1, x2 = sorted((x1, x2))
         y1, y2 = sorted((y1, y2))
-        notes.append("a box with swapped corners was put right")
+        notes.append("a box with swapped corners was corrected")
     if x1 == x2 or y1 == y2:
         notes.append("an empty box was widened to one grid cell")
     x2, y2 = x2 + (x1 == x2), y2 + (y1 == y2)

@@ -44,7 +44,7 @@ def coco_annotation(mask: Mask, *, polygons: bool = False, **extra: Any) -> dict
     Args:
         mask: may be empty; its ``bbox`` is then all zeros.
         polygons: write polygons instead of RLE.
-        extra: further keys (``object_id``, ``score``, …; an ``id`` of one's own).
+        extra: further keys (``object_id``, ``score``, …; your own ``id``).
     """
     box = mask.box
     return {
@@ -62,7 +62,7 @@ def coco_document(
     """A COCO document.
 
     Args:
-        pictures: with their annotations, which are numbered from 1 unless they hold an ``id``.
+        pictures: with their annotations, which are numbered from 1 unless they have an ``id``.
         categories: name → id; by default numbered from 1 in the order of their first use.
     """
     numbers = dict(categories or {})
@@ -92,13 +92,13 @@ def coco_document(
 def segmentation_to_rle(segmentation: Any, width: int, height: int) -> Rle:
     """A ``segmentation`` (polygons, uncompressed or compressed RLE) as compressed RLE.
 
-    Polygons are rasterised by pycocotools, as the makers' own code does.
+    Polygons are rasterised by pycocotools, as in COCO's own code.
     """
     if isinstance(segmentation, dict):
         if isinstance(segmentation["counts"], list):
             return rle_with_text(coco_mask.frPyObjects(segmentation, height, width))
         return rle_with_text(segmentation)
-    # Fewer than three corners make no area, and pycocotools would take four numbers for a box.
+    # Fewer than three corners have no area, and pycocotools would read four numbers as a box.
     polygons = [list(map(float, polygon)) for polygon in segmentation if len(polygon) >= 6]
     if not polygons:
         return empty_rle(width, height)

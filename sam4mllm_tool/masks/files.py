@@ -50,12 +50,12 @@ def save_masks(
     Args:
         masks: of one image; ``object_id`` is part of the names of the PNG files.
         image: the picture they belong to.
-        folder: is made if it does not exist.
+        folder: created if it does not exist.
         formats: any of ``FILE_FORMATS``.
-        policy: says which folders may be written to.
-        stem: what the file names begin with.
-        file_name: what COCO calls the picture.
-        overlay: drawn instead of the plain one.
+        policy: decides which folders may be written to.
+        stem: prefix of the file names.
+        file_name: the picture's ``file_name`` in the COCO document.
+        overlay: written instead of the default overlay.
 
     Raises:
         AccessDenied: the folder may not be written to.

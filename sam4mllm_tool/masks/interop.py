@@ -1,4 +1,4 @@
-"""Masks as other libraries' values, and back: numpy, PIL, COCO, LabelMe, supervision, datasets.
+"""Conversion of masks to and from numpy, PIL, COCO, LabelMe, supervision and datasets.
 
 Everything starts from and returns to a list of :class:`LabelledMask`; every pair round-trips to
 the same pixels. Coordinates are pixels of the upright image, box maxima exclusive.
@@ -28,7 +28,7 @@ LABELME_VERSION = "5.5.0"
 
 
 class LabelledMask(NamedTuple):
-    """A mask with what it shows, its box's score if there is one, and its handle if it has one."""
+    """A mask with its label, and its box's score and its handle if it has them."""
 
     name: str
     mask: Mask
@@ -71,11 +71,12 @@ def from_coco(document: dict[str, Any]) -> list[LabelledMask]:
     """From a COCO document of one image, masks as RLE or polygons.
 
     Raises:
-        InputError: the document holds another number of images than one.
+        InputError: the document does not contain exactly one image.
     """
     if len(document["images"]) != 1:
         raise InputError(
-            f"the document holds {len(document['images'])} images", hint="Give one image at a time."
+            f"the document contains {len(document['images'])} images",
+            hint="Give one image at a time.",
         )
     (image,) = document["images"]
     names = {category["id"]: category["name"] for category in document["categories"]}
@@ -193,7 +194,9 @@ def to_detections(masks: Sequence[LabelledMask]) -> supervision.Detections:
     try:
         from supervision import Detections
     except ImportError as error:
-        raise ImportError('this needs: pip install "sam4mllm-tool[supervision]"') from error
+        raise ImportError(
+            'supervision is missing: pip install "sam4mllm-tool[supervision]"'
+        ) from error
     if not masks:
         return Detections.empty()
     names = list(dict.fromkeys(one.name for one in masks))
@@ -234,7 +237,7 @@ def from_detections(detections: supervision.Detections) -> list[LabelledMask]:
 
 
 def to_rows(masks: Sequence[LabelledMask]) -> list[dict[str, Any]]:
-    """A row an object, of plain values: ``datasets.Dataset.from_list(rows, features())``."""
+    """One row per object, of plain values: ``datasets.Dataset.from_list(rows, features())``."""
     return [
         {
             "name": one.name,
@@ -257,7 +260,7 @@ def features() -> Features:
     try:
         from datasets import Features, List, Value
     except ImportError as error:
-        raise ImportError('this needs: pip install "sam4mllm-tool[datasets]"') from error
+        raise ImportError('datasets is missing: pip install "sam4mllm-tool[datasets]"') from error
     return Features(
         {
             "name": Value("string"),

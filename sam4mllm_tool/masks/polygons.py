@@ -1,7 +1,7 @@
 """Masks as COCO polygons that rasterise back to exactly the same pixels.
 
-Polygons run along pixel edges. A polygon cannot say a hole, so a piece with a hole is cut in two
-through it; the union of all polygons is the mask.
+Polygons run along pixel edges. A polygon cannot represent a hole, so a piece with a hole is cut in
+two through the hole; the union of all polygons is the mask.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def polygons_to_mask(polygons: list[list[float]], width: int, height: int) -> Ma
 
 def _pieces(pixels: Pixels, x: int, y: int) -> Iterator[tuple[Pixels, int, int]]:
     """4-connected pieces without holes, each with the offset of its window."""
-    from scipy.ndimage import binary_fill_holes, label  # slow to import: servers start without
+    from scipy.ndimage import binary_fill_holes, label  # slow to import, so not at server start
 
     numbered, count = label(pixels)
     for number in range(1, count + 1):

@@ -1,4 +1,4 @@
-"""How two masks of one image lie to each other."""
+"""Spatial relations of two masks of one image."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def centroid(mask: Mask) -> tuple[float, float] | None:
 
 def mask_distance(a: Mask, b: Mask) -> float:
     """Smallest gap between the masks in pixels; 0 if they touch or overlap, inf if one is empty."""
-    from scipy.spatial import cKDTree  # slow to import: servers start without
+    from scipy.spatial import cKDTree  # slow to import, so not at server start
 
     if not a.area or not b.area:
         return float("inf")

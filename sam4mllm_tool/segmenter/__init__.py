@@ -18,7 +18,7 @@ def load_segmenter(
     dtype: str = "auto",
     decoder: str | Path | None = None,
 ) -> Segmenter:
-    """The segmenter of that checkpoint; its kind is recognised from what the file holds.
+    """The segmenter of that checkpoint; its kind is recognised from the file's content.
 
     Args:
         name_or_path: ``"embedded"``, a checkpoint file (``.pt``, ``.pth``, ``.safetensors``) of
@@ -28,7 +28,7 @@ def load_segmenter(
         dtype: of the image encoder, where nearly all time and memory go: ``"auto"`` and
             ``"float32"`` give the published masks, ``"bfloat16"`` nearly the same ones in half
             the memory (docs/checkpoints.md has the measured difference). Prompts and masks are
-            computed in float32 in any case: bfloat16 knows a coordinate to some 3 px in 1024.
+            always computed in float32: bfloat16 resolves a coordinate to about 3 px in 1024.
         decoder: file of fine-tuned weights laid over a checkpoint of segment_anything or
             EfficientViT-SAM, such as SAM4MLLM's mask decoder.
 
@@ -48,8 +48,8 @@ def load_segmenter(
         )
     if decoder is not None:
         raise CheckpointError(
-            f"{str(name_or_path)!r} is a transformers checkpoint, over which no decoder is laid",
-            hint="Leave the decoder out, or name a checkpoint file such as EfficientViT-SAM's.",
+            f"{str(name_or_path)!r} is a transformers checkpoint, which takes no separate decoder",
+            hint="Leave the decoder out, or use a checkpoint file, for example EfficientViT-SAM's.",
         )
     from sam4mllm_tool.segmenter.transformers_sam import TransformersSegmenter
 

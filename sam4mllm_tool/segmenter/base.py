@@ -1,4 +1,4 @@
-"""What every SAM backend shares: one embedding an image, prompts in batches, turns and limits."""
+"""What every SAM backend shares: one embedding per image, batched prompts, a lock, limits."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class EmbeddingSegmenter(ABC, Generic[Embedding]):
     """A promptable segmenter that embeds an image once and answers prompts from the embedding.
 
     Backends say how to encode an image, decode prompts and bring logits to the image's size.
-    Image embeddings are kept on the model's device, the least recently used one goes first. One
-    thread is at the model at a time; a caller who has gone gives up the place.
+    Image embeddings are cached on the model's device (least recently used evicted first). One
+    thread uses the model at a time; cancelled callers leave the queue.
 
     Args:
         name: checkpoint, for traces.
-        device: where the model is.
-        cache_bytes: bound on the kept embeddings; what does not fit is computed again.
+        device: the model's device.
+        cache_bytes: bound on the cached embeddings; evicted ones are computed again.
     """
 
     def __init__(self, name: str, device: torch.device, cache_bytes: int) -> None:
@@ -58,7 +58,7 @@ class EmbeddingSegmenter(ABC, Generic[Embedding]):
 
     @abstractmethod
     def _embedding_bytes(self, embedding: Embedding) -> int:
-        """Memory an embedding holds."""
+        """Bytes of an embedding."""
 
     @abstractmethod
     def _decode(
@@ -68,7 +68,7 @@ class EmbeddingSegmenter(ABC, Generic[Embedding]):
 
     @abstractmethod
     def _to_image_size(self, image: RgbImage, logits: Tensor) -> Tensor:
-        """Logits (n, c, h, w) brought to (n, c, image height, image width)."""
+        """Logits (n, c, h, w) resized to (n, c, image height, image width)."""
 
     @property
     @abstractmethod
@@ -87,15 +87,15 @@ class EmbeddingSegmenter(ABC, Generic[Embedding]):
     def predict(
         self, image: RgbImage, prompts: Sequence[SegmentPrompt]
     ) -> list[tuple[MaskCandidate, ...]]:
-        """Three candidate masks a prompt (in the model's order), for all prompts of one image.
+        """Three candidate masks per prompt (in the model's order), for all prompts of one image.
 
         Prompts of one kind (same number of points, box or none, mask or none) are decoded
         together; padding them to one length would change the masks.
 
         Raises:
-            PromptError: a prompt holds neither box nor labelled point nor mask, a box or point
-                that is not finite, or mask logits of another size.
-            BackendError: the model's answer is not finite, as with damaged weights.
+            PromptError: a prompt without box, labelled point and mask, a box or point that is
+                not finite, or mask logits of another size.
+            BackendError: the model's output is not finite, as with damaged weights.
             DeviceOutOfMemory: the device is too small.
         """
         for prompt in prompts:
@@ -113,7 +113,7 @@ class EmbeddingSegmenter(ABC, Generic[Embedding]):
     def logits_at_image_size(
         self, image: RgbImage, logits: NDArray[np.float32]
     ) -> NDArray[np.float32]:
-        """Low-resolution logits brought to the image: ``float32`` of shape (height, width).
+        """Low-resolution logits resized to the image: ``float32`` of shape (height, width).
 
         Raises:
             PromptError: logits of another size than this segmenter's.
@@ -148,34 +148,34 @@ class EmbeddingSegmenter(ABC, Generic[Embedding]):
         points = shown_points(prompt)
         if prompt.box is None and not points and prompt.mask_logits is None:
             raise PromptError(
-                "the prompt holds neither a box nor a labelled point nor a mask",
-                hint="Give a box, a foreground or background point, or a former mask.",
+                "the prompt has neither a box nor a labelled point nor a mask",
+                hint="Give a box, a foreground or background point, or an earlier mask.",
             )
         numbers = [*(prompt.box or ()), *(value for p in points for value in (p.x, p.y))]
         if not np.isfinite(numbers).all():
-            raise PromptError("a box or point is not a finite number", hint="Give pixels.")
+            raise PromptError("a box or point is not finite", hint="Give coordinates in pixels.")
         if prompt.box is not None and (prompt.box.width < 0 or prompt.box.height < 0):
             raise PromptError(
-                f"the box {tuple(prompt.box)} ends before it begins",
+                f"the box {tuple(prompt.box)} has swapped corners",
                 hint="Give x_min, y_min, x_max, y_max.",
             )
         if prompt.mask_logits is not None:
             self._check_logits(prompt.mask_logits)
 
     def _check_answer(self, logits: Tensor, ious: Tensor) -> None:
-        """NaN is not above 0, so it would pass for an empty mask."""
+        """NaN is not above 0, so without this check it would give an empty mask."""
         if not (torch.isfinite(logits).all() and torch.isfinite(ious).all()):
             raise BackendError(
-                f"the segmenter {self.name} answers with numbers that are not finite",
-                hint="Its weights are damaged or overflow: fetch them again, use dtype='float32'.",
+                f"the segmenter {self.name} returned numbers that are not finite",
+                hint="Download the weights again, or use dtype='float32' (no overflow).",
             )
 
     def _check_logits(self, logits: NDArray[np.float32]) -> None:
         if logits.shape != self.logits_shape or not np.isfinite(logits).all():
             raise PromptError(
                 f"mask logits of shape {logits.shape} do not fit; "
-                f"this segmenter's are finite and {self.logits_shape}",
-                hint="Give the logits of a mask that this segmenter made.",
+                f"expected finite logits of shape {self.logits_shape}",
+                hint="Give the logits of a mask drawn by this segmenter.",
             )
 
     @contextmanager
@@ -196,7 +196,7 @@ class EmbeddingSegmenter(ABC, Generic[Embedding]):
 
 
 def shown_points(prompt: SegmentPrompt) -> list[PromptPoint]:
-    """The points SAM is shown: those with a label."""
+    """The points passed to SAM: those with a label."""
     return [point for point in prompt.points if point.label in _SHOWN_LABELS]
 
 
@@ -228,14 +228,14 @@ def padded_size(image: RgbImage, side: int) -> tuple[int, int]:
     """(height, width) of an image whose longer side is scaled to ``side``, before padding.
 
     Raises:
-        ImageError: nothing would be left of the shorter side.
+        ImageError: the shorter side would be scaled to zero.
     """
     scale = side / max(image.size)
     height, width = int(image.height * scale + 0.5), int(image.width * scale + 0.5)
     if min(height, width) < 1:
         raise ImageError(
             f"a picture of {image.width}×{image.height} is too thin for this segmenter",
-            hint=f"The longer side may be {2 * side - 1} times the shorter at most.",
+            hint=f"The longer side may be at most {2 * side - 1} times the shorter one.",
         )
     return height, width
 
@@ -243,7 +243,7 @@ def padded_size(image: RgbImage, side: int) -> tuple[int, int]:
 def unpadded(logits: Tensor, image: RgbImage, side: int) -> Tensor:
     """Logits (n, c, h, w) of the padded square frame → (n, c, image height, image width).
 
-    As SAM does it: brought to the frame's ``side``, cut to the picture's part of it, brought to
+    As in SAM: resized to the frame's ``side``, cropped to the picture's part of it, resized to
     the picture's size.
     """
     height, width = padded_size(image, side)
@@ -251,7 +251,7 @@ def unpadded(logits: Tensor, image: RgbImage, side: int) -> Tensor:
 
 
 def resized(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Logits (n, c, h, w) brought to (height, width), bilinear."""
+    """Logits (n, c, h, w) resized to (height, width), bilinear."""
     return interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
@@ -269,10 +269,10 @@ def _groups_of_one_kind(prompts: Sequence[SegmentPrompt]) -> Iterator[list[int]]
 def choose_dtype(dtype: str) -> torch.dtype:
     """The image encoder's dtype: ``"auto"`` and ``"float32"``, or ``"bfloat16"``.
 
-    float16 is refused. Activations of SAM's encoders exceed its largest number, 65504: ViT-H's
+    float16 is rejected. Activations of SAM's encoders exceed its largest number, 65504: ViT-H's
     (facebookresearch/segment-anything, issues 540 and 696) and those of EfficientViT, whose
-    attention sums over all places of the picture and whose last normalisation squares
-    (mit-han-lab/efficientvit, issues 110 and 142). Masks are then wrong without an error.
+    attention sums over all positions and whose last normalisation squares
+    (mit-han-lab/efficientvit, issues 110 and 142). Masks would be wrong without an error.
 
     Raises:
         CheckpointError: any other dtype.
@@ -280,7 +280,7 @@ def choose_dtype(dtype: str) -> torch.dtype:
     known = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype in ("float16", "half"):
         raise CheckpointError(
-            "SAM image encoders overflow in float16, so that masks are silently wrong",
+            "SAM image encoders overflow in float16, which makes masks silently wrong",
             hint="Use dtype='bfloat16' or 'float32'.",
         )
     if dtype not in known:

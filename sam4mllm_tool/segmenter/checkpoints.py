@@ -1,4 +1,4 @@
-"""Which kind of checkpoint lies in a directory, read without loading it."""
+"""The kind of checkpoint in a directory, read without loading it."""
 
 from __future__ import annotations
 

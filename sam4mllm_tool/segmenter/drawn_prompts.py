@@ -1,10 +1,11 @@
 """A prompt encoder that also draws its prompts onto the image embedding.
 
-SAM's decoder learns from a billion masks that a point's position code means the patch at that
-place. Trained on some ten thousand pictures it hardly does: half of the points that contradict a
-mask drawn from the box alone were still contradicted when they were given. Here boxes and points
-are told as pictures as well, as click maps tell them in interactive segmentation before SAM (Xu
-et al. 2016, "Deep interactive object selection"): what a point says stands where it says it.
+SAM's decoder learns from a billion masks to relate a point's position code to the patch at that
+position. Trained on about ten thousand pictures it hardly does: of the points that contradict a
+mask drawn from the box alone, half were still contradicted after they were given as prompts. Here
+boxes and points are also drawn as maps, like the click maps of interactive segmentation before SAM
+(Xu et al. 2016, "Deep interactive object selection"), so that a prompt's information is located
+where it applies.
 """
 
 import torch
@@ -15,13 +16,13 @@ REACHES = (1.5, 5.0, 16.0)
 """Standard deviations, in cells of the mask logits, of the spots that points are drawn as."""
 CHANNELS = 3 + 2 * len(REACHES)
 FAR = 1.5
-"""Places beyond this many half sides from a box's middle look alike."""
+"""Distances from a box's centre are clamped to this many half sides."""
 
 
 class DrawnPromptEncoder(PromptEncoder):
     """segment_anything's prompt encoder; what is drawn is added to its dense embedding.
 
-    Fresh weights draw nothing, so that a model that knows no drawn prompts answers as before.
+    New weights are zero, so a model trained without drawn prompts gives the same output as before.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class DrawnPromptEncoder(PromptEncoder):
         Args:
             points: coordinates N x K x 2, pixels of the square input, and labels N x K.
             boxes: N x 4 (x_min, y_min, x_max, y_max), the same pixels.
-            masks: logits of former masks, N x 1 x 4g x 4g.
+            masks: logits of earlier masks, N x 1 x 4g x 4g.
         """
         sparse, dense = super().forward(points, boxes, masks)
         drawn = draw_prompts(points, boxes, self.input_image_size[0], self.mask_input_size[0])
@@ -69,14 +70,14 @@ def draw_prompts(
 ) -> Tensor | None:
     """N prompts as pictures, N x CHANNELS x cells x cells; `None` without points and boxes.
 
-    Channels: share of the cell inside the box; column and row from the box's middle, in half
-    sides; spots of growing reach at foreground points, then at background points.
+    Channels: share of the cell inside the box; column and row from the box's centre, in half
+    sides; Gaussian spots of increasing width at foreground points, then at background points.
 
     Args:
         points: as of `DrawnPromptEncoder.forward`; labels other than 0 and 1 are not drawn.
-        boxes: as there.
+        boxes: as of `DrawnPromptEncoder.forward`.
         side: of the square input, pixels.
-        cells: a side of the drawing.
+        cells: side of the drawing.
     """
     if points is not None:
         spots = _spots(points, side, cells)

@@ -5,8 +5,8 @@ Architecture after Zhang, Cai and Han, "EfficientViT-SAM" (arXiv 2402.05008), an
 are segment_anything's own classes. The names of the weights are those of the published files, so
 that these load as they are.
 
-The encoder sees the picture at 512 px (L models) or 1024 px (XL models), scaled and padded as SAM
-does it; prompts and mask logits are in SAM's 1024 px frame for all of them.
+The encoder's input is 512 px (L models) or 1024 px (XL models), scaled and padded as in
+SAM; prompts and mask logits are in SAM's 1024 px frame for all of them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WIDTH = 256
 HEAD_WIDTH = 32
 """Channels per attention head."""
 NORM_EPS = 1e-6
-"""Of every normalisation layer, those of the mask decoder included."""
+"""Epsilon of every normalisation layer, including those of the mask decoder."""
 
 Kind = Literal["plain", "fused", "inverted", "attention"]
 
@@ -45,7 +45,7 @@ class Stage:
 
     Attributes:
         width: channels.
-        depth: blocks behind the first one.
+        depth: number of blocks after the first one.
         kind: of these blocks.
         expansion: hidden channels of a block per channel; four times as many in the first one.
         kernel: of the attention's second scale.
@@ -101,10 +101,10 @@ _NECK_BLOCK = re.compile(r"image_encoder\.neck\.middle\.op_list\.(\d+)\.")
 
 
 def variant_of(weights: Mapping[str, object]) -> Variant | None:
-    """The size that a state dict is of, ``None`` if it is of another architecture.
+    """The size of the model in a state dict, ``None`` if it is of another architecture.
 
     Raises:
-        CheckpointError: an EfficientViT-SAM of a size that was never published.
+        CheckpointError: an EfficientViT-SAM of an unpublished size.
     """
     stages, neck_depth = _count(_STAGE, weights), _count(_NECK_BLOCK, weights)
     if not stages or not neck_depth:
@@ -113,13 +113,13 @@ def variant_of(weights: Mapping[str, object]) -> Variant | None:
         if (len(variant.stages), variant.neck_depth) == (stages, neck_depth):
             return variant
     raise CheckpointError(
-        f"an EfficientViT-SAM with {stages} stages and {neck_depth} blocks in its neck is unknown",
-        hint=f"Give one of the published sizes: {', '.join(VARIANTS)}.",
+        f"no published EfficientViT-SAM has {stages} stages and {neck_depth} blocks in its neck",
+        hint=f"Use one of the published sizes: {', '.join(VARIANTS)}.",
     )
 
 
 def build_efficientvit_sam(variant: Variant) -> Sam:
-    """A ``Sam`` of that size with random weights, float32."""
+    """A ``Sam`` of the given size with random weights, float32."""
     sam = Sam(
         ImageEncoder(variant),
         PromptEncoder(
@@ -181,7 +181,7 @@ class Backbone(nn.Module):
 
 
 class Neck(nn.Module):
-    """The last three stages, each brought to 64 x 64 x 256, added and refined."""
+    """The last three stages, each resized and projected to 64 x 64 x 256, added and refined."""
 
     def __init__(self, widths: list[int], variant: Variant) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ class Neck(nn.Module):
 
 
 class Block(nn.Module):
-    """What ``main`` makes of its input, added to the input unless the block changes its shape."""
+    """``main(x)``, with a residual connection unless the block changes the shape."""
 
     def __init__(self, main: nn.Module, *, residual: bool = True) -> None:
         super().__init__()
@@ -217,11 +217,11 @@ class Block(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """Multi-scale attention with ReLU in place of softmax, linear in the number of places.
+    """Multi-scale attention with ReLU in place of softmax, linear in the number of positions.
 
     Without softmax, sum_j relu(q_i)·relu(k_j) v_j = (sum_j v_j relu(k_j)^T) relu(q_i): the sum
-    over places is formed once. A row of ones beneath v yields the divisor along with it. In
-    float16 these sums over thousands of places overflow.
+    over positions is computed once. A row of ones appended to v gives the normaliser in the same
+    product. In float16 these sums over thousands of positions overflow.
     """
 
     def __init__(self, width: int, kernel: int) -> None:
@@ -273,7 +273,7 @@ def _plain(width: int) -> nn.Sequential:
 
 
 def _fused(width: int, out: int, expansion: int, *, stride: int = 1) -> nn.Sequential:
-    """A 3 x 3 convolution to the hidden width, a 1 x 1 one from it."""
+    """A 3 x 3 convolution to the hidden width, then 1 x 1 back."""
     hidden = width * expansion
     return _named(
         spatial_conv=_conv(width, hidden, 3, stride=stride),
@@ -282,7 +282,7 @@ def _fused(width: int, out: int, expansion: int, *, stride: int = 1) -> nn.Seque
 
 
 def _inverted(width: int, out: int, expansion: int, *, stride: int = 1) -> nn.Sequential:
-    """1 x 1 to the hidden width, 3 x 3 per channel, 1 x 1 from it, normalised at the end only."""
+    """1 x 1 to the hidden width, 3 x 3 per channel, 1 x 1 back, normalised at the end only."""
     hidden = width * expansion
     return _named(
         inverted_conv=_conv(width, hidden, 1, bias=True, norm=False),
@@ -302,7 +302,7 @@ def _conv(
     norm: bool = True,
     act: bool = True,
 ) -> nn.Sequential:
-    """A convolution that keeps the sides (divided by ``stride``), with what stands behind it."""
+    """A "same" convolution with ``stride``, followed by normalisation and activation."""
     parts: dict[str, nn.Module] = {
         "conv": nn.Conv2d(width, out, kernel, stride, kernel // 2, groups=groups, bias=bias)
     }
@@ -328,5 +328,5 @@ def _listed(parts: Iterable[nn.Module]) -> nn.Sequential:
 
 
 def _count(pattern: re.Pattern[str], names: Iterable[str]) -> int:
-    """How many numbers the pattern finds at the beginnings of the names."""
+    """How many different numbers the pattern matches at the beginnings of the names."""
     return len({found[1] for name in names if (found := pattern.match(name))})

@@ -1,8 +1,8 @@
 """The segment_anything library's SAM: official ViT-B/L/H, EfficientViT-SAM and the small SAM.
 
-Image and prompts are prepared, and masks brought to the image, by the library's own functions,
-so that masks are those of its ``SamPredictor``, bit for bit; unlike it, nothing of one image is
-left behind for the next.
+The library's own functions prepare image and prompts and resize the masks, so masks equal those of
+its ``SamPredictor`` bit for bit. Unlike ``SamPredictor``, no state of one image remains for the
+next.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ _HINT = (
 class SegmentAnythingSegmenter(EmbeddingSegmenter[Tensor]):
     """A ``Sam`` of the segment_anything library as a :class:`~sam4mllm_tool.protocols.Segmenter`.
 
-    The image encoder may see the picture smaller than the frame that prompts and masks are in
+    The image encoder's input may be smaller than the frame of prompts and masks
     (EfficientViT-SAM's L models: 512 and 1024 px).
 
     Args:
         sam: the model on its device; prompt encoder and mask decoder in float32, the image
             encoder in any floating dtype.
         name: checkpoint, for traces.
-        cache_bytes: bound on the image embeddings kept.
+        cache_bytes: bound on the cached image embeddings.
     """
 
     def __init__(
@@ -91,14 +91,14 @@ class SegmentAnythingSegmenter(EmbeddingSegmenter[Tensor]):
 
         Args:
             path: file or directory.
-            decoder: file of fine-tuned weights to be laid over the model's, such as SAM4MLLM's
+            decoder: file of fine-tuned weights that replace the model's, for example SAM4MLLM's
                 mask decoder for EfficientViT-SAM XL1; its keys may begin with ``model.``.
             device: ``"auto"`` (CUDA, then MPS, then CPU), or a torch device.
             dtype: of the image encoder, see :func:`~sam4mllm_tool.segmenter.load_segmenter`.
-            cache_bytes: bound on the image embeddings kept.
+            cache_bytes: bound on the cached image embeddings.
 
         Raises:
-            CheckpointError: missing, corrupt, holding code, or of the wrong kind.
+            CheckpointError: missing, corrupt, containing code, or of the wrong kind.
             DeviceOutOfMemory: the device is too small for it.
         """
         path, target, kind = Path(path).expanduser(), choose_device(device), choose_dtype(dtype)
@@ -165,7 +165,7 @@ def _load(path: Path, device: torch.device) -> Sam:
 
 
 def _architecture(weights: Weights, name: str) -> Callable[[], Sam]:
-    """What builds the model, told from the names and shapes of the weights."""
+    """The function that builds the model, chosen by the names and shapes of the weights."""
     variant = variant_of(weights)
     if variant is not None:
         return partial(build_efficientvit_sam, variant)
@@ -173,6 +173,6 @@ def _architecture(weights: Weights, name: str) -> Callable[[], Sam]:
     kind = None if position is None else _KIND_BY_WIDTH.get(position.shape[-1])
     if kind is None:
         raise CheckpointError(
-            f"{name} is of no known SAM architecture; its weights are {shown(weights)}", hint=_HINT
+            f"{name} has an unknown SAM architecture; its weights are {shown(weights)}", hint=_HINT
         )
     return sam_model_registry[kind]

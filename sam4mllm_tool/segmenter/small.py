@@ -38,7 +38,7 @@ class SmallSamConfig:
 
     Attributes:
         image_size: side of the square input, pixels; larger pictures are scaled down to it.
-        patch_size: side of a patch, pixels. Mask logits come four to a patch and axis.
+        patch_size: side of a patch, pixels. Mask logits come four per patch and axis.
         embed_dim: width of the image encoder.
         depth: blocks of the image encoder.
         num_heads: attention heads of the image encoder.
@@ -83,7 +83,7 @@ class FusedAttention(Attention):
 
 
 def build_small_sam(config: SmallSamConfig) -> Sam:
-    """A `Sam` of that configuration with random weights, float32."""
+    """A `Sam` of the given configuration with random weights, float32."""
     encoder = ImageEncoderViT(
         img_size=config.image_size,
         patch_size=config.patch_size,
@@ -142,13 +142,13 @@ def load_small_sam_config(directory: Path) -> SmallSamConfig:
         if description.pop("model_type") != MODEL_TYPE:
             raise KeyError("model_type")
         description["global_blocks"] = tuple(description["global_blocks"])
-        description.setdefault("drawn_prompts", False)  # weights of before there were any
+        description.setdefault("drawn_prompts", False)  # older configurations lack it
         known = {field.name for field in fields(SmallSamConfig)}
         return SmallSamConfig(**{key: description[key] for key in known})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"no small SAM in {directory}: {error!r}",
-            hint="point to a directory written by save_small_sam.",
+            hint="Give a directory written by save_small_sam.",
         ) from error
 
 
@@ -156,7 +156,7 @@ def load_small_sam(directory: Path, device: torch.device | None = None) -> Sam:
     """Load a saved small SAM, in float32 and evaluation mode, onto a device (default: CPU).
 
     Raises:
-        CheckpointError: files are missing, corrupt or do not fit each other.
+        CheckpointError: files are missing, corrupt or do not match each other.
         DeviceOutOfMemory: the device is too small for it.
     """
     config = load_small_sam_config(directory)

@@ -1,7 +1,7 @@
 """The SAM families of transformers: SAM, SAM-HQ, SAM 2 and 2.1, SAM 3's tracker, EdgeTAM.
 
-They differ in how a picture is brought to the model's square input (scaled and padded, or
-stretched) and in what an image embedding consists of; ``FAMILIES`` says which does what.
+They differ in how a picture is fitted to the model's square input (scaled and padded, or
+stretched) and in what an image embedding consists of; ``FAMILIES`` lists the differences.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from sam4mllm_tool.types import RgbImage
 
 @dataclass(frozen=True)
 class Family:
-    """What sets a family apart.
+    """The differences between families.
 
     Attributes:
-        padded: the longer side is scaled to the model's, the shorter one padded; otherwise both
-            sides are stretched to it.
+        padded: the longer side is scaled to the model's input and the shorter one padded;
+            otherwise both sides are stretched to it.
         arguments: what ``get_image_embeddings`` returned → arguments of the model's ``forward``.
     """
 
@@ -68,7 +68,7 @@ FAMILIES = {
 """By the image model's ``base_model_prefix``. Checkpoints of the video models (``sam2_video``,
 ``sam3_video``, ``edgetam_video``) are read as their family's image model."""
 
-_HINT = f"Give a transformers checkpoint of {', '.join(FAMILIES)} or a video model of theirs."
+_HINT = f"Give a transformers checkpoint of {', '.join(FAMILIES)} or one of their video models."
 
 
 class TransformersSegmenter(EmbeddingSegmenter[Any]):
@@ -134,7 +134,7 @@ class TransformersSegmenter(EmbeddingSegmenter[Any]):
     def _encode(self, image: RgbImage) -> Any:
         self._scaled_size(image)
         pixels = self._process(images=image.pil, return_tensors="pt")["pixel_values"]
-        # What stands between encoder and decoder takes the encoder's output in its dtype.
+        # Modules between encoder and decoder run in the encoder's dtype.
         mixed = torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32)
         with mixed:
             embedding = self._model.get_image_embeddings(pixels.to(self.device, self._dtype))
@@ -146,7 +146,7 @@ class TransformersSegmenter(EmbeddingSegmenter[Any]):
     def _decode(
         self, image: RgbImage, embedding: Any, prompts: Sequence[SegmentPrompt]
     ) -> tuple[Tensor, Tensor]:
-        """Each prompt is an item of the batch, the embedding is shared without a copy."""
+        """Each prompt is one item of the batch; the embedding is shared without a copy."""
         points, boxes, masks = point_arrays(prompts), box_array(prompts), mask_array(prompts)
         height, width = self._scaled_size(image)
         scale = np.array([width / image.width, height / image.height])
@@ -196,7 +196,7 @@ def _in_float32(tree: Any) -> Any:
 
 
 def _load_model(name: str, device: torch.device) -> Any:
-    """In float32, each weight straight onto the device."""
+    """In float32, each weight loaded directly onto the device."""
     model, report = AutoModelForMaskGeneration.from_pretrained(
         name,
         dtype=torch.float32,
@@ -206,19 +206,19 @@ def _load_model(name: str, device: torch.device) -> Any:
         output_loading_info=True,
     )
     if model.base_model_prefix not in FAMILIES:
-        raise CheckpointError(f"{name!r} is of an unknown SAM family", hint=_HINT)
+        raise CheckpointError(f"{name!r} is not of a known SAM family", hint=_HINT)
     lacking = sorted([*report["missing_keys"], *map(str, report["mismatched_keys"])])
     if lacking:
         raise CheckpointError(
             f"{name!r} lacks weights of its model: {', '.join(lacking[:3])} …",
-            hint="The checkpoint is incomplete or of another architecture; fetch it again.",
+            hint="The checkpoint is incomplete or of another architecture; download it again.",
         )
     return model
 
 
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
-    """Errors of loading as ours, and nothing printed on the terminal of whoever called a tool."""
+    """Convert loading errors to ours, and keep transformers from printing to the terminal."""
     shown = transformers_logging.is_progress_bar_enabled()
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()

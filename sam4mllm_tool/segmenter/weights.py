@@ -1,8 +1,8 @@
-"""Checkpoint files of ``segment_anything`` models: tensors read from them and laid into a model.
+"""Checkpoint files of ``segment_anything`` models: reading tensors and assigning them to a model.
 
-Tensors go from the file to their device one by one and become the model's own (a model is built
-without memory of its own, on torch's "meta" device), so that host memory never holds a second
-copy. Code in a file is never run.
+Tensors go from the file to their device one by one and become the model's own (the model is built
+without allocating memory, on torch's "meta" device), so host memory never holds a second copy.
+Code in a file is never run.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _PIXEL_MEAN = (123.675, 116.28, 103.53)
 _PIXEL_STD = (58.395, 57.12, 57.375)
 _NOT_THE_FILE = (b"<", b"version https://git-lfs")
 _HINT_DAMAGED = "The file is damaged or was not fully downloaded; download it again."
-_HINT_FIT = "Give the file that belongs to this model; one that was cut off is to be fetched again."
+_HINT_FIT = "Give the file that belongs to this model; download a truncated file again."
 
 
 def read_weights(path: Path, device: torch.device) -> Weights:
     """The tensors of a ``.pt``, ``.pth`` or ``.safetensors`` file, on ``device``.
 
     Raises:
-        CheckpointError: missing, cut off, holding code or other things than tensors.
+        CheckpointError: missing, truncated, or containing code or anything but tensors.
         DeviceOutOfMemory: the device is too small for it.
     """
     if not path.is_file():
@@ -49,7 +49,7 @@ def read_weights(path: Path, device: torch.device) -> Weights:
         raise too_small(device, path.name, error) from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path.name} is corrupt or holds more than tensors, and code is never run from "
+            f"{path.name} is corrupt or contains more than tensors, and code is never run from "
             "a checkpoint",
             hint="Convert it to safetensors with the tool that wrote it.",
         ) from error
@@ -69,7 +69,7 @@ def filled(build: Callable[[], Sam], weights: Weights, name: str) -> Sam:
         name: of the file, for messages.
 
     Raises:
-        CheckpointError: weights are missing, of another shape, or none of the model's.
+        CheckpointError: weights are missing, have another shape, or do not belong to the model.
     """
     with torch.device("meta"):
         sam = build()
@@ -83,12 +83,12 @@ def filled(build: Callable[[], Sam], weights: Weights, name: str) -> Sam:
 
 
 def overlay(sam: Sam, weights: Weights, name: str) -> None:
-    """Lay fine-tuned weights of a part (the mask decoder, say) over the model's, in place.
+    """Replace weights of a part of the model (for example the mask decoder) in place.
 
-    Keys may begin with ``model.``, as a training wrapper writes them.
+    Keys may begin with ``model.``, as written by a training wrapper.
 
     Raises:
-        CheckpointError: a weight that the model does not have, or of another shape.
+        CheckpointError: a weight that the model does not have, or one of another shape.
     """
     part = {key.removeprefix("model."): value for key, value in weights.items()}
     _check_fit(part, sam.state_dict(), name, whole=False)
@@ -96,7 +96,7 @@ def overlay(sam: Sam, weights: Weights, name: str) -> None:
 
 
 def too_small(device: torch.device, name: str, error: Exception) -> DeviceOutOfMemory:
-    """The error for a device on which a checkpoint finds no room."""
+    """The error for a device with too little memory for a checkpoint."""
     return DeviceOutOfMemory(
         f"{device} has too little memory for {name}: {error}",
         hint="Use a smaller checkpoint, or device='cpu'.",
@@ -114,22 +114,22 @@ def _check_beginning(path: Path) -> None:
         beginning = file.read(64).lstrip().lower()
     if beginning.startswith(_NOT_THE_FILE):
         raise CheckpointError(
-            f"{path.name} is a web page or a Git LFS pointer in place of the checkpoint",
-            hint="Download the file itself: a page that asks for a confirmation was saved.",
+            f"{path.name} is a web page or a Git LFS pointer, not the checkpoint",
+            hint="Download the file itself, not a page that asks for a confirmation.",
         )
 
 
 def _state_dict(content: Any, name: str) -> Weights:
-    """The state dict, taken out of the wrapper of a training script."""
+    """The state dict, unwrapped if a training script stored it under a key."""
     for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping) or not content:
-        raise CheckpointError(f"{name} holds no state dict", hint=_HINT_FIT)
+        raise CheckpointError(f"{name} contains no state dict", hint=_HINT_FIT)
     others = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
     if others:
         raise CheckpointError(
-            f"{name} holds values that are no tensors: {shown(others)}", hint=_HINT_FIT
+            f"{name} contains values that are not tensors: {shown(others)}", hint=_HINT_FIT
         )
     return dict(content)
 
@@ -146,8 +146,8 @@ def _check_fit(
     }
     for what, keys in (
         ("lacks weights of its model", lacking),
-        ("holds weights that its model does not have", foreign),
-        ("holds weights of another size", resized),
+        ("has weights that its model does not have", foreign),
+        ("has weights of another size", resized),
     ):
         if keys:
             raise CheckpointError(f"{name} {what}: {shown(keys)}", hint=_HINT_FIT)
