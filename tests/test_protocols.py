@@ -187,6 +187,11 @@ def test_each_rule_alone_makes_its_difference(roots, change):
         assert seen(changed) != seen(PROTOCOLS["ours"])
 
 
+def test_a_rule_that_a_set_cannot_follow_is_refused(roots):
+    with pytest.raises(DatasetError, match="reasonseg cannot be evaluated by protocol rela"):
+        load_examples("reasonseg", roots["reasonseg"], "val", protocol=get_protocol("rela"))
+
+
 def test_unknown_protocols_and_rules_list_the_known_ones():
     with pytest.raises(InputError) as error:
         get_protocol("lissa")

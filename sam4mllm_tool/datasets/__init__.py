@@ -39,49 +39,40 @@ Reader = Callable[[Path, str, Protocol], Iterator[ReferringExample]]
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set's name, its splits and its reader."""
+    """A data set's name, its splits and its reader.
+
+    Attributes:
+        polygons: whether its truth can be compared at another size than the picture's.
+    """
 
     name: str
     splits: tuple[str, ...]
     read: Reader
+    polygons: bool = False
 
 
 _REFER = "https://github.com/lichengunc/refer (refcoco.zip, refcoco+.zip, refcocog.zip)"
 _GREFER = "https://github.com/henghuiding/gRefCOCO (grefs(unc).json, instances.json)"
 _UNC = ("train", "val", "testA", "testB")
+_THREE = ("train", "val", "test")
+_REFER_FAMILY = (
+    (ReferFiles("refcoco", "refcoco", "refs(unc)", _REFER), _UNC),
+    (ReferFiles("refcoco-google", "refcoco", "refs(google)", _REFER), _THREE),
+    (ReferFiles("refcoco+", "refcoco+", "refs(unc)", _REFER), _UNC),
+    (ReferFiles("refcocog", "refcocog", "refs(umd)", _REFER), _THREE),
+    (ReferFiles("refcocog-google", "refcocog", "refs(google)", _REFER), ("train", "val")),
+    (ReferFiles("grefcoco", "grefcoco", "grefs(unc)", _GREFER, TargetCount.ZERO_OR_MORE), _UNC),
+)
 
 DATASETS: dict[str, Dataset] = {
     known.name: known
     for known in (
-        Dataset("refcoco", _UNC, ReferFiles("refcoco", "refcoco", "refs(unc)", _REFER).examples),
-        Dataset(
-            "refcoco-google",
-            ("train", "val", "test"),
-            ReferFiles("refcoco-google", "refcoco", "refs(google)", _REFER).examples,
-        ),
-        Dataset("refcoco+", _UNC, ReferFiles("refcoco+", "refcoco+", "refs(unc)", _REFER).examples),
-        Dataset(
-            "refcocog",
-            ("train", "val", "test"),
-            ReferFiles("refcocog", "refcocog", "refs(umd)", _REFER).examples,
-        ),
-        Dataset(
-            "refcocog-google",
-            ("train", "val"),
-            ReferFiles("refcocog-google", "refcocog", "refs(google)", _REFER).examples,
-        ),
-        Dataset(
-            "grefcoco",
-            _UNC,
-            ReferFiles(
-                "grefcoco", "grefcoco", "grefs(unc)", _GREFER, TargetCount.ZERO_OR_MORE
-            ).examples,
-        ),
-        Dataset("reasonseg", ("train", "val", "test"), reasonseg.examples),
+        *(Dataset(files.name, some, files.examples, True) for files, some in _REFER_FAMILY),
+        Dataset("reasonseg", _THREE, reasonseg.examples),
         Dataset("ade20k", ("train", "val"), ade20k.examples),
-        Dataset("paco", ("train", "val", "test"), paco.examples),
-        Dataset("part-imagenet", ("train", "val", "test"), part_imagenet.examples),
-        *(Dataset(name, ("train", "val", "test"), read) for name, read in own.READERS.items()),
+        Dataset("paco", _THREE, paco.examples),
+        Dataset("part-imagenet", _THREE, part_imagenet.examples),
+        *(Dataset(name, _THREE, read) for name, read in own.READERS.items()),
     )
 }
 
@@ -119,6 +110,11 @@ def load_examples(
     if split not in dataset.splits:
         raise DatasetError(
             f"{name} has no split {split!r}", hint=f"Its splits: {', '.join(dataset.splits)}."
+        )
+    if protocol.size != "own" and not dataset.polygons:
+        raise DatasetError(
+            f"{name} cannot be evaluated by protocol {protocol.name}: its masks have one size",
+            hint="Use --rule size=own, or another protocol.",
         )
     packed = hub.parquet_files(folder, split)
     if packed:
