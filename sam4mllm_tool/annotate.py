@@ -17,14 +17,11 @@ from typing import Any
 from sam4mllm_tool.disk import exclusive, write_whole
 from sam4mllm_tool.errors import DeviceOutOfMemory, DialogueError, InputError
 from sam4mllm_tool.images.loading import load_image
+from sam4mllm_tool.images.sources import pictures_below
 from sam4mllm_tool.journal import open_journal, read_journal
 from sam4mllm_tool.masks.coco import CocoPicture, coco_annotation, coco_document
 from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.types import TargetCount
-
-PICTURES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm"}
-)
 
 
 @dataclass(frozen=True)
@@ -99,17 +96,7 @@ def plan(
     folder: Path, expressions: Mapping[str, Sequence[str]] | Sequence[str]
 ) -> dict[str, list[str]]:
     """Picture → its expressions, each once, pictures in the order of their paths."""
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder", hint="Give a folder with pictures.")
-    pictures = sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.suffix.lower() in PICTURES and path.is_file()
-    )
-    if not pictures:
-        raise InputError(
-            f"{folder} holds no pictures", hint=f"Known: {', '.join(sorted(PICTURES))}."
-        )
+    pictures = [path.relative_to(folder).as_posix() for path in pictures_below(folder)]
     if not isinstance(expressions, Mapping):
         return {name: list(dict.fromkeys(expressions)) for name in pictures}
     strange = sorted(set(expressions) - set(pictures))

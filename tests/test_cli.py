@@ -1,19 +1,31 @@
 """The command line, as a user types it."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
 from typer.testing import CliRunner
 
+import sam4mllm_tool
 from sam4mllm_tool import embedded
 from sam4mllm_tool.cli import app, main
-from sam4mllm_tool.errors import CheckpointError, ImageError, InputError, PromptError
+from sam4mllm_tool.errors import (
+    CheckpointError,
+    ImageError,
+    InputError,
+    PromptError,
+    Sam4MllmError,
+)
+from sam4mllm_tool.pipeline.results import Settings
 
 DEMO = str(embedded.DEMO / "demo.png")
 RUNNER = CliRunner()
@@ -34,11 +46,17 @@ def test_segment_prints_one_json_document_whose_mask_reads_back(tmp_path):
     assert len(one["box"]) == 4
     assert {"x", "y", "label", "p_yes", "p_no"} == set(one["points"][0])
     rle = {**one["mask"], "counts": one["mask"]["counts"].encode()}
-    written = np.asarray(Image.open(tmp_path / "mask_1.png")) == 255
+    written = np.asarray(Image.open(tmp_path / "demo_obj_1.png")) == 255
     assert np.array_equal(coco_mask.decode(rle).astype(bool), written)
     assert one["area"] == written.sum()
     assert set(document["timings"]) >= {"locate", "points", "mask"}
-    assert (tmp_path / "overlay.png").is_file()
+    assert (tmp_path / "demo_overlay.png").is_file()
+    made = COCO(tmp_path / "demo_coco_rle.json")  # the data set's own reader
+    assert np.array_equal(made.annToMask(made.anns[1]), written)
+    again = json.loads(run("segment", DEMO, "the tree", "--json", "--out", tmp_path))
+    assert {Path(name).name for name in again["files"]} == {
+        "demo_obj_1-2.png", "demo_coco_rle-2.json", "demo_overlay-2.png"
+    }  # nothing is overwritten  # fmt: skip
 
 
 @pytest.mark.parametrize("strategy", ["pqpp", "ppg", "adaptive", "box_only"])
@@ -82,7 +100,9 @@ def test_tools_prints_all_schemas():
 def test_demo_writes_what_it_says(tmp_path):
     output = run("demo", "--out", tmp_path / "demo")
     names = {path.name for path in (tmp_path / "demo").iterdir()}
-    assert names == {"mask_1.png", "overlay.png", "trace.html", "trace.json"}
+    assert names == {
+        "demo_obj_1.png", "demo_coco_rle.json", "demo_overlay.png", "trace.html", "trace.json"
+    }  # fmt: skip
     for name in names:
         assert name in output.replace("\n", "")
 
@@ -91,7 +111,122 @@ def test_doctor_checks_itself():
     report = json.loads(run("doctor", "--json"))
     assert report["self_check"]["ok"]
     assert report["packages"]["torch"]
+    assert report["settings"]["values"] == {}
     assert set(report["checkpoints"]) >= {"mllm", "sam"}
+
+
+@pytest.fixture
+def loads(monkeypatch, embedded_model) -> list[str]:
+    """The MLLMs that were loaded, in place of loading them."""
+    loaded: list[str] = []
+
+    def load(mllm: str = "embedded", **options: object):
+        loaded.append(mllm)
+        return replace(embedded_model, settings=options.get("settings") or Settings())
+
+    monkeypatch.setattr("sam4mllm_tool.pipeline.model.load", load)
+    return loaded
+
+
+def test_many_pictures_take_one_load_and_one_that_is_broken_stops_nothing(tmp_path, loads):
+    folder = tmp_path / "pictures"
+    (folder / "deeper").mkdir(parents=True)
+    shutil.copy(DEMO, folder / "b.png")
+    shutil.copy(DEMO, folder / "deeper" / "c.png")
+    (folder / "a.png").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("left alone")
+    asked = ["segment", str(folder), f"{tmp_path}/pict*/b.p?g", "the tree", "--json"]
+    found = RUNNER.invoke(app, [*asked, "--out", str(tmp_path / "out"), "--formats", "png"])
+    assert found.exit_code == 2
+    document = json.loads(found.stdout)
+    assert [Path(one["source"]).name for one in document["pictures"]] == ["b.png", "c.png"]
+    assert list(map(Path, document["failures"])) == [folder / "a.png"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"b_obj_1.png", "c_obj_1.png"}
+    assert loads == ["embedded"]
+
+
+def test_what_is_wrong_is_said_before_anything_is_loaded(tmp_path, loads):
+    for wrong in (
+        ["segment", DEMO, " "],
+        ["segment", DEMO, "x", "--formats", "png,tiff"],
+        ["segment", DEMO, DEMO, str(tmp_path), "x", "--trace", "t.html"],
+        ["segment", DEMO, f"{tmp_path}/*.png", "x"],
+        ["segment", DEMO, "x", "--max-pixels", "100"],
+        ["segment", DEMO, "x", "--candidates", "gird"],
+        ["segment", DEMO, "x", "--mllm", "./nowhere"],
+        ["segment", DEMO, "x", "--sam", "nowhere.pth"],
+        ["segment", DEMO, "x", "--sam-decoder", "nowhere.pt"],
+        ["segment", DEMO, "x", "--format", "qwen"],
+        ["probe", DEMO, " "],
+        ["probe", DEMO, "x", "--point", "9999,3"],
+        ["probe", DEMO, "x", "--max-bytes", "100"],
+    ):
+        with pytest.raises(Sam4MllmError) as caught:
+            RUNNER.invoke(app, wrong, catch_exceptions=False)
+        assert caught.value.hint, wrong
+    assert loads == []
+
+
+def test_json_is_all_that_is_printed():
+    """In a process of its own, where libraries have not yet said what they say once."""
+    command = [sys.executable, "-m", "sam4mllm_tool", "segment", DEMO, "the tree", "--json"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(found.stdout)["status"] == "found"
+    assert found.stderr == ""
+
+
+@pytest.fixture
+def user_file(tmp_path, monkeypatch) -> Path:
+    """The user's configuration file, in an empty home; the working folder is empty too."""
+    monkeypatch.setattr("typer.get_app_dir", lambda _: str(tmp_path / "config"))
+    (tmp_path / "config").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "config" / "sam4mllm.toml"
+
+
+def test_settings_stand_in_for_options_the_nearest_first(user_file, monkeypatch, loads):
+    user_file.write_text('mllm = "of-the-user"\nsam = "of-the-user"\nmax_pixels = 100\n')
+    Path("sam4mllm.toml").write_text('mllm = "of-the-folder"\nmax_pixels = 1000000\n')
+
+    def asked(*more: str) -> str:
+        run("segment", DEMO, "the tree", "--json", *more)
+        return loads[-1]
+
+    assert asked() == "of-the-folder"
+    monkeypatch.setenv("SAM4MLLM_MLLM", "of-the-environment")
+    assert asked() == "of-the-environment"
+    assert asked("--mllm", "as-typed") == "as-typed"
+    shown = json.loads(run("doctor", "--json"))["settings"]["values"]
+    assert shown == {
+        "mllm": {"value": "of-the-environment", "from": "SAM4MLLM_MLLM"},
+        "sam": {"value": "of-the-user", "from": str(user_file)},
+        "max_pixels": {"value": 1000000, "from": str(Path("sam4mllm.toml").resolve())},
+    }
+
+
+def test_a_setting_that_means_another_option_elsewhere_is_left_alone(user_file, tmp_path):
+    user_file.write_text('format = "qwen3_vl"\n')
+    run("scenes", "--out", tmp_path / "scenes", "--count", "1")
+
+
+@pytest.mark.parametrize("text", ["mlm = 'x'", "max_pixels = 'many'", "mllm = "])
+def test_settings_that_cannot_be_read_are_typed_errors(user_file, text):
+    user_file.write_text(text)
+    with pytest.raises(InputError) as caught:
+        RUNNER.invoke(app, ["tools"], catch_exceptions=False)
+    assert str(user_file) in str(caught.value)
+
+
+def test_version_and_completion():
+    assert run("--version").strip() == f"sam4mllm-tool {sam4mllm_tool.__version__}"
+    assert "--install-completion" in run("--help")
+    script = subprocess.run(
+        [sys.executable, "-m", "sam4mllm_tool"],
+        env={**os.environ, "_SAM4MLLM_TOOL_COMPLETE": "source_bash"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "_SAM4MLLM_TOOL_COMPLETE=complete_bash" in script.stdout
 
 
 @pytest.mark.parametrize(

@@ -469,7 +469,7 @@ def test_the_commands(miniatures, pictures, tmp_path):
     file.write_text("the red block\n")
     out = tmp_path / "coco.json"
     told = run("annotate", pictures, "--expressions", file, "--out", out)
-    assert "broken.jpg" in told and "1 failures" in told
+    assert "1 failures" in told
     assert len(json.loads(out.read_text())["images"]) == 3
     with pytest.raises(DatasetError, match="missing"):
         run("eval", "refcoco+", "--data", tmp_path, "--split", "val")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from typing import Annotated
 
 import typer
 
+from sam4mllm_tool import __version__
 from sam4mllm_tool.cli import (
     annotate,
     check,
@@ -22,15 +25,38 @@ from sam4mllm_tool.cli import (
     train,
 )
 from sam4mllm_tool.cli.common import fail
+from sam4mllm_tool.cli.settings import default_map, read_defaults
 from sam4mllm_tool.errors import Sam4MllmError
 
 app = typer.Typer(
     name="sam4mllm-tool",
     help="Language to pixels: segment what a text describes, and ask whether points lie on it.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"sam4mllm-tool {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _set_up(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Language to pixels: segment what a text describes, and ask whether points lie on it."""
+    # Warnings are for those who call the libraries; -W or PYTHONWARNINGS brings them back.
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    found = {one.name: one.value for one in read_defaults()}
+    context.default_map = default_map(context.command, found)
+
+
 app.command("segment")(segment.segment)
 app.command("probe")(probe.probe)
 app.command("tools")(schemas.tools)
@@ -50,6 +76,6 @@ app.command("convert-adapter")(convert.convert_adapter)
 def main() -> None:
     """Run the command line; typed errors become a message, a hint and an exit status."""
     try:
-        app()
+        app(prog_name="sam4mllm-tool")
     except Sam4MllmError as error:
         sys.exit(fail(error))

@@ -17,7 +17,9 @@ from sam4mllm_tool.cli.common import (
     SamOption,
     console,
     counted,
+    load_models,
     print_json,
+    show_failures,
 )
 from sam4mllm_tool.types import TargetCount
 
@@ -46,18 +48,10 @@ def annotate(
     """Annotate a folder of pictures; run it again to go on after a stop."""
     from sam4mllm_tool.annotate import annotate as run
     from sam4mllm_tool.annotate import plan, read_expressions
-    from sam4mllm_tool.pipeline.model import load
 
     texts = read_expressions(expressions)
     total = len(plan(folder, texts))
-    model = load(
-        mllm,
-        adapter=adapter,
-        format=format,
-        segmenter=sam,
-        device=device,
-        segmenter_options={"decoder": sam_decoder},
-    )
+    model = load_models(mllm, adapter, format, sam, sam_decoder, device, quiet=as_json)
     with counted("pictures", total, quiet=as_json) as advance:
         done = run(model, folder, texts, out, count=count, on_picture=advance)
     number = len(done.document["annotations"])
@@ -65,8 +59,7 @@ def annotate(
         print_json({"pictures": total, "done_before": done.done_before, "annotations": number,
                     "failures": done.failures, "file": str(out)})  # fmt: skip
         return
-    for name, message in done.failures.items():
-        console.print(f"failed: {name}: {message}", style="yellow", markup=False, highlight=False)
+    show_failures(done.failures)
     console.print(
         f"{number} objects in {total} pictures ({done.done_before} done before), "
         f"{len(done.failures)} failures; wrote {out}",

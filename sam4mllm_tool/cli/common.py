@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sam4mllm_tool.errors import BackendError, DialogueError, Sam4MllmError
-from sam4mllm_tool.pipeline.points import PATTERNS
-from sam4mllm_tool.pipeline.results import Segmentation
+from sam4mllm_tool.errors import BackendError, CheckpointError, DialogueError, Sam4MllmError
+from sam4mllm_tool.formats import get_format
+from sam4mllm_tool.pipeline.points import PATTERNS, candidate_points
+from sam4mllm_tool.pipeline.results import Segmentation, Settings
 from sam4mllm_tool.pipeline.strategies import STRATEGIES, get_strategy
-from sam4mllm_tool.types import PromptPoint, TargetCount
+from sam4mllm_tool.types import Box, PromptPoint, TargetCount
+
+if TYPE_CHECKING:
+    from sam4mllm_tool.pipeline.model import Sam4MLLM
 
 console = Console()
 _errors = Console(stderr=True)
@@ -64,18 +69,43 @@ def known_strategies(values: list[str]) -> list[str]:
     return [known_strategy(value) for value in values]
 
 
+def known_pattern(value: str) -> str:
+    """Option callback for a pattern of candidate points.
+
+    Raises:
+        InputError: there is no such pattern.
+    """
+    candidate_points(value, Box(0, 0, 1, 1), 1)
+    return value
+
+
+StrategyOption = Annotated[
+    str,
+    typer.Option(callback=known_strategy, help=f"How prompts are asked: {', '.join(STRATEGIES)}."),
+]
 STRATEGY_HELP = f"How the prompts are asked: {', '.join(STRATEGIES)}."
 CandidatesOption = Annotated[
-    str, typer.Option(help=f"How these points are spread over the box: {', '.join(PATTERNS)}.")
+    str,
+    typer.Option(
+        callback=known_pattern,
+        help=f"How these points are spread over the box: {', '.join(PATTERNS)}.",
+    ),
 ]
 CountOption = Annotated[
     TargetCount,
     typer.Option(help="How many objects may match: 0+ (it may be none), 1+, or exactly 1."),
 ]
+MaxPixelsOption = Annotated[
+    int, typer.Option(min=1, help="Largest picture that is opened, width × height.")
+]
+MaxBytesOption = Annotated[
+    int, typer.Option(min=1, help="Largest file, data URI or download that is opened.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and no more.")]
 
 # 1 is Python's own; shells see at once whether the call, the model's words or the set-up is wrong.
 EXIT_INPUT, EXIT_DIALOGUE, EXIT_BACKEND = 2, 3, 4
+_WEIGHTS = (".pt", ".pth", ".safetensors")
 
 
 def fail(error: Sam4MllmError) -> int:
@@ -90,12 +120,70 @@ def fail(error: Sam4MllmError) -> int:
     return EXIT_BACKEND if isinstance(error, BackendError) else EXIT_INPUT
 
 
+def load_models(
+    mllm: str,
+    adapter: str | None,
+    format: str | None,
+    sam: str,
+    sam_decoder: str | None,
+    device: str,
+    *,
+    settings: Settings | None = None,
+    quiet: bool = False,
+) -> Sam4MLLM:
+    """The pipeline of the given options, with a sign of life on standard error meanwhile.
+
+    An option given as an empty text counts as left out: it takes back what a setting says.
+
+    Raises:
+        BackendError: see :meth:`~sam4mllm_tool.Sam4MLLM.from_pretrained`. A file that is not there
+            is found before any library of models is imported, which takes seconds.
+    """
+    places = {"--mllm": mllm, "--adapter": adapter, "--sam": sam, "--sam-decoder": sam_decoder}
+    for option, place in places.items():
+        _check_place(option, place)
+    if format:
+        get_format(format)
+    with alive(f"loading {mllm} and {sam} …", quiet=quiet):
+        from sam4mllm_tool.pipeline.model import load
+
+        return load(
+            mllm,
+            adapter=adapter or None,
+            format=format or None,
+            segmenter=sam,
+            device=device,
+            settings=settings,
+            segmenter_options={"decoder": sam_decoder or None},
+        )
+
+
+def _check_place(option: str, place: str | None) -> None:
+    """A name that can only be a path must be there; hub ids and addresses are not looked at."""
+    if not place or "://" in place:
+        return
+    only_a_path = place.startswith(("/", "./", "../", "~")) or place.endswith(_WEIGHTS)
+    if only_a_path and not Path(place).expanduser().exists():
+        raise CheckpointError(
+            f"{option} {place}: there is no such file or folder", hint="Check the path."
+        )
+
+
+@contextmanager
+def alive(what: str, *, quiet: bool = False) -> Iterator[None]:
+    """A spinner on standard error, where that is a terminal."""
+    with nullcontext() if quiet else _errors.status(what):
+        yield
+
+
 @contextmanager
 def counted(what: str, total: int | None, *, quiet: bool) -> Iterator[Callable[[Any], None]]:
-    """A progress bar on standard error; calling what it gives is one step."""
+    """A progress bar with the time left on standard error; calling what it gives is one step."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=_errors, disable=quiet) as bar:
+    # What is printed meanwhile stands above the bar, but goes to a pipe where there is one.
+    above = sys.stdout.isatty()
+    with Progress(*columns, console=_errors, disable=quiet, redirect_stdout=above) as bar:
         task = bar.add_task(what, total=total)
         yield lambda _: bar.advance(task)
 
@@ -167,3 +255,9 @@ def show_outcome(found: Segmentation, files: list[Path]) -> None:
     console.print(f"[dim]{times}[/]", highlight=False)
     for path in files:
         console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def show_failures(failures: Mapping[str, str]) -> None:
+    """What went wrong with which picture, on standard error."""
+    for name, message in failures.items():
+        _errors.print(f"failed: {name}: {message}", style="yellow", markup=False, highlight=False)

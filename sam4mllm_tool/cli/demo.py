@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from sam4mllm_tool.cli.common import console, show_dialogue, show_outcome
-from sam4mllm_tool.cli.segment import write_files, write_trace
+from sam4mllm_tool.cli.common import alive, console, show_dialogue, show_outcome
+from sam4mllm_tool.cli.segment import DEFAULT_FORMATS, Files, file_formats, write_trace
 
 
 def demo(
@@ -19,6 +19,7 @@ def demo(
 ) -> None:
     """Segment an object in the shipped picture and show the whole dialogue."""
     from sam4mllm_tool import embedded
+    from sam4mllm_tool.images.access import ImagePolicy
     from sam4mllm_tool.images.loading import load_image
     from sam4mllm_tool.pipeline.model import load
 
@@ -26,8 +27,15 @@ def demo(
     picture = load_image(embedded.DEMO / question["picture"]).image
     expression = question["expression"]
     console.print(f"Segmenting [bold]{expression!r}[/] in {question['picture']} …")
-    found = load().segment(picture, expression, source=question["picture"])
-    files = write_files(found, picture, out)
-    files += [write_trace(found, picture, out / name) for name in ("trace.html", "trace.json")]
+    with alive("loading the embedded models …"):
+        model = load()
+    found = model.segment(picture, expression, source=question["picture"])
+    files = Files(out, file_formats(DEFAULT_FORMATS), None, ImagePolicy(output_dirs=None))
+    written = files.write(found)
+    written += [write_trace(found, out / name) for name in ("trace.html", "trace.json")]
     show_dialogue(found)
-    show_outcome(found, [path.resolve() for path in files])
+    show_outcome(found, [path.resolve() for path in written])
+    console.print(
+        "These models know drawn scenes only. For photographs, name real checkpoints: "
+        "[bold]sam4mllm-tool models[/] lists them with the commands.",
+    )

@@ -9,13 +9,15 @@ from typing import Any
 
 from rich.table import Table
 
-from sam4mllm_tool.cli.common import EXIT_BACKEND, JsonOption, console, print_json
+from sam4mllm_tool.cli.common import EXIT_BACKEND, JsonOption, alive, console, print_json
+from sam4mllm_tool.cli.settings import files_read, read_defaults
 from sam4mllm_tool.errors import Sam4MllmError
 
 PACKAGES = (
     "sam4mllm-tool", "torch", "torchvision", "transformers", "peft", "segment-anything",
     "pydantic", "pillow", "langchain-core", "langgraph", "mcp", "openai", "anthropic",
-    "smolagents", "llama-index-core", "pydantic-ai-slim", "openai-agents", "bitsandbytes", "vllm",
+    "smolagents", "llama-index-core", "pydantic-ai-slim", "openai-agents", "gradio",
+    "bitsandbytes", "vllm",
 )  # fmt: skip
 
 
@@ -24,10 +26,12 @@ def doctor(as_json: JsonOption = False) -> None:
     report: dict[str, Any] = {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
+        "settings": _settings(),
         "devices": _devices(),
         "checkpoints": _checkpoints(),
-        "self_check": _self_check(),
     }
+    with alive("loading the embedded models …", quiet=as_json):
+        report["self_check"] = _self_check()
     if as_json:
         print_json(report)
     else:
@@ -41,6 +45,12 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _settings() -> dict[str, Any]:
+    """Defaults of the options that are set somewhere, and the files looked for."""
+    values = {one.name: {"value": one.value, "from": one.source} for one in read_defaults()}
+    return {"files": [str(path) for path in files_read()], "values": values}
 
 
 def _devices() -> list[str]:
@@ -88,6 +98,10 @@ def _show(report: dict[str, Any]) -> None:
     for name, version in report["packages"].items():
         table.add_row(name, version or "[dim]not installed[/]")
     console.print(table)
+    for name, one in report["settings"]["values"].items():
+        console.print(f"setting: {name} = {one['value']} (from {one['from']})", highlight=False)
+    looked = ", ".join(report["settings"]["files"])
+    console.print(f"settings are read from SAM4MLLM_… and {looked}", highlight=False)
     for device in report["devices"]:
         console.print(f"device: {device}", highlight=False)
     for name, size in report["checkpoints"].items():

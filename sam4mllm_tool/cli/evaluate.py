@@ -25,6 +25,7 @@ from sam4mllm_tool.cli.common import (
     console,
     counted,
     known_strategies,
+    load_models,
     print_json,
 )
 from sam4mllm_tool.pipeline.results import Settings
@@ -129,7 +130,16 @@ def scenes_command(
     from sam4mllm_tool.scenes.expressions import Kind
 
     drawn = _world(world)
-    model = _load(mllm, adapter, format, sam, sam_decoder, device, points, candidates)
+    model = load_models(
+        mllm,
+        adapter,
+        format,
+        sam,
+        sam_decoder,
+        device,
+        settings=_settings(points, candidates),
+        quiet=as_json,
+    )
     limit = per_kind * len(get_args(Kind)) if per_kind else limit
     with _folder(out) as folder, counted("expressions", limit, quiet=as_json) as on_case:
         report = evaluate_scenes(
@@ -177,7 +187,16 @@ def _benchmark_command(known: str, splits: tuple[str, ...]) -> Callable[..., Non
         name, path = _named(data, known)
         rules = get_protocol(protocol).with_rules(rule)
         check_present(name, path, split)
-        model = _load(mllm, adapter, format, sam, sam_decoder, device, points, candidates)
+        model = load_models(
+            mllm,
+            adapter,
+            format,
+            sam,
+            sam_decoder,
+            device,
+            settings=_settings(points, candidates),
+            quiet=as_json,
+        )
         folder = out or Path("runs") / "-".join([name, split, *rules.name.split()])
         with counted("expressions", limit, quiet=as_json) as on_case:
             report = evaluate_benchmark(
@@ -218,28 +237,8 @@ for _name, _splits in _BENCHMARKS.items():
     app.command(_name)(_benchmark_command(_name, _splits))
 
 
-def _load(
-    mllm: str,
-    adapter: str | None,
-    format: str | None,
-    sam: str,
-    sam_decoder: str | None,
-    device: str,
-    points: int,
-    candidates: str,
-) -> Any:
-    from sam4mllm_tool.pipeline.model import load
-
-    settings = Settings(points=points, candidates=candidates, budget=points)
-    return load(
-        mllm,
-        adapter=adapter,
-        format=format,
-        segmenter=sam,
-        device=device,
-        settings=settings,
-        segmenter_options={"decoder": sam_decoder},
-    )
+def _settings(points: int, candidates: str) -> Settings:
+    return Settings(points=points, candidates=candidates, budget=points)
 
 
 def _world(name: str) -> World:

@@ -16,6 +16,7 @@ from sam4mllm_tool.cli.common import (
     MllmOption,
     SamDecoderOption,
     SamOption,
+    load_models,
 )
 from sam4mllm_tool.errors import InputError
 
@@ -109,22 +110,9 @@ def mcp(
         ) from error
 
     from sam4mllm_tool.images.access import ImagePolicy
-    from sam4mllm_tool.pipeline.model import Sam4MLLM
-
-    def load_models() -> Sam4MLLM:
-        from sam4mllm_tool.pipeline.model import load
-
-        return load(
-            mllm,
-            adapter=adapter,
-            format=format,
-            segmenter=sam,
-            device=device,
-            segmenter_options={"decoder": sam_decoder},
-        )
 
     mcp_server.serve(
-        load_models,
+        lambda: load_models(mllm, adapter, format, sam, sam_decoder, device, quiet=True),
         transport=transport.value,
         http=mcp_server.HttpSettings(
             host=host,

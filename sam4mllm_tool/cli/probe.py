@@ -11,15 +11,19 @@ from sam4mllm_tool.cli.common import (
     DeviceOption,
     FormatOption,
     JsonOption,
+    MaxBytesOption,
+    MaxPixelsOption,
     MllmOption,
     SamDecoderOption,
     SamOption,
     console,
+    load_models,
     points_table,
     print_json,
 )
 from sam4mllm_tool.errors import ExpressionError, PromptError
-from sam4mllm_tool.pipeline.validation import check_image_points
+from sam4mllm_tool.images.access import ImagePolicy
+from sam4mllm_tool.pipeline.validation import check_expression, check_image_points
 from sam4mllm_tool.types import Point
 
 
@@ -36,24 +40,19 @@ def probe(
     sam: SamOption = "embedded",
     sam_decoder: SamDecoderOption = None,
     device: DeviceOption = "auto",
+    max_pixels: MaxPixelsOption = ImagePolicy.max_pixels,
+    max_bytes: MaxBytesOption = ImagePolicy.max_bytes,
     as_json: JsonOption = False,
 ) -> None:
     """Ask whether points lie on the object EXPRESSION describes."""
     from sam4mllm_tool.images.loading import load_image
-    from sam4mllm_tool.pipeline.model import load
 
-    picture = load_image(image).image
+    picture = load_image(image, ImagePolicy(max_pixels=max_pixels, max_bytes=max_bytes)).image
     points = [_point(text) for text in point] if point else None
-    model = load(
-        mllm,
-        adapter=adapter,
-        format=format,
-        segmenter=sam,
-        device=device,
-        segmenter_options={"decoder": sam_decoder},
-    )
+    check_expression(expression)
     if points:
         check_image_points(points, picture)
+    model = load_models(mllm, adapter, format, sam, sam_decoder, device, quiet=as_json)
     location = model.locate(picture, expression)
     if not location.objects:
         raise ExpressionError(
