@@ -25,7 +25,7 @@ class LooseBoxes(Sam4MLLM):
     """Models whose round 1 is less exact: each edge moves by up to ``share`` of its side.
 
     The moves depend on the picture and the expression alone, so that every setting gets the same
-    boxes. The dialogue goes on as if the MLLM had answered with them.
+    boxes. The dialogue continues as if the MLLM had answered with them.
     """
 
     share: float = 0.0

@@ -5,7 +5,7 @@
 Both sides use the same random weights (about 100M parameters), the same grammar and the same
 questions, and must say the same; the oracle is two ``model.generate`` calls an object, as in the
 authors' procedure. Figures are medians of ratios of neighbouring runs, at about 600 and 1,900
-image tokens, with 30 points a question:
+image tokens, with 30 points per question:
 
 - ``first_object``: oracle / engine, both rounds about an image neither has seen;
 - ``second_object``: the same for another expression on that image;

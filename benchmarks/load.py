@@ -2,7 +2,7 @@
 
 Run ``python -m benchmarks.load --clients 200 --calls 20 --json``. Every client has a picture of its
 own whose answer is known; what it gets back is held against the truth and against what a single
-client got. The models are honest stand-ins that take ``--think`` seconds a question
+client got. The models are honest stand-ins that take ``--think`` seconds per question
 (``--embedded`` takes the shipped ones, whose answers are held against the single client's only).
 
 ``--kills 20`` ends a server that keeps its state with ``kill -9`` that often, at random moments of

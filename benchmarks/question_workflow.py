@@ -160,7 +160,7 @@ def _answer(tally: Tally, case: Case, answer: Callable[[], Answer], counter: Cou
 
 
 def report(tallies: dict[str, Tally]) -> dict[str, dict[str, Any]]:
-    """gIoU and cIoU with 95% intervals; tool calls, tokens, seconds a question."""
+    """gIoU and cIoU with 95% intervals; tool calls, tokens, seconds per question."""
     rows: dict[str, dict[str, Any]] = {}
     for name, tally in tallies.items():
         count = len(tally.outcomes)

@@ -24,7 +24,7 @@ class ScriptedChat(GenericFakeChatModel):
     """Stands in for a chat model that calls tools."""
 
     def bind_tools(self, tools: Sequence[Any], **_: Any) -> ScriptedChat:
-        """A real model would be told of the tools here."""
+        """A real model would receive the tool definitions here."""
         return self
 
 

@@ -1,9 +1,9 @@
 """A folder of pictures and a list of expressions → COCO JSON.
 
-Each finished picture is one line of ``OUT.journal.jsonl``, written to disk at once; a run that was
-killed goes on with the pictures that have none. The COCO file is made from the journal, so nothing
-is lost or doubled however often a run is broken off. Pictures that failed are listed, stop
-nothing, and are tried again by the next run.
+Each finished picture is one line of ``OUT.journal.jsonl``, written to disk at once; after a
+kill, the same command continues with the pictures that have no line. The COCO file is built from
+the journal, so nothing is lost or duplicated. Pictures that failed are listed, do not stop the run,
+and are tried again by the next run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sam4mllm_tool.types import TargetCount
 
 @dataclass(frozen=True)
 class Annotated:
-    """What an annotation run came to.
+    """The outcome of an annotation run.
 
     Attributes:
         document: the COCO JSON document.
@@ -52,13 +52,13 @@ def annotate(
 
     Args:
         expressions: for every picture, or by picture (path below the folder).
-        count: what the model is told about the number of objects an expression means.
+        count: number of objects per expression that is stated in the question.
         on_picture: called with each picture's path once it is done.
 
     Raises:
         InputError: no pictures, an expression for a picture that is not there, a journal of
             another run, or another process at work on it.
-        BackendError: a model failed in a way that the next picture would not mend, or the disk is
+        BackendError: a model failed in a way that concerns every picture, or the disk is
             full (:class:`StorageError`): what was done before is kept.
     """
     with exclusive(out.with_name(out.name + ".lock"), str(out)):
@@ -127,7 +127,7 @@ def read_expressions(file: Path) -> dict[str, list[str]] | list[str]:
         return {name: some for name, some in found.items() if some}
     texts = _texts(content, file)
     if not texts:
-        raise InputError(f"{file} holds no expression", hint="Write one expression a line.")
+        raise InputError(f"{file} holds no expression", hint="Write one expression per line.")
     return texts
 
 

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class CallCancelled(Exception):
-    """The caller has gone; raised inside the worker thread and never shown to anyone."""
+    """The call was cancelled; raised inside the worker thread and never shown to users."""
 
 
 @dataclass(frozen=True)

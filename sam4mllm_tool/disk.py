@@ -23,7 +23,7 @@ def storing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise StorageError(
             f"{path} cannot be written: {error.strerror or error}",
-            hint="Make room or give access, then run the same command: it goes on from what is "
+            hint="Make room or give access, then run the same command: it continues from what is "
             "on disk.",
         ) from error
 

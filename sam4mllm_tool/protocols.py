@@ -161,7 +161,7 @@ class Mllm(Protocol):
 
 @dataclass(frozen=True)
 class SegmentPrompt:
-    """What SAM is told about one object: a box and/or labelled points, and a former mask.
+    """The prompt for one object: a box and/or labelled points, and a former mask.
 
     Attributes:
         box: pixels of the image, or ``None``.
@@ -204,7 +204,7 @@ class Segmenter(Protocol):
     def predict(
         self, image: RgbImage, prompts: Sequence[SegmentPrompt]
     ) -> list[tuple[MaskCandidate, ...]]:
-        """Three candidate masks a prompt (in the model's order), for all prompts of one image.
+        """Three candidate masks per prompt (in the model's order), for all prompts of one image.
 
         Raises:
             PromptError: a prompt holds neither box nor labelled point nor mask.

@@ -314,7 +314,7 @@ BAD_DECODERS = {
     r"another size: mask_decoder.mask_tokens.weight \(4, 32\) instead of \(4, 256\)": {
         "model.mask_decoder.mask_tokens.weight": torch.ones(4, 32)
     },
-    "holds no state dict": {},
+    "contains no state dict": {},
     "no tensors: state": {"state": 3},
 }
 

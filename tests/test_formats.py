@@ -239,7 +239,7 @@ def test_a_reply_that_says_nothing_about_the_place_is_an_error(reply):
     assert error.value.hint
 
 
-def test_mended_boxes_carry_notes():
+def test_corrected_boxes_carry_notes():
     read = get_format("generic").read_boxes("[500, 500, 500, 1200]", SIZE)
     assert any("widened" in note for note in read.notes)
     assert any("clamped" in note for note in read.notes)

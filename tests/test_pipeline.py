@@ -130,7 +130,7 @@ def test_alternates_are_other_boxes_with_scores(model, blocks, truth):
         ("[101,251,101,751]", Box(20.2, 30.12, 20.4, 90.12), "widened"),
     ],
 )
-def test_odd_boxes_are_mended_and_said_so(blocks, reply, box, note):
+def test_odd_boxes_are_corrected_with_a_note(blocks, reply, box, note):
     model = Sam4MLLM(ScriptedMllm([reply]), ColourSegmenter())
     location = model.locate(blocks, "x")
     assert location.objects[0].box == pytest.approx(box)

@@ -1,4 +1,4 @@
-"""What every adapter needs: schemas, a call that tells errors to the agent, pictures that fit."""
+"""Shared by the adapters: schemas, calls with errors for the agent, size-bounded pictures."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class ToolReply:
-    """A call's outcome as an agent is told it.
+    """A call's outcome for an agent.
 
     Attributes:
         text: the result in words, or what was wrong and what to do about it.
@@ -207,7 +207,7 @@ def _reply(output: ToolOutput, max_characters: int) -> ToolReply:
 
 
 def _with_view_size(output: ToolOutput, picture: Picture) -> ToolOutput:
-    """The result told with the size of the picture that is sent."""
+    """The result's text with the size of the picture that is sent."""
     result = output.result
     sent = picture.width, picture.height
     if not isinstance(result, ViewResult) or sent == (result.view_width, result.view_height):

@@ -37,7 +37,7 @@ except ImportError as error:
 def strict_schema(model: type[BaseModel]) -> dict[str, Any]:
     """Arguments in Anthropic's strict subset, by the SDK's own transformation.
 
-    Limits the API cannot check are told in the descriptions. Optional fields are left out rather
+    Limits the API cannot check are stated in the descriptions. Optional fields are left out rather
     than null: the API allows few fields of several types.
     """
     return transform_schema(without_null(inlined(arguments_schema(model))))

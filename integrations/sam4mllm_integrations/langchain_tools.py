@@ -31,7 +31,7 @@ class Sam4MLLMTool(BaseTool):
     """One tool of the registry.
 
     Input and dialogue errors reach the model as tool errors with their hint; backend errors are
-    raised to the caller, as they are nothing an agent can mend.
+    raised to the caller, as an agent cannot fix them.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)

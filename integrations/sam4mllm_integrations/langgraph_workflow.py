@@ -67,12 +67,12 @@ class QuestionInput(TypedDict, total=False):
 
 
 class QuestionState(QuestionInput, total=False):
-    """What a run has come to; handles and short text only.
+    """State of a run; handles and short text only.
 
     Attributes:
         status: ``"found"`` or ``"not_found"`` once the run is over.
         confident: whether the judge accepted ``object_ids``; else they are the best there was.
-        steps: what was done, a line a step.
+        steps: what was done, one line per step.
     """
 
     image_id: str

@@ -23,7 +23,7 @@ except ImportError as error:
 
 
 def tools(toolbox: Toolbox) -> list[FunctionTool]:
-    """All tools; a BackendError ends the run, other errors are told to the model."""
+    """All tools; a BackendError ends the run, other errors are returned to the model."""
     return [_tool(toolbox, spec) for spec in toolbox.specs()]
 
 

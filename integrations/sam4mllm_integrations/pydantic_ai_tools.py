@@ -19,7 +19,7 @@ except ImportError as error:
 
 
 def tools(toolbox: Toolbox) -> list[Tool[Any]]:
-    """All tools; a BackendError ends the run, other errors are told to the model.
+    """All tools; a BackendError ends the run, other errors are returned to the model.
 
     The ``metadata`` of a return is the typed output with masks, which the model does not see.
     """

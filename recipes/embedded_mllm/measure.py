@@ -188,7 +188,7 @@ class Examination:
 def _pick(
     scenes: list[BaseScene], each: int, rng: random.Random
 ) -> list[tuple[BaseScene, Reference]]:
-    """Up to ``each`` questions a kind, one a scene and kind."""
+    """Up to ``each`` questions per kind, one per scene and kind."""
     found: dict[str, list[tuple[BaseScene, Reference]]] = defaultdict(list)
     for scene in scenes:
         for kind in sorted({reference.kind for reference in scene.references}):

@@ -1,7 +1,7 @@
 """Stage 2 of base training: ``python -m recipes.embedded_mllm.train FOLDER``.
 
 Starts from the tower of stage 1, folds its heads into the projector, and teaches the dialogue.
-Checkpoints every few minutes; started again it goes on from the last one. Lessons get harder when
+Checkpoints every few minutes; started again it continues from the last one. Lessons get harder when
 measurements say so, not when a clock does (:data:`COURSE`).
 """
 

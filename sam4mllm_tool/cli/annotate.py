@@ -28,7 +28,7 @@ def annotate(
     folder: Annotated[Path, typer.Argument(help="Folder with pictures, searched through.")],
     expressions: Annotated[
         Path,
-        typer.Option(help=".txt: one expression a line, for every picture; .json: a list, or "
+        typer.Option(help=".txt: one expression per line, for every picture; .json: a list, or "
                      "{picture: [expressions]}."),
     ],
     out: Annotated[Path, typer.Option(help="COCO JSON to write; its journal lies beside it.")] = (

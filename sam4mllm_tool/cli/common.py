@@ -1,4 +1,4 @@
-"""What the commands share: options, how errors are told, how a result looks."""
+"""What the commands share: options, error messages, output of results."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def load_examples(
 
 
 def check_present(name: str, data: str | Path, split: str) -> None:
-    """Read one record, so that a missing file is told before any model is loaded.
+    """Read one record, so that a missing file is reported before any model is loaded.
 
     Raises:
         DatasetError: as :func:`load_examples`.

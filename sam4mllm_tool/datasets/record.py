@@ -48,7 +48,7 @@ class ReferringExample:
         expressions: each is judged by itself.
         masks: one a target object, as RLE or as a picture file whose pixels above 0 are on it;
             empty means that the expressions have no target here.
-        boxes: one a mask, pixels of the image, as the data set's makers give them.
+        boxes: one per mask, pixels of the image, as in the data set's files.
         ignore: pixels that count neither for nor against a prediction.
         count: how many targets the data set lets an expression have.
         kind: of expression, where the data set tells.

@@ -22,7 +22,7 @@ class Case:
         image: id of the picture; cases on one picture follow each other.
         boxes: of the targets, pixels; empty without target.
         others: the picture's other objects, decoded; ``None`` if they are not known.
-        count: what the model is told about the number of targets.
+        count: number of targets stated in the question.
         kind: of expression.
         scored: the targets' masks at ``scored_size`` (width, height), if masks are compared at
             another size than the picture's.

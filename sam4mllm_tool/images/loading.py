@@ -1,7 +1,7 @@
 """From whatever a caller has (path, URL, data URI, bytes, PIL, numpy) to an upright RGB image.
 
 The same picture gives the same pixels whichever way it comes in. Limits are checked before
-anything is decoded, and what had to be changed on the way is told in ``LoadedImage.notes``.
+anything is decoded, and ``LoadedImage.notes`` lists what was changed.
 """
 
 from __future__ import annotations

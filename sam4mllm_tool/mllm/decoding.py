@@ -157,7 +157,7 @@ def answer_slots(
 
     All answers are guessed and read at once; up to and including the first slot whose answer
     comes out other than guessed, the answers are what one-by-one decoding gives. From there it
-    goes on with better guesses, so that each pass settles at least one slot.
+    continues with better guesses, so that each pass settles at least one slot.
     """
     guesser = _Guesser(tokens, count)
     answers = guesser.first_guess()  # the first `settled` of them are final

@@ -47,7 +47,7 @@ class OpenAIEndpointMllm:
         timeout: seconds for one request, connecting included.
         retries: on timeouts, lost connections and statuses 408, 409, 429 and 5xx, with
             exponential backoff.
-        top_logprobs: likeliest tokens a slot among which yes and no are looked for where the
+        top_logprobs: likeliest tokens per slot, among which yes and no are found where the
             server cannot be asked for just these; 20 is the most that vLLM gives unless started
             with a larger ``--max-logprobs``.
         thought_budget: tokens that a thinking model may think before it answers.

@@ -118,7 +118,7 @@ class ChatClient:
             if not self.dialect.continues:
                 raise EndpointError(
                     f"{self.name} did not answer with yes or no alone, and this kind of server "
-                    "cannot be told to go on from there",
+                    "cannot continue a reply from there",
                     hint="Serve the model with vLLM or SGLang, or ask about one point at a time.",
                     retryable=False,
                 )

@@ -70,7 +70,7 @@ def _from_hub(name: str) -> Path:
             break
     if found.folder is None:
         raise CheckpointError(
-            f"checkpoint {name!r} is neither a directory nor to be had from the hub: {found.error}",
+            f"checkpoint {name!r} is neither a local directory nor on the Hub: {found.error}",
             hint="Check the spelling and the network, or download it first and give the path.",
         ) from found.error
     return found.folder

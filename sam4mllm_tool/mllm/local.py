@@ -43,7 +43,7 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 class LocalMllm:
     """Holds dialogues about images with a transformers model on this machine.
 
-    The image is encoded and read once and kept; every later question about it goes on from
+    The image is encoded and prefilled once and cached; every later question continues from
     there. Replies and probabilities are those of reading everything anew each time, within the
     arithmetic of the dtype (float32: 1e-4). Safe from many threads: forward passes take turns.
 

@@ -2,7 +2,7 @@
 
 A :class:`Prefix` is never changed. Going on from it makes a new one whose layers share the
 tensors of the old; so any number of dialogues branch off one image, in any order and from any
-thread, and evicting a prefix cannot hurt whoever still goes on from it.
+thread, and evicting a prefix does not affect a caller that still extends it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Prefix:
         """Whether every layer keeps all its tokens apart.
 
         Linear-attention layers hold a running sum, sliding windows drop what they slid over:
-        a shorter prefix cannot be had from those.
+        those cannot be cut back to a shorter prefix.
         """
         return all(type(layer) in (DynamicLayer, BranchLayer) for layer in self.cache.layers)
 

@@ -1,4 +1,4 @@
-"""Kept prefixes: one entry an image, bounded by bytes, least recently used images go first."""
+"""Cached prefixes: one entry per image, bounded by bytes, least recently used evicted first."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class PrefixStore:
 
 
 def _with_branch(branches: tuple[Prefix, ...], new: Prefix) -> tuple[Prefix, ...]:
-    """Add a branch; those that it goes on from need no place of their own if it can be cut."""
+    """Add a branch; its prefixes need no entry of their own if it can be truncated to them."""
     others = tuple(
         b for b in branches if b.ids != new.ids
         and not (new.can_be_cut and b.ids == new.ids[: len(b.ids)])

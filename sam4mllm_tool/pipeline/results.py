@@ -85,7 +85,7 @@ class LocatedObject(ScoredBox):
 
 @dataclass(frozen=True)
 class Location:
-    """Round 1's outcome; ``dialogue`` goes on in round 2.
+    """Outcome of round 1; round 2 continues ``dialogue``.
 
     Attributes:
         image: the picture that was asked about, for display.

@@ -180,7 +180,7 @@ class DialogueSteps:
     def _ask_by_coordinates(
         self, image: RgbImage, location: Location, box: Box, points: Sequence[Point]
     ) -> list[YesNo]:
-        """Round 2 as the paper has it: the dialogue of round 1 goes on."""
+        """Round 2 as in the paper: it continues the dialogue of round 1."""
         answers: list[YesNo] = []
         wording = self._wording(location.expression)
         for some in batched(points, self._longest_list):

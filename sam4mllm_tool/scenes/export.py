@@ -138,7 +138,7 @@ def _write_refer(
 
 
 def _refs(scene: Scene) -> Iterator[Row]:
-    """One row an object that some expression singles out."""
+    """One row per object that an expression identifies uniquely."""
     for number, thing in enumerate(scene.objects):
         texts = [phrase.text for phrase in _phrases(scene) if phrase.targets == (number,)]
         if texts:

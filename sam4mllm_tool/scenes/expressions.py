@@ -90,7 +90,7 @@ BESIDE = {
 }
 COMPOUNDS = 2  # most of them, and of contradicted ones, a scene
 _Told = tuple[tuple[str, ...], int | None, dict[str, str]]
-"""Wordings, the object of which both things are true (none: half untrue), and their words."""
+"""Wordings, the object that both attributes fit (``None``: contradicted), and their words."""
 ABSENT = (*CATEGORY[:2], "the {n} on the left", "the biggest {n}", "all the {p}", "the {n}")
 
 
@@ -204,7 +204,7 @@ def _absent(scene: Scene, rng: random.Random) -> Iterator[ReferringExpression]:
 def _compounds(
     scene: Scene, rng: random.Random
 ) -> tuple[list[ReferringExpression], list[ReferringExpression]]:
-    """Expressions that say two things of one object, and such as are half untrue.
+    """Expressions with two attributes of one object, and contradicted ones (one is false).
 
     Size and side are those among all of the name, so that readers who look only among those of
     the colour find the same object. What is untrue is said of the only object of its colour.

@@ -1,4 +1,4 @@
-"""Which objects a scene holds and where, in shares of the canvas: independent of pixels."""
+"""Objects of a scene and their positions, in fractions of the canvas: independent of pixels."""
 
 import random
 from dataclasses import dataclass, replace

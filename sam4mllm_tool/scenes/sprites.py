@@ -117,7 +117,7 @@ def sprite_picture(sprite_id: str, colour: str | None = None) -> Image.Image:
 def shape_picture(name: str, colour: str, shade: int = 100) -> Image.Image:
     """A drawn shape, softly shaded from top to bottom: RGBA, about `SHAPE_SIDE` px.
 
-    `shade` is its brightness in percent, so that equal shapes can be told apart where they meet.
+    `shade` is its brightness in percent, so that equal shapes can be distinguished where they meet.
     """
     alpha = draw_shape(name)
     light = np.linspace(1.08, 0.86, alpha.height)[:, None, None] * shade / 100

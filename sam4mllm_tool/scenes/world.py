@@ -51,7 +51,7 @@ class World:
     backgrounds: tuple[str, ...] = BACKGROUNDS[:6]
 
     def with_objects(self, fewest: int, most: int) -> "World":
-        """The same world with another number of objects a scene."""
+        """The same world with another number of objects per scene."""
         return replace(self, objects=(fewest, most))
 
 

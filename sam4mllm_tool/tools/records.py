@@ -1,4 +1,4 @@
-"""What stands behind a handle."""
+"""What a handle refers to."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ObjectRecord:
 
     Attributes:
         number: counts the objects of a workspace from 1; what pictures show.
-        location: round 1's dialogue, which round 2 goes on from; ``None`` for an object made from
+        location: round 1's dialogue, which round 2 continues; ``None`` for an object made from
             prompts or from other objects' masks.
         drawn: the chosen mask with its logits, ``None`` until a mask is drawn.
         mask: the mask; without ``drawn`` for an object made by combining masks.

@@ -1,4 +1,4 @@
-"""Handles: what tools give an agent instead of pixels, and what stands behind them.
+"""Handles: what tools give an agent instead of pixels, and the records they refer to.
 
 One workspace belongs to one user or client. It is bounded by bytes: what has not been used for
 longest is forgotten first, and asking for it then raises :class:`UnknownHandle` ("has expired").

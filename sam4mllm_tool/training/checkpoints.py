@@ -1,4 +1,4 @@
-"""Checkpoints that can be gone on from, and what a full disk does to them."""
+"""Checkpoints to resume from; a full disk never leaves a torn one in use."""
 
 from __future__ import annotations
 

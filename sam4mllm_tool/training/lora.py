@@ -148,7 +148,7 @@ class ConversationSet(Dataset[tuple[Learnt, ...]]):
                     raise DatasetError(
                         f"{len(self._unreadable)} conversations cannot be read, the last: "
                         f"{error.message}",
-                        hint="Download the pictures again; training goes on with --resume.",
+                        hint="Download the pictures again, then continue with --resume.",
                     ) from error
                 index = (index + 1) % len(self)
 

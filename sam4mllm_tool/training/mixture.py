@@ -2,7 +2,7 @@
 
 What a run learns is a list of conversations to be, made before training begins: the sets one after
 another, each with its share. The trainer shuffles the list by its seed, so the same command gives
-the same batches, and a resumed run goes on with the batch at which it was stopped.
+the same batches, and a resumed run continues with the batch at which it stopped.
 """
 
 from __future__ import annotations
