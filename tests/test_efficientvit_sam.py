@@ -247,13 +247,13 @@ def without(weights, beginning):
 LAST = "image_encoder.neck.middle.op_list.3."
 DAMAGE = {
     "lacks weights of its model: mask_decoder.*in all": lambda w: without(w, "mask_decoder."),
-    "holds weights that its model does not have: extra": lambda w: w | {"extra": torch.ones(1)},
+    "has weights that its model does not have: extra": lambda w: w | {"extra": torch.ones(1)},
     r"another size: image_encoder.norm.weight \(3,\) instead of \(256,\)": lambda w: (
         w | {"image_encoder.norm.weight": torch.ones(3)}
     ),
     "5 stages and 3 blocks": lambda w: without(w, LAST),
-    "no known SAM architecture": lambda w: without(w, "image_encoder.neck"),
-    "no tensors: epoch": lambda w: w | {"epoch": 3},
+    "an unknown SAM architecture": lambda w: without(w, "image_encoder.neck"),
+    "not tensors: epoch": lambda w: w | {"epoch": 3},
 }
 
 
@@ -308,14 +308,14 @@ def test_only_the_decoder_changes(base, ending, tmp_path):
 
 
 BAD_DECODERS = {
-    "holds weights that its model does not have: lm_head.weight": {
+    "has weights that its model does not have: lm_head.weight": {
         "lm_head.weight": torch.ones(2, 2)
     },
     r"another size: mask_decoder.mask_tokens.weight \(4, 32\) instead of \(4, 256\)": {
         "model.mask_decoder.mask_tokens.weight": torch.ones(4, 32)
     },
     "contains no state dict": {},
-    "no tensors: state": {"state": 3},
+    "not tensors: state": {"state": 3},
 }
 
 
