@@ -50,7 +50,7 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 def test_a_hub_id_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "hub" in str(fails("nobody/has-this-model"))
+    assert "on the Hub" in str(fails("nobody/has-this-model"))
 
 
 def test_a_file_is_no_folder(folder: Path) -> None:
