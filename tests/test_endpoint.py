@@ -288,7 +288,7 @@ def test_a_plain_server_gets_no_strange_fields_and_cannot_be_continued(server, s
     mllm.generate(image, opening, grammar=FORMAT.box_grammar(TargetCount.ONE), max_new_tokens=20)
     known = {"model", "messages", "max_tokens", "logprobs", "temperature", "top_logprobs"}
     assert set(server.manners.requests[-1]) <= known
-    with pytest.raises(EndpointError, match="go on") as error:
+    with pytest.raises(EndpointError, match="continue a reply") as error:
         mllm.answer_yes_no(image, opening, words=WORDS, count=4)
     assert not error.value.retryable
 

@@ -403,7 +403,8 @@ def test_limits_by_command(tmp_path, monkeypatch):
     from sam4mllm_tool.scenes.export import export_scenes
     from sam4mllm_tool.scenes.world import SMALL_WORLD
 
-    monkeypatch.setattr(evaluate, "_load", lambda *_: Sam4MLLM(TruthfulMllm({}), ColourSegmenter()))
+    blind = Sam4MLLM(TruthfulMllm({}), ColourSegmenter())
+    monkeypatch.setattr(evaluate, "load_models", lambda *_, **__: blind)
     data = export_scenes(tmp_path / "data", 3, 5, "val", "refcoco", world=SMALL_WORLD)
     pictures = sorted(data.rglob("*.jpg"))
     pictures[1].write_bytes(pictures[1].read_bytes()[:300])

@@ -102,4 +102,4 @@ def test_the_installed_wheel_works_from_an_empty_folder(wheel, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(site))
-    assert (empty / "out" / "mask_1.png").is_file()
+    assert (empty / "out" / "demo_obj_1.png").is_file()
