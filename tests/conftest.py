@@ -15,6 +15,13 @@ from sam4mllm_tool.types import Mask, RgbImage
 RED, BLUE, WHITE = (214, 40, 40), (45, 95, 215), (255, 255, 255)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that run the shipped models, so that the others can be run alone."""
+    for item in items:
+        if "embedded_model" in getattr(item, "fixturenames", ()):
+            item.add_marker("shipped")
+
+
 @pytest.fixture(scope="session")
 def blocks() -> RgbImage:
     """200×120, white, with a red block (70,15)–(190,45) and a blue one (10,54)–(50,114).

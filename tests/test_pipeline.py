@@ -493,6 +493,14 @@ def test_adaptive_spends_its_budget_on_points_that_keep_apart(blocks, budget, pe
     assert all(70 < p.x < 190 and 15 < p.y < 45 for p in one.points)
 
 
+def test_adaptive_settles_by_the_latest_answers(blocks):
+    """No mask can agree with the first three answers; the next three agree with the one drawn."""
+    first, _ = contradictions(3, 3)
+    mllm = ScriptedMllm(["[350,125,950,375]"], [first, [YesNo(0.01, 0.97)] * 3])
+    spent, _ = asked(adaptive(mllm, budget=9), blocks)
+    assert spent == [3, 3]
+
+
 def test_adaptive_stops_where_no_place_is_left_to_ask_about(blocks):
     # The box covers five pixels of one row.
     mllm = ScriptedMllm(["[975,500,999,508]"], contradictions(2, 2, 1))
