@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check docs clean
+.PHONY: demo test check docs mutants clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sam4mllm-tool demo --out demo-output
@@ -16,6 +16,11 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Change the code in one place at a time and see whether a test fails (half an hour; see [tool.mutmut]).
+mutants: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 1
+	$(BIN)/mutmut results
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/mkdocs build --quiet
@@ -32,4 +37,4 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) demo-output site dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) mutants demo-output site dist build .pytest_cache .mypy_cache .ruff_cache

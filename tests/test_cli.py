@@ -267,3 +267,22 @@ def test_help_and_import_need_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert "segment" in run("--help")
     assert Path(DEMO).is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["doctor"],
+        ["demo", "--out", "OUT"],
+        ["segment", DEMO, "the tree", "--out", "OUT"],
+        ["probe", DEMO, "the tree"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_the_console_shows_no_warnings_of_libraries(arguments, tmp_path):
+    command = [str(tmp_path / "out") if a == "OUT" else a for a in arguments]
+    done = subprocess.run(
+        [sys.executable, "-m", "sam4mllm_tool", *command], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warn" not in done.stderr.lower() and "deprecated" not in done.stderr.lower()

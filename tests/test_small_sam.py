@@ -307,9 +307,11 @@ def test_prompts_are_drawn_where_they_are():
             torch.testing.assert_close(spot[row, column - 1], beside)
     assert not here[0, 0, 0] > 1e-6  # a point that is none is not drawn
     (alone,) = draw_prompts(None, boxes, 64, 16)
-    assert torch.equal(alone[:3], drawn[:3]) and not alone[3:].any()
+    torch.testing.assert_close(alone[:3], drawn[:3])
+    assert not alone[3:].any()
     (unboxed,) = draw_prompts((points, labels), None, 64, 16)
-    assert torch.equal(unboxed[3:], drawn[3:]) and not unboxed[:3].any()
+    torch.testing.assert_close(unboxed[3:], drawn[3:])
+    assert not unboxed[:3].any()
     assert draw_prompts(None, None, 64, 16) is None
 
 

@@ -24,7 +24,7 @@ from sam4mllm_tool.cli import (
     segment,
     train,
 )
-from sam4mllm_tool.cli.common import fail
+from sam4mllm_tool.cli.common import fail, quiet_libraries
 from sam4mllm_tool.cli.settings import default_map, read_defaults
 from sam4mllm_tool.errors import Sam4MllmError
 
@@ -75,6 +75,7 @@ app.command("convert-adapter")(convert.convert_adapter)
 
 def main() -> None:
     """Run the command line; typed errors become a message, a hint and an exit status."""
+    quiet_libraries()
     try:
         app(prog_name="sam4mllm-tool")
     except Sam4MllmError as error:

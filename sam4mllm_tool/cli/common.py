@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -26,6 +28,18 @@ if TYPE_CHECKING:
 
 console = Console()
 _errors = Console(stderr=True)
+
+
+def quiet_libraries() -> None:
+    """Keep the console to what the command says: no deprecation notes of libraries among it.
+
+    ``python -W …`` and ``TRANSFORMERS_VERBOSITY`` bring them back.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.warnoptions:
+        for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)
+
 
 MllmOption = Annotated[
     str,
