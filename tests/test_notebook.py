@@ -132,6 +132,7 @@ def test_what_a_dialogues_numbers_are_is_what_the_format_writes(name):
     assert {number + off for number in numbers for off in (-1, 0, 1)} >= stated[unit]
 
 
+@pytest.mark.shipped
 def test_the_tutorial_runs(tmp_path):
     """As its reader runs it, in a kernel of its own; what it prints is what is committed."""
     nbformat = pytest.importorskip("nbformat")
