@@ -211,3 +211,16 @@ def test_settings_of_a_run_are_values(parrot):
     other = replace(parrot, settings=sam.Settings(points=4))
     assert parrot.settings.points == 9 and other.settings.points == 4
     assert sam.__version__.count(".") == 2
+
+
+@pytest.mark.parametrize("wrong", [{"strategy": TopHalf}, {"strategy": 3}, {"expression": None}])
+def test_what_is_no_strategy_or_text_is_refused(parrot, blocks, wrong):
+    with pytest.raises(sam.InputError) as caught:
+        parrot.segment(blocks, **{"expression": "the red block", **wrong})
+    assert caught.value.hint
+
+
+def test_a_misspelt_format_names_the_nearest_one():
+    with pytest.raises(sam.CheckpointError) as caught:
+        sam.load(format="sam4mlm")
+    assert "Did you mean 'sam4mllm'?" in caught.value.hint

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from sam4mllm_tool.cli.common import DeviceOption, console
-from sam4mllm_tool.errors import InputError
+from sam4mllm_tool.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -268,7 +268,7 @@ def _preset(name: str) -> Preset:
     from sam4mllm_tool.training.recipe import PRESETS
 
     if name not in PRESETS:
-        raise InputError(f"unknown preset {name!r}", hint=f"Known: {', '.join(PRESETS)}.")
+        raise InputError(f"unknown preset {name!r}", hint=nearest(name, PRESETS, "Presets"))
     return PRESETS[name]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from sam4mllm_tool.errors import CheckpointError
+from sam4mllm_tool.errors import CheckpointError, nearest
 from sam4mllm_tool.formats.base import BoxesRead, DialogueFormat, PromptsRead
 from sam4mllm_tool.formats.gemma3 import Gemma3Format
 from sam4mllm_tool.formats.generic import GenericFormat
@@ -93,7 +93,7 @@ def get_format(name: str) -> DialogueFormat:
     """
     if name not in FORMATS:
         raise CheckpointError(
-            f"unknown dialogue format {name!r}", hint=f"Known formats: {', '.join(FORMATS)}."
+            f"unknown dialogue format {name!r}", hint=nearest(name, FORMATS, "Known formats")
         )
     return FORMATS[name]
 

@@ -119,9 +119,15 @@ def get_strategy(strategy: Strategy | str) -> Strategy:
     """A strategy, or the built-in one of that name.
 
     Raises:
-        InputError: no built-in strategy has this name.
+        InputError: no built-in strategy has this name, or it is not a strategy at all.
     """
     if not isinstance(strategy, str):
+        # A class has the members too, but nothing to call them on.
+        if isinstance(strategy, type) or not isinstance(strategy, Strategy):
+            raise InputError(
+                f"{strategy!r} is not a strategy",
+                hint="Give a name, or an object with 'name' and 'run'.",
+            )
         return strategy
     if strategy not in STRATEGIES:
         raise InputError(

@@ -22,8 +22,13 @@ def check_expression(expression: str) -> str:
     """The expression on one line, without outer white space.
 
     Raises:
-        ExpressionError: nothing left, or more than ``MAX_EXPRESSION`` characters.
+        ExpressionError: not a text, nothing left, or more than ``MAX_EXPRESSION`` characters.
     """
+    if not isinstance(expression, str):
+        raise ExpressionError(
+            f"the expression is {type(expression).__name__}, not a text",
+            hint="Describe the object, e.g. 'the red apple'.",
+        )
     text = " ".join(expression.split())
     if not text:
         raise ExpressionError(
