@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from http.cookies import CookieError, SimpleCookie
@@ -19,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sam4mllm_integrations.hosts import is_loopback, served_names
 from sam4mllm_integrations.mcp_clients import COOKIE, USER, session_key
 from sam4mllm_integrations.mcp_credentials import Credentials
 from sam4mllm_integrations.mcp_tools import ToolServer
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 PATH = "/mcp"
 CLIENT_COOKIE = "sam4mllm_client"
 _COOKIE_RULES = f"Path={PATH}; HttpOnly; SameSite=Strict"
-_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _OPEN_PATHS = {"/health", "/ready"}
 
 
@@ -73,12 +71,12 @@ def http_app(tools: ToolServer, settings: HttpSettings | None = None) -> Starlet
         InputError: ``host`` is not loopback and there is no token.
     """
     settings = settings or HttpSettings()
-    if not _is_loopback(settings.host) and not settings.credentials.needed:
+    if not is_loopback(settings.host) and not settings.credentials.needed:
         raise InputError(
             f"{settings.host} can be reached from other machines",
             hint="Set a token, or listen on 127.0.0.1.",
         )
-    names = _names(settings)
+    names = served_names(settings.host, settings.allowed_hosts)
     origins = [f"{scheme}://{name}" for name in names for scheme in ("http", "https")]
     max_body = settings.max_body or tools.policy.max_bytes * 4 // 3 + 64 * 1024
     app = tools.server.streamable_http_app(
@@ -233,35 +231,3 @@ def _cookie(headers: Headers) -> str:
     except CookieError:
         return ""
     return cookie.value if cookie else ""
-
-
-def _names(settings: HttpSettings) -> list[str]:
-    """The hosts that requests may be addressed to, as the Host header writes them."""
-    host = settings.host
-    names = [*_LOOPBACK, *settings.allowed_hosts]
-    if host in {"0.0.0.0", "::"}:
-        names += _names_of_this_machine()
-    names.append(f"[{host}]" if ":" in host else host)
-    return list(dict.fromkeys(name.lower() for name in names))
-
-
-def _names_of_this_machine() -> list[str]:
-    import psutil
-
-    addresses = [
-        entry.address.partition("%")[0]
-        for entries in psutil.net_if_addrs().values()
-        for entry in entries
-        if entry.family in {socket.AF_INET, socket.AF_INET6}
-    ]
-    names = [f"[{address}]" if ":" in address else address for address in addresses]
-    return [socket.gethostname(), socket.getfqdn(), *names]
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
