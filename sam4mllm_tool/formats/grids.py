@@ -63,15 +63,16 @@ class ResizedPixelGrid:
 
 def smart_resize(size: Size, factor: int, min_pixels: int, max_pixels: int) -> Size:
     """Size (width, height) that a Qwen-VL processor gives a picture of ``size``."""
-    rounded = [max(factor, round(side / factor) * factor) for side in size]
+    # A side below half a factor is rounded to nothing; the area is then 0, and the picture grows.
+    rounded = [round(side / factor) * factor for side in size]
     area = rounded[0] * rounded[1]
-    if min_pixels <= area <= max_pixels:
+    if max(min_pixels, 1) <= area <= max_pixels:
         return rounded[0], rounded[1]
     if area > max_pixels:
         shrink = math.sqrt(size[0] * size[1] / max_pixels)
         fitted = [max(factor, math.floor(side / shrink / factor) * factor) for side in size]
     else:
-        grow = math.sqrt(min_pixels / (size[0] * size[1]))
+        grow = math.sqrt(max(min_pixels, 1) / (size[0] * size[1]))
         fitted = [math.ceil(side * grow / factor) * factor for side in size]
     return fitted[0], fitted[1]
 
