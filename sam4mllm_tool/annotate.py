@@ -109,8 +109,8 @@ def plan(
 
 
 def read_expressions(file: Path) -> dict[str, list[str]] | list[str]:
-    """A text file (one expression a line, for every picture) or JSON: a list of expressions, or an
-    object {picture: [expressions]}.
+    """A text file (one expression per line, for every picture) or JSON: a list of expressions, or
+    an object {picture: [expressions]}.
 
     Raises:
         InputError: missing, or neither.
@@ -173,7 +173,7 @@ def _plain(expressions: Mapping[str, Sequence[str]] | Sequence[str]) -> Any:
 def _open(journal: Path, about: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The entries of an earlier run, the last one of each picture.
 
-    The first line says what the run is about; a new journal gets it.
+    The first line describes the run; it is written to a new journal.
     """
     about = json.loads(json.dumps(about))
     first, *entries = read_journal(journal) or [about]

@@ -126,7 +126,7 @@ def combinations() -> tuple[Combination, ...]:
 
 
 def _shipped() -> Combination:
-    """The sizes of the shipped files are read, as they change with every training."""
+    """The shipped combination; its sizes are read from the files."""
     mllm = Part("embedded MLLM", _stored(embedded.MLLM), 4, 0, _APACHE)
     adapter = Part("embedded adapter", _stored(embedded.ADAPTER), 4, 0, _APACHE)
     sam = Part("embedded small SAM", _stored(embedded.SAM), SAM_BYTES, 0, _APACHE)

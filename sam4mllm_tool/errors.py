@@ -19,7 +19,7 @@
         ├── ProbabilitiesMissing an endpoint that does not return the logprobs we need
         ├── EndpointError        an endpoint that cannot be reached or answers with an error
         ├── StorageError         a full disk, or a folder that cannot be written
-        ├── Busy                 too much is asked at once; carries ``retry_after``
+        ├── Busy                 too many requests at once; carries ``retry_after``
         └── CallTimeout          a call took longer than its deadline
 """
 
@@ -144,7 +144,7 @@ class StorageError(BackendError):
 
 
 class Busy(BackendError):
-    """Too much is asked at once: by many callers, or of the memory they share.
+    """Too many requests at once, or no room left in the memory that callers share.
 
     Attributes:
         retry_after: seconds after which the same call may succeed.
@@ -158,7 +158,7 @@ class Busy(BackendError):
 
 
 class CallTimeout(BackendError):
-    """A call took longer than its deadline; whatever it was doing has been given up."""
+    """A call took longer than its deadline and was stopped."""
 
     retryable_by_default = True
 

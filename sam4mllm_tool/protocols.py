@@ -48,16 +48,15 @@ stands before its text, so that everything up to the image is a prefix that dial
 
 @dataclass(frozen=True)
 class YesNoWords:
-    """How a family says yes and no, and the text that stands before its first answer."""
+    """How a family writes yes and no; the first spelling of each is the one taught."""
 
     yes: tuple[str, ...]
     no: tuple[str, ...]
-    prefix: str = ""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the MLLM said.
+    """What the MLLM replied.
 
     Attributes:
         text: the reply without the end-of-turn token.

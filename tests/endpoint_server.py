@@ -48,9 +48,7 @@ class Manners:
     status: int | None = None
     delay: float = 0.0
     keep_to_regex: bool = True
-    strip: bool = False
     likely: tuple[str, ...] = ()  # tokens that take the likeliest one's place in a new reply
-    say_first: str = ""  # put before every reply that does not go on from another
     ignored: frozenset[str] = frozenset()  # fields that it does not look at
     processed: bool = False  # log-probabilities of after the mask (--logprobs-mode)
     other_ids: bool = False  # top_logprobs of other tokens than asked for
@@ -171,8 +169,8 @@ class TestServer:
         grammar = self.mllm._grammar(self.grammars[pattern]) if pattern in self.grammars else None
         place = grammar.start if grammar else None
         ends, read = set(self.mllm.end_ids), encoder.encode_continuation(continued)
-        said, entries = self.manners.say_first if not continued else "", []
-        ids = [*read, *encoder.encode_continuation(said)] if said else list(read)
+        content, entries = "", []
+        ids = list(read)
         free = not continued and not body.get("allowed_token_ids") and self.manners.thought
         thought = encoder.encode_continuation(self.manners.thought) if free else []
         while len(entries) < min(body["max_tokens"], self.manners.longest):
@@ -188,27 +186,26 @@ class TestServer:
             if grammar is not None:
                 scores = _only(scores, grammar.allowed(place)).log_softmax(-1)
             elif pattern is not None:
-                scores = self._masked(scores, pattern, said, ends).log_softmax(-1)
+                scores = self._masked(scores, pattern, content, ends).log_softmax(-1)
             if body.get("temperature", 1.0) == 0:
                 token = int(scores.argmax())
             else:
                 token = int(torch.multinomial(scores.exp(), 1, generator=dice))
             if len(entries) < len(thought):
                 token = thought[len(entries)]
-            told = raw if body.get("allowed_token_ids") else scores
-            entries.append(self._entry(told, token, body))
+            shown = raw if body.get("allowed_token_ids") else scores
+            entries.append(self._entry(shown, token, body))
             place = grammar.allowed(place)[token] if grammar else None
             if token in ends and not body.get("ignore_eos"):
                 break
-            said += self.texts[token]
+            content += self.texts[token]
             ids = [token]
-        content = said.strip() if self.manners.strip else said
-        shown = {"content": entries} if body.get("logprobs") and self.manners.logprobs else None
+        logprobs = {"content": entries} if body.get("logprobs") and self.manners.logprobs else None
         message = {"role": "assistant", "content": content}
         if self.manners.apart:
             reasoning, close, answer = content.partition("</think>")
             message |= {"reasoning": reasoning, "content": answer if close else None}
-        return {"index": index, "finish_reason": "stop", "message": message, "logprobs": shown}
+        return {"index": index, "finish_reason": "stop", "message": message, "logprobs": logprobs}
 
     def _masked(
         self, scores: torch.Tensor, pattern: str, said: str, ends: set[int]

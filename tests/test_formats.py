@@ -364,7 +364,7 @@ def test_the_published_strings_of_sam4mllm():
     )
     assert known.write_boxes([box, box], size) == "[281,251,863,999] [281,251,863,999]"
     assert known.write_boxes([], size) == "No object found."
-    assert known.yes_no.prefix == "" and known.yes_no.yes == ("Yes",)
+    assert known.yes_no.yes == ("Yes",)
     assert known.system_prompt == (
         "You are a helpful language and vision assistant. You are able to understand the visual "
         "content that the user provides, and assist the user with a variety of tasks using "

@@ -107,7 +107,7 @@ def test_what_others_read_meanwhile_shifts_no_answers(sides: Sides) -> None:
     engine, image = mllm.engine, picture(12)
     question = ask_points(ask_box("abc", image), "[001,002,998,999]", image, 6, 0)
     tokens = mllm._words(FORM.yes_no)
-    guesses = (*tokens.prefix, *(tokens.yes[0], tokens.no[0], tokens.no[0]) * 2)
+    guesses = (tokens.yes[0], tokens.no[0], tokens.no[0]) * 2
     waiting = open_dialogue(mllm, image, question)  # nothing is read yet
     first, expected = engine.read(waiting, guesses, keep=7)
     engine.keep(first)  # what is kept now reaches into the answers

@@ -90,7 +90,6 @@ def test_answers_read_in_one_pass_are_those_of_plain_hugging_face(mllm: LocalMll
     inputs = plain_inputs(mllm, image, question)
     tokens = mllm._yes_no_tokens(FORM.yes_no)
     either = torch.tensor([*tokens.yes, *tokens.no])
-    inputs = longer(inputs, tokens.prefix)
     for answer in answers(mllm, image, question, 4):
         with torch.inference_mode():
             row = mllm.model(**inputs).logits[0, -1]

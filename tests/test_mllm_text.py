@@ -117,21 +117,21 @@ def test_literals_are_tokenised_as_in_running_text() -> None:
 
 def test_all_spellings_of_yes_and_no_are_found() -> None:
     encoder = _encoder(byte_tokenizer(["<s>", "</s>", "<image>"], {}, 1))
-    found = yes_no_tokens(encoder, ("Yes",), ("No",), "\n")
+    found = yes_no_tokens(encoder, ("Yes",), ("No",))
     spell = encoder.tokenizer.convert_ids_to_tokens
     assert set(spell(list(found.yes))) == {"Yes", "ĠYes", "yes", "Ġyes"}
     assert set(spell(list(found.no))) == {"No", "ĠNo", "no", "Ġno"}
     with pytest.raises(CheckpointError, match="one token"):
-        yes_no_tokens(encoder, ("Certainly",), ("No",), "")
+        yes_no_tokens(encoder, ("Certainly",), ("No",))
     with pytest.raises(CheckpointError, match="one token"):
-        yes_no_tokens(encoder, ("Yes",), ("yes",), "")
+        yes_no_tokens(encoder, ("Yes",), ("yes",))
 
 
 def test_words_are_given_by_the_format() -> None:
     encoder = _encoder(byte_tokenizer(["<s>", "</s>", "<image>"], {}, 1))
     words = YesNoWords(yes=("object",), no=("box",))
-    found = yes_no_tokens(encoder, words.yes, words.no, words.prefix)
-    assert len(found.yes) == 2 and len(found.no) == 2 and found.prefix == ()
+    found = yes_no_tokens(encoder, words.yes, words.no)
+    assert len(found.yes) == 2 and len(found.no) == 2
 
 
 def test_control_tokens_are_found_in_every_order(encoder: DialogueEncoder) -> None:

@@ -232,8 +232,8 @@ def test_replies_are_the_recorded_tokens(published: DialogueEncoder) -> None:
     assert published.encode_continuation(said) == DEMO_IDS[:-1]
     assert published.end_of_turn_ids() == [END]
     words = FORM.yes_no
-    tokens = yes_no_tokens(published, words.yes, words.no, words.prefix)
-    assert (tokens.yes[0], tokens.no[0], tokens.prefix) == (YES, NO, ())
+    tokens = yes_no_tokens(published, words.yes, words.no)
+    assert (tokens.yes[0], tokens.no[0]) == (YES, NO)
     for count in TargetCount:
         grammar = TokenGrammar(FORM.box_grammar(count), published, [END])
         ids = published.encode_continuation(DEMO_REPLY)
@@ -377,7 +377,7 @@ def test_qwens_vocabulary() -> None:
     assert [encoder.decode_continuation([i]) for i in encoder.encode_continuation("[281,251,")] == [
         "[", "2", "8", "1", ",", "2", "5", "1", ",",
     ]  # fmt: skip
-    tokens = yes_no_tokens(encoder, ("Yes",), ("No",), "")
+    tokens = yes_no_tokens(encoder, ("Yes",), ("No",))
     assert (tokens.yes[0], tokens.no[0]) == (9454, 2753)
     assert encoder.encode_continuation("NoYesYesNo") == [2753, 9454, 9454, 2753]
     (end,) = encoder.end_of_turn_ids()

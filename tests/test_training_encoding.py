@@ -106,7 +106,7 @@ def test_training_reads_and_says_the_ids_of_inference(
         for token in said:
             assert token in grammar.allowed(place)
             place = grammar.allowed(place)[token]
-    words = yes_no_tokens(encoder, FORM.yes_no.yes, FORM.yes_no.no, FORM.yes_no.prefix)
+    words = yes_no_tokens(encoder, FORM.yes_no.yes, FORM.yes_no.no)
     yes, no, other, _ = pairs[1][1]
     assert yes in words.yes and {no, other} <= set(words.no)
     # The trainer's tensors hold just these.

@@ -15,7 +15,7 @@ from sam4mllm_tool.protocols import Dialogue, Turn
 from sam4mllm_tool.types import Box, Point, RgbImage, TargetCount
 
 _HALF_STEP = {torch.float32: 1e-3}
-"""Largest difference of probabilities that arithmetic explains; 16-bit dtypes get 0.05."""
+"""Largest difference of probabilities that rounding explains; for 16-bit dtypes it is 0.05."""
 
 
 def mllm_findings(mllm: LocalMllm, speech: DialogueFormat, image: RgbImage) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from sam4mllm_tool.pipeline.model import Sam4MLLM
 
 
 def check_up(load: Callable[[], Sam4MLLM], *, scenes: int = 20) -> Iterator[Finding]:
-    """Load a model and check it; later checks are left out where an earlier one makes them void.
+    """Load a model and check it; checks that an earlier failure makes meaningless are left out.
 
     Args:
         load: loads the model, e.g. ``lambda: load("…")``.

@@ -31,7 +31,7 @@ def annotate(
         typer.Option(help=".txt: one expression per line, for every picture; .json: a list, or "
                      "{picture: [expressions]}."),
     ],
-    out: Annotated[Path, typer.Option(help="COCO JSON to write; its journal lies beside it.")] = (
+    out: Annotated[Path, typer.Option(help="COCO JSON to write; its journal is beside it.")] = (
         Path("annotations.json")
     ),
     count: Annotated[TargetCount, typer.Option(help="How many objects an expression may mean.")] = (
@@ -45,7 +45,7 @@ def annotate(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Annotate a folder of pictures; run it again to go on after a stop."""
+    """Annotate a folder of pictures; run it again to continue after a stop."""
     from sam4mllm_tool.annotate import annotate as run
     from sam4mllm_tool.annotate import plan, read_expressions
 

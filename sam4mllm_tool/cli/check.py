@@ -1,4 +1,4 @@
-"""``sam4mllm-tool check``: does a checkpoint do what it should, before it is relied on?"""
+"""``sam4mllm-tool check``: does a checkpoint work as it should?"""
 
 from __future__ import annotations
 

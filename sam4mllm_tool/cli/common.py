@@ -31,9 +31,9 @@ _errors = Console(stderr=True)
 
 
 def quiet_libraries() -> None:
-    """Keep the console to what the command says: no deprecation notes of libraries among it.
+    """Keep the libraries' warnings off the console.
 
-    ``python -W …`` and ``TRANSFORMERS_VERBOSITY`` bring them back.
+    ``python -W …`` and ``TRANSFORMERS_VERBOSITY`` show them again.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.warnoptions:
@@ -117,7 +117,7 @@ MaxBytesOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and no more.")]
 
-# 1 is Python's own; shells see at once whether the call, the model's words or the set-up is wrong.
+# 1 is Python's own; scripts can distinguish a wrong call, an unreadable reply and a broken set-up.
 EXIT_INPUT, EXIT_DIALOGUE, EXIT_BACKEND = 2, 3, 4
 _WEIGHTS = (".pt", ".pth", ".safetensors")
 
@@ -129,7 +129,7 @@ def fail(error: Sam4MllmError) -> int:
     if error.hint:
         _errors.print(f"Hint: {error.hint}", style="yellow", markup=False, highlight=False)
     if isinstance(error, DialogueError):
-        _errors.print(f"The model said: {error.raw_reply!r}", markup=False, highlight=False)
+        _errors.print(f"The model replied: {error.raw_reply!r}", markup=False, highlight=False)
         return EXIT_DIALOGUE
     return EXIT_BACKEND if isinstance(error, BackendError) else EXIT_INPUT
 
@@ -145,13 +145,13 @@ def load_models(
     settings: Settings | None = None,
     quiet: bool = False,
 ) -> Sam4MLLM:
-    """The pipeline of the given options, with a sign of life on standard error meanwhile.
+    """The pipeline of the given options; a spinner on standard error shows that it is loading.
 
-    An option given as an empty text counts as left out: it takes back what a setting says.
+    An empty option counts as left out, which also overrides a setting.
 
     Raises:
-        BackendError: see :meth:`~sam4mllm_tool.Sam4MLLM.from_pretrained`. A file that is not there
-            is found before any library of models is imported, which takes seconds.
+        BackendError: see :meth:`~sam4mllm_tool.Sam4MLLM.from_pretrained`. A missing file is
+            reported before the model libraries are imported, which takes seconds.
     """
     places = {"--mllm": mllm, "--adapter": adapter, "--sam": sam, "--sam-decoder": sam_decoder}
     for option, place in places.items():
@@ -173,7 +173,7 @@ def load_models(
 
 
 def _check_place(option: str, place: str | None) -> None:
-    """A name that can only be a path must be there; hub ids and addresses are not looked at."""
+    """A name that can only be a path must exist; hub ids and addresses are not checked."""
     if not place or "://" in place:
         return
     only_a_path = place.startswith(("/", "./", "../", "~")) or place.endswith(_WEIGHTS)
@@ -195,7 +195,7 @@ def counted(what: str, total: int | None, *, quiet: bool) -> Iterator[Callable[[
     """A progress bar with the time left on standard error; calling what it gives is one step."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeRemainingColumn())  # fmt: skip
-    # What is printed meanwhile stands above the bar, but goes to a pipe where there is one.
+    # Output appears above the bar; where standard output is a pipe, it goes there.
     above = sys.stdout.isatty()
     with Progress(*columns, console=_errors, disable=quiet, redirect_stdout=above) as bar:
         task = bar.add_task(what, total=total)
@@ -255,7 +255,9 @@ def points_table(points: tuple[PromptPoint, ...], title: str) -> Table:
 def show_outcome(found: Segmentation, files: list[Path]) -> None:
     """Status, objects, notes, times and the files written."""
     if not found.objects:
-        console.print("[yellow]not found[/]: the model says that nothing in the picture matches.")
+        console.print(
+            "[yellow]not found[/]: according to the model, nothing in the picture matches."
+        )
     for number, one in enumerate(found.objects, 1):
         box = ", ".join(f"{value:.0f}" for value in one.located.box)
         console.print(

@@ -40,9 +40,9 @@ app = typer.Typer(help="Measure models on held-out scenes and benchmarks.", no_a
 @app.command("sam")
 def sam_command(
     seed: Annotated[int, typer.Option(help="Seed of the held-out scenes.")] = 0,
-    objects: Annotated[int, typer.Option(min=1, help="Objects a world, at least.")] = 500,
+    objects: Annotated[int, typer.Option(min=1, help="Objects per world, at least.")] = 500,
     world: Annotated[
-        str, typer.Option(help="sam; or crowded: smaller, more and more hidden things.")
+        str, typer.Option(help="sam; or crowded: smaller, more numerous, more hidden objects.")
     ] = "sam",
     sam: SamOption = "embedded",
     sam_decoder: SamDecoderOption = None,
@@ -81,7 +81,8 @@ StrategyOption = Annotated[
 ]
 PointsOption = Annotated[int, typer.Option(min=1, max=100, help="Points to ask about per box.")]
 LimitOption = Annotated[
-    int | None, typer.Option(min=1, help="A sample of so many expressions, over as many pictures.")
+    int | None,
+    typer.Option(min=1, help="Size of a sample of expressions, from as many pictures as possible."),
 ]
 SampleSeedOption = Annotated[int, typer.Option(help="Seed of the sample.")]
 UnreadableOption = Annotated[
@@ -95,7 +96,7 @@ RuleOption = Annotated[
 ShardOption = Annotated[
     str | None,
     typer.Option(help="I/N: this process's share; all shards use one --out. Under accelerate "
-                 "launch it is found by itself."),
+                 "launch it is detected automatically."),
 ]  # fmt: skip
 
 
@@ -104,7 +105,7 @@ def scenes_command(
     seed: Annotated[int, typer.Option(help="Seed of the unseen scenes.")] = 0,
     limit: Annotated[int, typer.Option(min=1, help="Expressions.")] = 500,
     per_kind: Annotated[
-        int | None, typer.Option(min=1, help="Equally many of each kind instead; some are rare.")
+        int | None, typer.Option(min=1, help="Take this many of each kind instead; some are rare.")
     ] = None,
     strategy: StrategyOption = ["pqpp"],  # noqa: B006
     points: PointsOption = _POINTS,
@@ -120,7 +121,7 @@ def scenes_command(
     sam_decoder: SamDecoderOption = None,
     device: DeviceOption = "auto",
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the run: kept, resumed. Else nothing is kept.")
+        Path | None, typer.Option(help="Folder of the run, to keep and resume it; default: none.")
     ] = None,
     shard: ShardOption = None,
     as_json: JsonOption = False,
@@ -267,7 +268,7 @@ def _shard(text: str | None) -> Any:
 
 @contextmanager
 def _folder(out: Path | None) -> Iterator[Path]:
-    """The folder asked for, or one that is gone afterwards."""
+    """The folder asked for, or a temporary one."""
     if out is not None:
         yield out
         return

@@ -30,41 +30,46 @@ DataOption = Annotated[
 WorldOption = Annotated[
     list[str],
     typer.Option(
-        help="Of scenes; repeatable: in each of COUNT turns one scene of each, or NAME:N."
+        help="World of scenes, repeatable; COUNT scenes of each, or N times as many with NAME:N."
     ),
 ]
 SplitOption = Annotated[str, typer.Option(help="Split to learn from.")]
 CountOption = Annotated[
-    int | None, typer.Option(min=1, help="Turns of scenes (2000), or records of each set (all).")
+    int | None, typer.Option(min=1, help="Scenes per world (2000), or records per set (all).")
 ]
 PresetOption = Annotated[
     str | None,
     typer.Option(help="published, ours or small (by default small for the embedded model and "
-                 "scenes, else published); other options go instead of its values."),
+                 "scenes, else published); other options override its values."),
 ]  # fmt: skip
-PpgOption = Annotated[float | None, typer.Option(min=0, max=1, help="Share asked the PPG way.")]
+PpgOption = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Share of references asked with PPG.")
+]
 JudgeOption = Annotated[
     str | None,
     typer.Option("--sam", help="Segmenter that judges PPG's points and draws the held-out masks: "
-                 "'embedded', a checkpoint or a family; no default but with --preset small."),
+                 "'embedded', a checkpoint or a family; only --preset small has a default."),
 ]  # fmt: skip
 ReferencesOption = Annotated[
-    int | None, typer.Option(min=1, help="Most references a conversation.")
+    int | None, typer.Option(min=1, help="Most references per conversation.")
 ]
 PointsOption = Annotated[
-    int | None, typer.Option(min=1, help="Most points a round-2 question; any number is as likely.")
+    int | None,
+    typer.Option(min=1, help="Most points per round-2 question; all numbers are equally likely."),
 ]
 GridsOption = Annotated[
     float | None, typer.Option(min=0, max=1, help="Share of round-2 questions about an even grid.")
 ]
 JitterOption = Annotated[
     float | None,
-    typer.Option(min=0, max=0.5, help="How far the edges of round 2's boxes move, of a side."),
+    typer.Option(min=0, max=0.5, help="Largest move of round 2's box edges, as a share of a side."),
 ]
 HardPointsOption = Annotated[
     float | None,
     typer.Option(
-        min=0, max=1, help="Share of round-2 points off the object moved onto others in the box."
+        min=0,
+        max=1,
+        help="Share of round 2's points off the object that are moved onto other objects.",
     ),
 ]
 SharedBoxesOption = Annotated[
@@ -73,18 +78,19 @@ SharedBoxesOption = Annotated[
                  "its expressions get the same box and points."),
 ]  # fmt: skip
 VqaShareOption = Annotated[
-    float | None, typer.Option(min=0, max=0.9, help="Of scenes: share that asks what lies where.")
+    float | None,
+    typer.Option(min=0, max=0.9, help="Share of scenes that ask what lies at a place."),
 ]
 ExcludeOption = Annotated[
     list[str] | None,
     typer.Option(
         help="NAME=PATH of data sets whose val and test pictures are left out too; those of the "
-        "sets learnt from always are."
+        "training sets always are."
     ),
 ]
 SMALL = "small"
-# Scenes say "0+" of absent things alone; asked so, the model would learn just that. With half of
-# the others asked so, it refused a quarter of the compound expressions.
+# In scenes only absent things have the count "0+"; a model would learn that "0+" means absent. With
+# half of the other expressions asked with "0+", it refused a quarter of the compound expressions.
 LOOSENED = 0.85
 
 
@@ -94,7 +100,7 @@ def dialogues(
     split: SplitOption = "train",
     count: CountOption = None,
     preset: PresetOption = None,
-    show: Annotated[int, typer.Option(min=1, help="Conversations to show of each set.")] = 5,
+    show: Annotated[int, typer.Option(min=1, help="Conversations to show per set.")] = 5,
     ppg: PpgOption = None,
     references: ReferencesOption = None,
     points: PointsOption = None,
@@ -104,7 +110,7 @@ def dialogues(
     shared_boxes: SharedBoxesOption = None,
     vqa_share: VqaShareOption = None,
     exclude: ExcludeOption = None,
-    seed: Annotated[int, typer.Option(help="Other seeds ask other things.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all random choices.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for pictures with the points.")] = None,
     sam: JudgeOption = None,
 ) -> None:
@@ -154,7 +160,7 @@ def train(
     epochs: Annotated[float | None, typer.Option()] = None,
     rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Conversations a step, a device.")
+        int | None, typer.Option(min=1, help="Conversations per step and device.")
     ] = None,
     accumulate: Annotated[
         int | None, typer.Option(min=1, help="Steps whose gradients are summed.")
@@ -164,7 +170,7 @@ def train(
         int | None,
         typer.Option(
             min=1,
-            help="Stays the preset's if the rank is changed; with small it is twice the rank.",
+            help="Default: the preset's, whatever the rank; with small, twice the rank.",
         ),
     ] = None,
     projector: Annotated[str | None, typer.Option(help="lora, full or frozen.")] = None,
@@ -182,12 +188,12 @@ def train(
     hard_points: HardPointsOption = None,
     shared_boxes: SharedBoxesOption = None,
     tokens: Annotated[
-        int | None, typer.Option(min=64, help="Most tokens of text a conversation.")
+        int | None, typer.Option(min=64, help="Most tokens of text per conversation.")
     ] = None,
     vqa_share: VqaShareOption = None,
     exclude: ExcludeOption = None,
     held_out: Annotated[
-        int, typer.Option(min=0, help="Scenes or records to examine the model on as it learns.")
+        int, typer.Option(min=0, help="Scenes or records to evaluate the model on while training.")
     ] = 0,
     held_out_split: Annotated[str, typer.Option(help="Their split.")] = "val",
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
@@ -197,9 +203,9 @@ def train(
     tensorboard: Annotated[bool, typer.Option(help="Write OUT/tensorboard.")] = False,
     seed: Annotated[int, typer.Option(help="Of data, weights and order.")] = 0,
     start: Annotated[
-        Path | None, typer.Option(help="An adapter of the same rank to go on from, on other data.")
+        Path | None, typer.Option(help="An adapter of the same rank to continue from.")
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the last whole checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option(help="Continue from the last whole checkpoint.")] = False,
     sam: JudgeOption = None,
     device: DeviceOption = "auto",
 ) -> None:
@@ -220,7 +226,7 @@ def train(
         _show_recipe(preset, chosen, learning, how)
         return
     if out is None:
-        raise InputError("no folder for the adapter", hint="Say with --out where it goes.")
+        raise InputError("no folder for the adapter", hint="Name it with --out.")
 
     from sam4mllm_tool import embedded
     from sam4mllm_tool.evaluation.cases import asked_with, cases_of

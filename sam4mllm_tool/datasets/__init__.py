@@ -91,7 +91,7 @@ def load_examples(
     limit: int | None = None,
     protocol: Protocol = OURS,
 ) -> Iterator[ReferringExample]:
-    """The records of a split, in the order of the files, from the makers' or the hub's layout.
+    """The records of a split, in the order of the files, from the original or the hub's layout.
 
     Args:
         name: a key of ``DATASETS``.

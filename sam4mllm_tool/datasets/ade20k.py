@@ -7,8 +7,8 @@ Layout (Zhou et al., IJCV 2019, https://github.com/CSAILVision/ADE20K)::
 
 with ``validation`` beside ``training``. A JSON file lists objects and their parts alike, each with
 its ``raw_name``, its polygon and the file of its mask (amodal: hidden pixels are on it too). As in
-the authors' notebook objects and parts are asked by ``raw_name``, their boxes are the polygons',
-and names of stuff ("sky") are left out.
+the authors' notebook, expressions are the ``raw_name`` of objects and parts, boxes are those of the
+polygons, and stuff classes ("sky") are left out.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def examples(data: Path, split: str = "train") -> Iterator[VqaExample]:
                 pictures.setdefault(str(item["imageId"]), []).append(pair)
     except (ijson.JSONError, KeyError, TypeError) as error:
         raise DatasetError(
-            f"{file} is not as GQA's makers write it: {error!r}", hint=f"Download {_SOURCE}."
+            f"{file} is not in GQA's layout: {error!r}", hint=f"Download {_SOURCE}."
         ) from error
     for number, pairs in pictures.items():
         yield VqaExample(number, data / "images" / f"{number}.jpg", tuple(pairs))

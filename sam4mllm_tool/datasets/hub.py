@@ -1,11 +1,11 @@
-"""Data sets in the hub's common layout: parquet files a split, pictures inside.
+"""Data sets in the hub's common layout: parquet files per split, with the pictures inside.
 
 Read are the columns of the widely used copies: RefCOCO, + and g with ``question_id, image, answer
 (the expressions), segmentation (one flat polygon), bbox (x, y, width, height), iscrowd,
 file_name``, and ReasonSeg with ``image, text, mask, image_id``. Rows are read in small batches.
 
-These copies are not the makers' files: one polygon an object is kept where COCO has several, so
-figures differ slightly from those on the makers' layout.
+These copies are not the original files: one polygon per object is kept where COCO has several, so
+figures differ slightly from those on the original files.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def examples(
     if protocol.size != "own" or protocol.sentence == "raw" or protocol.crowds != "keep":
         raise DatasetError(
             f"the hub's copy of {dataset} cannot be evaluated by protocol {protocol.name}",
-            hint="It lacks raw sentences and whole polygons: use the makers' files.",
+            hint="It lacks raw sentences and whole polygons: use the original files.",
         )
     parquet = need_extra("pyarrow.parquet")
     number = 0
@@ -59,7 +59,7 @@ def examples(
                 except (KeyError, TypeError, ValueError) as error:
                     raise DatasetError(
                         f"{file}, row {number} is not in the known layout: {error!r}",
-                        hint="Use the makers' files, or a copy with the columns in the docs.",
+                        hint="Use the original files, or a copy with the columns in the docs.",
                     ) from error
                 number += 1
 

@@ -45,5 +45,5 @@ def _below(folder: Path, name: str) -> Path:
 
 
 def _pairs(record: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    said = [str(turn["value"]).replace(IMAGE_MARK, "").strip() for turn in record["conversations"]]
-    return tuple(zip(said[::2], said[1::2], strict=False))
+    texts = [str(turn["value"]).replace(IMAGE_MARK, "").strip() for turn in record["conversations"]]
+    return tuple(zip(texts[::2], texts[1::2], strict=False))

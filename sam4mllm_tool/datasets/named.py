@@ -1,7 +1,7 @@
-"""Pictures whose objects have names: a name is an expression that means all objects it is given to.
+"""Pictures whose objects have names: a name is an expression that means all objects that have it.
 
-What is learnt of them follows the authors' notebooks: a name is asked where at most five objects of
-the picture have it, and each of their boxes covers more than 2 % of the picture.
+The selection follows the authors' notebooks: a name is used if at most five objects of the picture
+have it, and each of their boxes covers more than 2 % of the picture.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def examples(
     """One record for each name of each picture that is asked.
 
     Args:
-        most: objects that a name may be given to.
+        most: largest number of objects with one name.
         smallest: share of the picture that each box must cover more than.
     """
     for picture in pictures:

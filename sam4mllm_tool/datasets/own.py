@@ -6,9 +6,10 @@ Each may hold one split (``train``) at its top, or a folder or file for each spl
                 expressions: "expressions" of an annotation, else its category's name, which then
                 means all objects of the picture that have it
     labelme     NAME.json beside NAME.jpg (or in SPLIT/); a shape's label is the expression; shapes
-                with one label are targets together, those with one group_id are one object
+                with the same label are targets of one expression, those with the same group_id are
+                one object
     jsonl       data.jsonl (or SPLIT.jsonl); a line: {"image": "a.jpg", "text": "the dog" (or a
-                list), "masks": [PNG file, COCO RLE or polygons, …]}; no masks: nothing is meant
+                list), "masks": [PNG file, COCO RLE or polygons, …]}; no masks: no target
 """
 
 from __future__ import annotations
@@ -41,16 +42,16 @@ def coco(data: Path, split: str, protocol: Protocol = OURS) -> Iterator[Referrin
     file = named.present("coco", _of_split(data, split, "annotations{}.json"), _FORMAT)
     folder_of = named.Folder((file.parent, file.parent / "images", file.parent / split), "them")
     images = read_images(file)
-    said: dict[int, list[ReferringExample]] = {}
+    annotated: dict[int, list[ReferringExample]] = {}
     for item in stream_items(file, "annotations.item"):
         texts, image = item.get("expressions"), images.get(item["image_id"])
         if texts and image is not None:
             mask = segmentation_to_rle(item["segmentation"], image.width, image.height)
             record = _record("coco", split, str(item["image_id"]), folder_of(image), texts, [mask],
                              number=str(item["id"]))  # fmt: skip
-            said.setdefault(item["image_id"], []).append(record)
-    if said:
-        yield from (record for found in said.values() for record in found)
+            annotated.setdefault(item["image_id"], []).append(record)
+    if annotated:
+        yield from (record for found in annotated.values() for record in found)
         return
     names = {item["id"]: item["name"] for item in stream_items(file, "categories.item")}
     pictures = named.coco_pictures(file, names, folder_of, smallest=-1.0)
@@ -138,7 +139,7 @@ def jsonl(data: Path, split: str, protocol: Protocol = OURS) -> Iterator[Referri
                 yield ReferringExample.unreadable("jsonl", split, f"line {number}", fault)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DatasetError(
-                    f"{file}, line {number} is not as it should be: {error!r}",
+                    f"{file}, line {number} cannot be read: {error!r}",
                     hint='A line is {"image": "a.jpg", "text": "the dog", "masks": ["a-0.png"]}.',
                 ) from error
 

@@ -1,10 +1,10 @@
-"""Reading the ``refs(….).p`` files, which their makers publish as pickles, without trusting them.
+"""Reading the ``refs(….).p`` files, which are published as pickles, without trusting them.
 
 A pickle can run any code, but only through a *global*: every class or function it wants to call is
-first asked for by name (``find_class``), by extension code (which ends in ``find_class`` too), or
-as a persistent object. Here all of these are refused, so what can come out are the values that the
+first requested by name (``find_class``), by extension code (which ends in ``find_class`` too), or
+as a persistent object. Here all of these are refused, so the result can only hold values that the
 format writes inline: ``None``, booleans, numbers, strings, bytes, lists, tuples, dicts and sets.
-The REFER files hold nothing else. Anything that asks for more is rejected before it is called.
+The REFER files hold nothing else. A file that requests more is rejected before anything is called.
 """
 
 from __future__ import annotations
@@ -44,5 +44,5 @@ def read_plain_pickle(path: Path) -> Any:
     except Exception as error:
         raise DatasetError(
             f"{path} is not a pickle of plain values: {error}",
-            hint="Take the file from the makers' archive, or convert it to JSON beside it.",
+            hint="Take the file from the original archive, or convert it to a JSON file beside it.",
         ) from error

@@ -20,8 +20,8 @@ class Protocol:
     Attributes:
         name: as reports name it.
         texts: of a ReasonSeg file: ask each of them, or the first alone.
-        plain_text: a ReasonSeg ``text`` that is a string and no list: one expression, or a
-            sequence of characters (of which ``texts="first"`` asks the first).
+        plain_text: how a ReasonSeg ``text`` is read that is a string instead of a list: as one
+            expression, or as a sequence of characters (of which ``texts="first"`` asks the first).
         flag: ReasonSeg shapes to leave out: labelled exactly "flag", or with "flag" in the label.
         ties: of ReasonSeg shapes with equally many pixels, which lies on top.
         sentence: the field of a RefCOCO sentence that is asked: ``sent``, ``sent`` in lower case,

@@ -1,9 +1,9 @@
-"""ReasonSeg in its makers' layout: ``SPLIT/NAME.jpg`` with ``SPLIT/NAME.json`` beside it.
+"""ReasonSeg in its published layout: ``SPLIT/NAME.jpg`` with ``SPLIT/NAME.json`` beside it.
 
 Source: LISA (Lai et al., CVPR 2024, 2308.00692). A JSON file holds ``text`` (the expressions),
 ``is_sentence`` and ``shapes``: polygons labelled ``target``, or ``ignore`` for regions that do not
-count. Shapes are painted from the largest to the smallest, outlines included, with OpenCV as the
-makers do; a shape labelled ``flag`` is left out. All targets together are *one* mask.
+count. Shapes are painted from the largest to the smallest, outlines included, with OpenCV as in
+LISA's code; a shape labelled ``flag`` is left out. All targets together are *one* mask.
 """
 
 from __future__ import annotations

@@ -46,20 +46,20 @@ class ReferringExample:
         image_id: of the picture, to keep expressions on one image together.
         image: a file, or the encoded bytes where the data set holds them inside.
         expressions: each is judged by itself.
-        masks: one a target object, as RLE or as a picture file whose pixels above 0 are on it;
+        masks: one per target object, as RLE or as a picture file whose pixels above 0 are on it;
             empty means that the expressions have no target here.
         boxes: one per mask, pixels of the image, as in the data set's files.
         ignore: pixels that count neither for nor against a prediction.
         count: how many targets the data set lets an expression have.
-        kind: of expression, where the data set tells.
-        neighbours: masks of the picture's other objects; ``None`` if the data set has none
-            annotated, so that nobody knows what lies beside the targets.
+        kind: of expression, where the data set has this information.
+        neighbours: masks of the picture's other objects; ``None`` if the data set does not
+            annotate them.
         scored: the targets' masks at ``scored_size`` (width, height), where masks are compared at
             another size than the picture's.
         exif: see :class:`~sam4mllm_tool.datasets.protocol.Protocol`.
         decides: whether the model's statement that nothing is there counts in the IoU.
-        fault: why the record cannot be read, where it cannot: :meth:`open_image` raises it, so
-            that a run over many records can pass over this one.
+        fault: why the record cannot be read, if so: :meth:`open_image` raises it, and a run over
+            many records can skip this one.
     """
 
     dataset: str
@@ -84,7 +84,7 @@ class ReferringExample:
     def unreadable(
         cls, dataset: str, split: str, example_id: str, fault: DatasetError
     ) -> ReferringExample:
-        """A record of which no more than this is known; it stands as one case."""
+        """A record that cannot be read; it counts as one case."""
         return cls(dataset, split, example_id, example_id, b"", ("",), (), (), fault=fault)
 
     def open_image(self) -> RgbImage:
@@ -167,7 +167,7 @@ def _mask_size(mask: Rle | Path) -> tuple[int, int]:
 
 
 def _as_stored(source: Path | bytes) -> RgbImage:
-    """A picture that is known to be readable, its EXIF orientation left aside."""
+    """A picture that is known to be readable, its EXIF orientation ignored."""
     with Image.open(source if isinstance(source, Path) else BytesIO(source)) as opened:
         return load_image(np.asarray(opened.convert("RGB"))).image
 

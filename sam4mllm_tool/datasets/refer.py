@@ -1,4 +1,4 @@
-"""RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO in their makers' layout.
+"""RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO in their published layout.
 
 Source of the layout: REFER (Kazemzadeh et al., EMNLP 2014; Yu et al., ECCV 2016) and gRefCOCO
 (Liu et al., CVPR 2023). Below the data folder::

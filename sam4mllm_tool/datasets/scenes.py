@@ -16,7 +16,7 @@ from sam4mllm_tool.types import Box, Mask, TargetCount
 def scene_examples(
     world: World, split: str, seed: int, count: int, first: int = 0
 ) -> Iterator[ReferringExample]:
-    """The expressions of ``count`` scenes of a split, one record an expression.
+    """The expressions of ``count`` scenes of a split, one record per expression.
 
     A single target is asked with ``1``, several with ``1+``, none with ``0+``.
     """

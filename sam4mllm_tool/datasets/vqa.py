@@ -1,5 +1,5 @@
 """Questions without masks, mixed in so that a model keeps its other abilities: the record, and
-what scenes ask. Each data set has a file of its own.
+the questions about scenes. Each data set has a file of its own.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class VqaExample:
 def scene_vqa(world: World, split: str, seed: int, count: int, first: int = 0) -> list[VqaExample]:
     """What lies at some places of ``count`` scenes: a name's last word, or "background".
 
-    A scene in which nothing found room is left out.
+    A scene without objects is left out.
     """
     scenes = (render_scene(world, split, first + n, seed) for n in range(count))
     return [_ask_places(scene) for scene in scenes if scene.objects]

@@ -28,10 +28,10 @@ def examples(data: Path, split: str = "train") -> Iterator[VqaExample]:
     """
     year = f"{split}2014"
     asked = named.present("vqav2", [data / f"v2_OpenEnded_mscoco_{year}_questions.json"], _SOURCE)
-    told = named.present("vqav2", [data / f"v2_mscoco_{year}_annotations.json"], _SOURCE)
+    answers = named.present("vqav2", [data / f"v2_mscoco_{year}_annotations.json"], _SOURCE)
     answers = {
         item["question_id"]: str(item["multiple_choice_answer"])
-        for item in stream_items(told, "annotations.item")
+        for item in stream_items(answers, "annotations.item")
     }
     pictures: dict[int, list[tuple[str, str]]] = {}
     for item in stream_items(asked, "questions.item"):

@@ -41,13 +41,13 @@ def evaluate(
 ) -> Document:
     """Measure what is missing in ``folder``, and write ``report.json``, ``.md`` and ``.html``.
 
-    With shards, the report covers the lines that are there by then: the last shard to end writes
-    the whole one, and running any shard again without cases left writes it anew.
+    With shards, the report covers the lines written by then: the last shard to end writes the
+    complete report, and running any shard again when no cases are left rewrites it.
 
     Args:
         cases: gives the run's cases from the start each time it is called.
         about: what is measured (``title`` and more).
-        protocol: that the cases were made by; named beside the numbers.
+        protocol: by which the cases were made; named beside the figures.
 
     Returns:
         The JSON document, see :func:`~sam4mllm_tool.evaluation.report.build_report`.
@@ -115,7 +115,7 @@ def evaluate_benchmark(
     unreadable_limit: int = UNREADABLE_LIMIT,
     on_case: Callable[[Case], None] = lambda _: None,
 ) -> Document:
-    """A benchmark through the pipeline, what is published for just that beside it.
+    """A benchmark through the pipeline, beside the figures published for the same split.
 
     Args:
         limit, sample_seed: measure a sample of so many expressions.

@@ -52,7 +52,7 @@ Cases: TypeAlias = "Callable[[], Iterator[Case]]"
 
 
 def cases_of(examples: Iterable[ReferringExample]) -> Iterator[Case]:
-    """A case an expression; a record that cannot be read is one case, which fails when opened."""
+    """One case per expression; an unreadable record is one case, which fails when opened."""
     for example in examples:
         for name, expression in example.cases():
             yield Case(
@@ -75,7 +75,7 @@ def cases_of(examples: Iterable[ReferringExample]) -> Iterator[Case]:
 def sampled(cases: Cases, limit: int | None, seed: int = 0) -> Cases:
     """``limit`` cases drawn at random, from as many pictures as possible, in their order.
 
-    Every expression is as likely as any other, but that a second one of a picture is drawn only
+    Expressions are equally likely, except that a second one of a picture is drawn only
     when every picture has one, a third when every picture has two, and so on.
 
     Args:
@@ -101,7 +101,7 @@ def sampled(cases: Cases, limit: int | None, seed: int = 0) -> Cases:
 
 
 def asked_with(cases: Cases, count: TargetCount | None) -> Cases:
-    """The cases asked with this count, whatever is known of them; ``None`` leaves them."""
+    """The cases, all asked with this count; ``None`` leaves each its own."""
     if count is None:
         return cases
     return lambda: (replace(case, count=count) for case in cases())

@@ -33,7 +33,7 @@ class Judged:
 
 
 def judge(model: Sam4MLLM, case: Case, image: RgbImage) -> Judged:
-    """Ask, draw, compare. A reply that cannot be read counts as nothing predicted."""
+    """Ask, draw, compare. A reply that cannot be read counts as an empty prediction."""
     error = ""
     start = time.perf_counter()
     found: Segmentation | None = None
@@ -98,7 +98,7 @@ def _stated(found: Segmentation, truth: Sequence[Mask]) -> tuple[StatedPoint, ..
 
 
 def _questions(found: Segmentation) -> int:
-    """Each point asked about is a question, however many stand in one message."""
+    """Each point asked about counts as a question, however many are in one message."""
     return sum(one.count if one.kind == "yes_no" else 1 for one in found.trace.exchanges)
 
 
@@ -110,7 +110,7 @@ def _compare(case: Case, masks: Sequence[Mask], truth: Sequence[Mask]) -> tuple[
 
 
 def _apart(case: Case) -> bool:
-    """Whether presence is a question of its own; asked with "0+" the first one has said it."""
+    """Whether presence needs a question of its own; with "0+" the first question covers it."""
     return case.ask_presence and case.count is not TargetCount.ZERO_OR_MORE
 
 

@@ -1,6 +1,6 @@
 """The field's metrics for referring segmentation, as ratios of sums over expressions.
 
-Definitions and their traps:
+Definitions and pitfalls:
 
 * **cIoU** (also *overall* or *cumulative IoU*, oIoU): all intersections over all unions. Large
   objects weigh most. The number that RefCOCO papers print (Ding et al., VLT, 2108.05565; LAVT).
@@ -17,11 +17,11 @@ Definitions and their traps:
   several targets an expression counts if boxes and targets pair up one to one, each pair with IoU
   >= 0.5: GREC's "F1 = 1" (He et al., 2308.16182).
 
-Traps: a false alarm on a no-target expression adds its area to cIoU's union (intersection 0), a
+Pitfalls: a false alarm on a no-target expression adds its area to cIoU's union (intersection 0), a
 right refusal adds nothing to either. An empty prediction for a target has IoU 0, not 0/0. Masks of
 several objects are united first: everything here is *per expression*, not per object and not per
-image; a data set with several expressions an object weighs that object more often. GRES sets masks
-of fewer than 50 pixels to empty for models without a no-target output; we have one and do not.
+image; an object with several expressions counts several times. GRES sets masks of fewer than 50
+pixels to empty for models without a no-target output; our models have one, so this is not done.
 
 Point metrics compare answers with the true mask. *Balanced* accuracy is the mean of the accuracy
 on inside and on outside points: with a box around the object most points are inside, and always
@@ -89,15 +89,15 @@ class StatedPoint(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one expression; areas in pixels.
+    """The outcome of one expression; areas in pixels.
 
     Attributes:
         case: id of the expression in its data set.
         image: id of its image, the unit of resampling.
         truth_area, predicted_area: 0 means no target, or nothing predicted.
         box_iou: as :func:`match_boxes` gives it; ``None`` without target.
-        said_target: whether the model said that there is a target, if it was asked so in a
-            question of its own; ``None`` = whether anything was predicted.
+        said_target: whether the model stated that there is a target, if that was asked as a
+            separate question; ``None`` = whether anything was predicted.
         decides: whether ``said_target`` also decides the IoU, as ReLA's no-target head does.
         points: answered points.
         stated: points of PPG replies.

@@ -38,9 +38,9 @@ def compared(image: RgbImage, truth: Sequence[Mask], predicted: Sequence[Mask]) 
     """The picture with right, missed and superfluous pixels tinted; same size as the image."""
     pixels = image.array.astype(np.float32)
     shape = image.array.shape[:2]
-    said, true = (np.logical_or.reduce([m.pixels for m in masks], axis=0)
+    found, true = (np.logical_or.reduce([m.pixels for m in masks], axis=0)
                   if masks else np.zeros(shape, bool) for masks in (predicted, truth))  # fmt: skip
-    for where, colour in ((said & true, HIT), (true & ~said, MISSED), (said & ~true, EXTRA)):
+    for where, colour in ((found & true, HIT), (true & ~found, MISSED), (found & ~true, EXTRA)):
         pixels[where] = 0.45 * pixels[where] + 0.55 * np.array(colour, np.float32)
     return Image.fromarray(np.round(pixels).astype(np.uint8))
 

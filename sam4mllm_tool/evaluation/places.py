@@ -1,7 +1,7 @@
 """Where a point lies: on the target, on another object, on the background, or near the outline.
 
-A model can be right about most points by telling things from background. Whether it knows *which*
-thing is meant shows on other objects alone, and what it cannot see shows at outlines.
+A model can be right about most points by distinguishing things from background. Only points on
+other objects show whether it knows *which* thing is meant, and points at outlines how well it sees.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Places:
 
     Args:
         targets: masks of what is meant, at least one.
-        others: masks of the picture's other objects; ``None`` if it is not known which there are.
+        others: masks of the picture's other objects; ``None`` if they are not known.
     """
 
     def __init__(self, targets: Sequence[Mask], others: Sequence[Mask] | None) -> None:
@@ -38,7 +38,7 @@ class Places:
         self._near = OUTLINE * float(np.sqrt(self._target.sum()))
 
     def of(self, x: float, y: float) -> Place | None:
-        """The place of a point (pixels); ``None`` off the targets if nobody knows what lies there.
+        """The place of a point (pixels); ``None`` off the targets if other objects are not known.
 
         A point outside the picture is judged by the nearest pixel.
         """

@@ -63,7 +63,7 @@ def published_for(benchmark: str, split: str, protocol: str, cases: int) -> tupl
 
 
 def where_published(benchmark: str, split: str) -> str:
-    """What a run has to be for published numbers to be shown beside it; empty if there are none."""
+    """The run for which published figures are shown; empty if there are none."""
     row = PUBLISHED.get((benchmark, split))
     if row is None:
         return ""

@@ -3,9 +3,9 @@
 The folder of a run holds ``run.json`` (what is measured), ``outcomes-I-of-N.jsonl`` (one line per
 case and strategy, each written at once) and ``skipped-I-of-N.jsonl`` (pictures that could not be
 read). Lines that are there are not computed again, and a report is always made from all lines of
-the folder. A picture whose lines are incomplete is asked again from its first case: what a model
-answers may depend, in the last digits, on what it was asked about the picture before. So a run in
-one go, a resumed one and one of N shards give the same report (but for the seconds).
+the folder. A picture whose lines are incomplete is asked again from its first case: a model's
+answers may depend, in the last digits, on the earlier questions about the picture. So an
+uninterrupted run, a resumed one and one of N shards give the same report (except for the seconds).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Line:
-    """A judged case as it stands in a file."""
+    """A judged case as it is written to a file."""
 
     strategy: str
     judged: Judged
@@ -202,7 +202,7 @@ def _check_limit(skipped: Sequence[Skipped], limit: int) -> None:
 
 @contextmanager
 def _claimed(folder: Path, about: dict[str, Any], shard: Shard) -> Iterator[None]:
-    """Note what the folder's run is about, or make sure that it is this one; lock the shard."""
+    """Write what the folder's run measures, or check that it is this run; lock the shard."""
     file = folder / "run.json"
     wanted = json.dumps(about, indent=1, sort_keys=True) + "\n"
     with exclusive(folder / f".lock-{shard}", f"shard {shard} in {folder}"):

@@ -1,4 +1,4 @@
-"""How well a segmenter of the SAM kind draws what true boxes and points tell it.
+"""How well a segmenter of the SAM kind draws objects from true boxes and points.
 
 `sam4mllm-tool eval sam --seed N --json` calls `evaluate_sam` with the embedded small SAM; any other
 `Segmenter` is measured the same way. Scenes come from the test split: of the world the small SAM
@@ -75,7 +75,7 @@ class SamReport:
     threads: int = field(default_factory=torch.get_num_threads)
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain data, with the bars it is held against."""
+        """The report as plain data, with the targets and whether they are reached."""
         return asdict(self) | {"bars": bars(self)}
 
 
@@ -227,7 +227,7 @@ def time_segmenter(segmenter: Segmenter, seed: int, pictures: int = 12) -> tuple
 
 
 def bars(report: SamReport) -> dict[str, dict[str, float | bool]]:
-    """What the small SAM is held against: the figure, its bar, and whether it is reached."""
+    """The targets set for the small SAM: each figure, its bar, and whether it is reached."""
     trained, held_out = report.trained_categories, report.held_out_categories
     everything, hard = trained["all"], trained["hard"]
     steps = [after.mean - before.mean for before, after in pairwise(report.rounds)]

@@ -1,4 +1,4 @@
-"""Prompts made from the truth, to measure how well a segmenter listens to them."""
+"""Prompts made from the truth, to measure how well a segmenter follows them."""
 
 import numpy as np
 import numpy.typing as npt

@@ -1,9 +1,9 @@
 """The models on unseen synthetic scenes, through the real pipeline, by kind of expression.
 
-Each expression is asked as the tools ask by default: with ``0+``, whatever is there. Asked with
-the true count (``ask=None``: ``1`` for a single object, ``1+`` for a plural, ``0+`` for an absent
-one) the question gives the answer away in part; whether there is a target is then asked again,
-with ``0+`` and as a question of its own, of the expressions that have one.
+Each expression is asked as the tools ask by default: with ``0+``, whatever the truth. The true
+count (``ask=None``: ``1`` for a single object, ``1+`` for a plural, ``0+`` for an absent one)
+reveals part of the answer; whether there is a target is then asked separately, with ``0+``, of the
+expressions that have one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sam4mllm_tool.types import Box, Mask, RgbImage, TargetCount
 MOST_SCENES = 20_000
 POOL = 4
 BASELINE_CELLS = 6
-"""The position-only baseline sees a point's place in its box on so many cells a side."""
+"""Cells per side of the box, to which the position-only baseline rounds a point's place."""
 
 
 def scene_cases(
@@ -44,8 +44,8 @@ def scene_cases(
 ) -> Cases:
     """The first ``limit`` expressions of a split's scenes, asked with ``ask`` (or the true count).
 
-    With ``per_kind`` at most so many of a kind are taken: some kinds are rare in the stream, and a
-    handful of cases says nothing about them. ``MOST_SCENES`` are searched.
+    With ``per_kind`` at most that many of each kind are taken: some kinds are rare in the stream,
+    and a few cases would be too few to measure them. ``MOST_SCENES`` are searched.
     """
 
     def cases() -> Iterator[Case]:
@@ -118,9 +118,9 @@ def evaluate_scenes(
 def position_baseline(outcomes: Sequence[Outcome]) -> float | None:
     """Balanced accuracy of guessing from a point's place in its box alone, cross-fitted.
 
-    Pictures are dealt into two halves; for either half the share of points inside, a cell of the
-    box, is counted on the other, and a point is called inside where that share is above the
-    overall one (the best choice for balanced accuracy).
+    Pictures are divided into two halves. For each half, the share of points inside is counted per
+    cell of the box on the other half, and a point is called inside where that share is above the
+    overall share (the best choice for balanced accuracy).
     """
     rows = [
         (number, point.u, point.v, point.inside)

@@ -23,7 +23,7 @@ class ImagePolicy:
         max_bytes: limit on the encoded size of a file, data URI or download.
         timeout_seconds: limit on a whole download.
         isolated: whether files and bytes are decoded in a worker process with limits on CPU time
-            and memory (:mod:`sam4mllm_tool.images.isolation`): for pictures from strangers.
+            and memory (:mod:`sam4mllm_tool.images.isolation`): for untrusted pictures.
     """
 
     allowed_dirs: tuple[Path, ...] | None = None

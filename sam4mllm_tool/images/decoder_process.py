@@ -1,7 +1,7 @@
-"""The process that decodes pictures from strangers: reads pictures on stdin, writes pixels.
+"""The process that decodes untrusted pictures: reads pictures on stdin, writes pixels.
 
 Started by :mod:`sam4mllm_tool.images.isolation`; ends when stdin does. A message is the length of
-a JSON header as four bytes, the header, and as many bytes as its ``size`` says.
+a JSON header as four bytes, the header, and as many bytes as its ``size`` states.
 """
 
 from __future__ import annotations

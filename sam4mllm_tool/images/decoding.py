@@ -28,7 +28,7 @@ _Decoded = tuple[Image.Image, tuple[str, ...]]
 
 
 def decode(data: bytes, max_pixels: int) -> _Decoded:
-    """The picture in ``data`` as upright RGB, and what was changed to get it, a sentence each.
+    """The picture in ``data`` as upright RGB, and the changes made, one sentence each.
 
     Raises:
         ImageError: not a picture, broken, or over a limit.

@@ -1,8 +1,9 @@
-"""Downloading a picture: the address that was checked is connected to, until the deadline.
+"""Downloading a picture from a checked address, within a deadline.
 
-httpcore does the protocol over a network of our own (:class:`_CheckedNetwork`), which sees every
-connection and every read: names are resolved and checked there, and no read lasts beyond the
-deadline. Compressed transfer is refused: a few kilobytes could become gigabytes.
+httpcore implements the protocol over a network backend of our own (:class:`_CheckedNetwork`), which
+sees every connection and every read: names are resolved and checked there, the checked address is
+the one connected to, and no read lasts beyond the deadline. Compressed transfer is refused: a few
+kilobytes could become gigabytes.
 """
 
 from __future__ import annotations
@@ -211,7 +212,7 @@ class _TimedStream(httpcore.NetworkStream):
 
 
 def _resolved(host: str, port: int, deadline: _Deadline) -> list[str]:
-    """All addresses of ``host``. The system's resolver knows no deadline, so a thread asks it."""
+    """All addresses of ``host``. The system's resolver has no deadline, so it runs in a thread."""
     answers: queue.SimpleQueue[list[str] | Exception] = queue.SimpleQueue()
 
     def ask() -> None:

@@ -1,8 +1,8 @@
-"""Decoding in worker processes that can be killed, for pictures that may mean harm.
+"""Decoding in worker processes that can be killed, for pictures from untrusted sources.
 
 A few workers are kept warm. Each decodes one picture at a time, within ``MAX_CPU_SECONDS`` and
 ``MAX_BYTES_ABOVE_BASE``; one that breaks a limit, crashes or is no longer wanted is replaced.
-The workers run no sandbox: they bound what a picture costs, not what a hole in a decoder opens.
+The workers are not a sandbox: they bound the cost of a picture, not what an exploit could do.
 Where processes have no such limits (Windows) pictures are decoded in this process.
 """
 

@@ -32,7 +32,7 @@ ImageSource: TypeAlias = "str | Path | bytes | Image.Image | NDArray[np.uint8]"
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """An image and what was changed to get it, a sentence each."""
+    """An image and the changes made to get it, one sentence each."""
 
     image: RgbImage
     notes: tuple[str, ...] = ()

@@ -36,7 +36,7 @@ def expand_sources(sources: Iterable[str]) -> list[str]:
     """Folders and patterns replaced by their pictures, each picture once; the rest as it is.
 
     Raises:
-        InputError: a folder without pictures, or a pattern that nothing fits.
+        InputError: a folder without pictures, or a pattern that matches no picture.
     """
     found: dict[str, None] = {}
     for source in sources:
@@ -57,7 +57,7 @@ def _fitting(pattern: str) -> list[str]:
         if Path(path).suffix.lower() in PICTURES
     ]
     if not fitting:
-        raise InputError(f"no picture fits {pattern!r}", hint="Check the pattern.")
+        raise InputError(f"no picture matches {pattern!r}", hint="Check the pattern.")
     return fitting
 
 

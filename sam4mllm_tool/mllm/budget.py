@@ -12,13 +12,13 @@ _POLL_SECONDS = 0.1
 
 
 class ByteBudget:
-    """Lets callers in, in the order of asking, as long as what they hold together stays in bounds.
+    """Lets callers in, first come first served, while what they hold together is within a bound.
 
-    Whoever comes when nobody holds anything is let in whatever it needs: a bound smaller than one
-    dialogue slows callers down, and stops none.
+    A caller that comes when nobody holds anything is let in whatever it needs: a bound smaller than
+    one dialogue slows callers down, but does not block them.
 
     Args:
-        max_bytes: bound of what all hold together.
+        max_bytes: bound on the sum of what all callers hold.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -34,7 +34,7 @@ class ByteBudget:
 
     @contextmanager
     def held(self, nbytes: int) -> Iterator[None]:
-        """Hold so many bytes within the ``with`` block.
+        """Hold that many bytes within the ``with`` block.
 
         Raises:
             CallCancelled: the current call is no longer wanted.

@@ -13,7 +13,7 @@ from sam4mllm_tool.mllm.grammar_tokens import Place, TokenGrammar, YesNoTokens
 from sam4mllm_tool.types import YesNo
 
 _JACOBI_PASSES = 8
-"""After so many passes over all slots the answers hang on each other: go slot by slot."""
+"""Passes over all slots after which answers are read one by one: they depend on each other."""
 
 
 Leads = Callable[[int], bool]
@@ -27,15 +27,15 @@ def no_lead(token: int) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Fork:
-    """A free choice that a reply has made, and what it could have said instead.
+    """A free choice in a reply, with its alternatives.
 
     Attributes:
-        spot: the place behind which the choice was made, everything read (``None`` if it was
+        spot: the place after which the choice was made, everything read (``None`` if it was
             not kept).
         tokens, log_probabilities: the allowed tokens, and their probabilities among themselves.
         place: where the reply was in its grammar.
-        chosen: index of the token that was said.
-        said: the reply's ids before the choice.
+        chosen: index of the token that was chosen.
+        before: the reply's ids before the choice.
         score: sum of log-probabilities before the choice.
     """
 
@@ -44,7 +44,7 @@ class Fork:
     tokens: Tensor
     log_probabilities: Tensor
     chosen: int
-    said: tuple[int, ...]
+    before: tuple[int, ...]
     score: float
 
 
@@ -70,37 +70,37 @@ def speak_freely(
 
     ``None`` if its first token leads to a thought.
     """
-    said: list[int] = []
+    ids: list[int] = []
     score = 0.0
     new: tuple[int, ...] = ()
-    while len(said) < limit:
+    while len(ids) < limit:
         spot, logits = engine.read(spot, new)
         token = int(logits[-1].argmax())
-        if not said and leads(token):
+        if not ids and leads(token):
             return None
         score += float(logits[-1].log_softmax(-1)[token])
         if token in end_ids:
             break
-        said.append(token)
+        ids.append(token)
         new = (token,)
-    return Spoken(tuple(said), score, spot)
+    return Spoken(tuple(ids), score, spot)
 
 
 def speak(
     engine: Engine, spot: Spot, grammar: TokenGrammar, limit: int, start: Fork | None = None,
     choice: int = 0,
 ) -> Spoken:  # fmt: skip
-    """Greedy reply within a grammar; tokens without a choice ride along with the next pass.
+    """Greedy reply within a grammar; forced tokens are read in the same pass as the next free one.
 
     Args:
-        engine: reads.
+        engine: runs the forward passes.
         spot: the end of the dialogue.
-        grammar: what may be said.
+        grammar: what the reply may be.
         limit: most tokens of the reply, forced ones included.
-        start: a choice of an earlier reply from which to go another way …
-        choice: … with this of its tokens.
+        start: a choice of an earlier reply; the new reply takes another option there …
+        choice: … namely this one of its tokens.
     """
-    said: list[int] = []
+    ids: list[int] = []
     forks: list[Fork] = []
     score, place = 0.0, grammar.start
     new: list[int] = []
@@ -108,34 +108,38 @@ def speak(
         token = int(start.tokens[choice])
         score = start.score + float(start.log_probabilities[choice])
         if grammar.is_end(token):
-            return Spoken(start.said, score, start.spot)
+            return Spoken(start.before, score, start.spot)
+        # Everything before the choice was read for the earlier reply: only the new tail is read.
         spot, place = start.spot, grammar.allowed(start.place)[token]
-        said, new = [*start.said, token], [token]
+        ids, new = [*start.before, token], [token]
     while True:
+        # Only a free token costs a pass. `new` holds what was decided since the last pass: the
+        # token chosen there, and the brackets and commas that follow it by the grammar.
         forced, place = grammar.forced(place)
-        said += forced
+        ids += forced
         new += forced
-        if grammar.at_end(place) or len(said) >= limit:
-            return Spoken(tuple(said), score, spot, tuple(forks))
+        if grammar.at_end(place) or len(ids) >= limit:
+            return Spoken(tuple(ids), score, spot, tuple(forks))
         spot, logits = engine.read(spot, new)
-        fork = _choose(logits[-1], spot, grammar, place, tuple(said), score)
+        fork = _choose(logits[-1], spot, grammar, place, tuple(ids), score)
         forks.append(fork)
         token = int(fork.tokens[fork.chosen])
         score += float(fork.log_probabilities[fork.chosen])
         if grammar.is_end(token):
-            return Spoken(tuple(said), score, spot, tuple(forks))
+            return Spoken(tuple(ids), score, spot, tuple(forks))
         place = grammar.allowed(place)[token]
-        said.append(token)
+        ids.append(token)
         new = [token]
 
 
 def speak_alternates(
     engine: Engine, spot: Spot, grammar: TokenGrammar, limit: int, count: int
 ) -> list[Spoken]:
-    """The greedy reply, then others that part from it at one choice and go on greedily.
+    """The greedy reply, then others that differ from it at one choice and are greedy afterwards.
 
-    Of a choice between numbers only the peaks are taken: a neighbour of a likely number says
-    nothing new.
+    A full beam search would read every reply from its beginning; these share everything before
+    their choice. Of a choice between numbers only the peaks are taken: a neighbour of a likely
+    coordinate gives nearly the same box.
     """
     greedy = speak(engine, spot, grammar, limit)
     found = {greedy.ids: greedy}
@@ -151,37 +155,46 @@ def speak_alternates(
 def answer_slots(
     engine: Engine, spot: Spot, tokens: YesNoTokens, count: int, leads: Leads = no_lead
 ) -> tuple[list[YesNo], Spot] | None:
-    """Answer ``count`` slots as greedy decoding would, several slots a pass (Jacobi iteration).
+    """Answer ``count`` slots as greedy decoding would, several slots per pass (Jacobi iteration).
 
-    ``None`` if the model would rather say a token first that leads to a thought.
+    ``None`` if the model would begin with a token that leads to a thought.
 
-    All answers are guessed and read at once; up to and including the first slot whose answer
-    comes out other than guessed, the answers are what one-by-one decoding gives. From there it
-    continues with better guesses, so that each pass settles at least one slot.
+    All answers are guessed and read at once. Why the result is exact: slot i's logits depend only
+    on the tokens before it. If all answers before slot i were guessed right, its logits are those
+    of one-by-one decoding, whatever was guessed after it. So the answers are final up to and
+    including the first slot that was guessed wrong (its own answer is known from this pass). From
+    there it continues with better guesses, and each pass settles at least one slot.
+
+    After Santilli et al., "Accelerating Transformer Inference for Translation via Parallel
+    Decoding" (2023, arXiv 2305.10427).
     """
     guesser = _Guesser(tokens, count)
     answers = guesser.first_guess()  # the first `settled` of them are final
     rows: list[Tensor] = []
-    lead, start, settled, passes = tokens.prefix, 0, 0, 0  # `spot` has read `start` answers
+    start, settled, passes = 0, 0, 0  # `spot` has read the first `start` answers
     while settled < count:
         # A cache that cannot be cut must not read guesses before the question was kept.
         one_by_one = passes >= _JACOBI_PASSES or (not engine.can_cut and passes == 0)
+        # The answers before `end` are read: settled ones that `spot` has not read, then guesses.
+        # The logits after the question or an answer decide the next slot, so slots `settled` to
+        # `end` come out of this pass.
         end = settled if one_by_one else count - 1
         keep = end + 1 - settled
-        after, logits = engine.read(spot, (*lead, *answers[start:end]), keep)
+        after, logits = engine.read(spot, answers[start:end], keep)
         if settled == 0 and leads(int(logits[0].argmax())):
             return None
         picks = guesser.see(settled, answers, logits)
         guessed = answers[settled:end]
-        right = next((i for i, said in enumerate(guessed) if said != picks[i]), len(guessed))
+        right = next((i for i, guess in enumerate(guessed) if guess != picks[i]), len(guessed))
         rows.append(logits[: right + 1])
         answers[settled : settled + right + 1] = picks[: right + 1]
         settled += right + 1
-        if settled - 1 == end:
-            spot, start, lead = after, end, ()
-        elif engine.can_cut:
+        if settled - 1 == end:  # every answer that was read is final
+            spot, start = after, end
+        elif engine.can_cut:  # drop what was read from the first wrong guess on
             spot = after.cut(len(after.ids) - (end - (settled - 1)))
-            start, lead = settled - 1, ()
+            start = settled - 1
+        # Else `spot` stays: the next pass reads the settled answers again, and then new guesses.
         guesser.guess(settled, answers)
         passes += 1
     probabilities = torch.cat(rows).softmax(-1)
@@ -191,11 +204,12 @@ def answer_slots(
 
 
 class _Guesser:
-    """Guesses answers from what the slots said in earlier passes.
+    """Guesses answers from the margins that the slots had in earlier passes.
 
-    A slot's margin (yes over no, in logits) is remembered for each answer that stood before it.
-    Where only the other answer stood there, the mean effect of the answer before, over all slots
-    of the pass, is added. A guess never changes a result, only how many passes it takes.
+    A slot's margin (yes over no, in logits) is remembered for either answer in the slot before.
+    Where it was seen after the other answer only, it is corrected by the mean effect of the answer
+    before, over all slots of the pass: a model often tends to repeat, or to alternate. A guess
+    never changes a result, only the number of passes.
     """
 
     def __init__(self, tokens: YesNoTokens, count: int) -> None:
@@ -204,12 +218,12 @@ class _Guesser:
         self._effect = 0.0
 
     def first_guess(self) -> list[int]:
-        """Yes and no in an irregular mixture, which tells most about the effect of each."""
+        """Yes and no in an irregular order: each follows either, so the effect can be estimated."""
         mixture = (int(slot * 0.618034) % 2 for slot in range(len(self._margins)))
         return [self._no[0] if odd else self._yes[0] for odd in mixture]
 
     def see(self, first: int, answers: Sequence[int], logits: Tensor) -> list[int]:
-        """Take in a pass: row ``i`` is slot ``first + i`` after ``answers``; gives its picks."""
+        """Remember a pass, return its picks; row ``i`` is slot ``first + i`` after ``answers``."""
         yes, no = logits[:, self._yes].max(-1), logits[:, self._no].max(-1)
         margins = (yes.values - no.values).tolist()
         after: dict[bool, list[float]] = {True: [], False: []}
@@ -219,7 +233,7 @@ class _Guesser:
             if slot > 0:
                 after[before].append(margin)
         if after[True] and after[False]:
-            means = {said: sum(some) / len(some) for said, some in after.items()}
+            means = {before: sum(some) / len(some) for before, some in after.items()}
             self._effect = means[True] - means[False]
         rows = zip(margins, yes.indices.tolist(), no.indices.tolist(), strict=True)
         return [self._yes[y] if margin >= 0 else self._no[n] for margin, y, n in rows]
@@ -237,12 +251,12 @@ class _Guesser:
 
 
 def _choose(
-    logits: Tensor, spot: Spot, grammar: TokenGrammar, place: Place, said: tuple[int, ...],
+    logits: Tensor, spot: Spot, grammar: TokenGrammar, place: Place, before: tuple[int, ...],
     score: float,
 ) -> Fork:  # fmt: skip
     tokens = torch.tensor(list(grammar.allowed(place)), device=logits.device)
     among = logits[tokens].log_softmax(-1)
-    return Fork(spot, place, tokens, among, int(among.argmax()), said, score)
+    return Fork(spot, place, tokens, among, int(among.argmax()), before, score)
 
 
 def other_ways(

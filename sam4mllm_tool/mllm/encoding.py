@@ -122,14 +122,14 @@ class DialogueEncoder:
             if turn.role != "assistant":
                 continue
             asked = self.encode(dialogue[:number], image)
-            said = self._reply_ids(turn.text)
-            here = (len(asked.ids), len(asked.ids) + len(said))
+            reply = self._reply_ids(turn.text)
+            here = (len(asked.ids), len(asked.ids) + len(reply))
             before = found.pop() if found else None
             if before is not None and asked.ids[: len(before.ids)] != before.ids:
                 found.append(before)
                 before = None
             earlier = before.replies if before else ()
-            found.append(Transcript(asked.ids + said, asked.image_end, (*earlier, here)))
+            found.append(Transcript(asked.ids + reply, asked.image_end, (*earlier, here)))
         return tuple(found)
 
     def _reply_ids(self, text: str) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """An MLLM behind an OpenAI-compatible server: vLLM, SGLang, or any other.
 
-The official client does the talking (retries with backoff, timeouts, pooled connections); this
+The official client sends the requests (retries with backoff, timeouts, pooled connections); this
 module turns dialogues into requests and token log-probabilities into answers. See
 ``docs/endpoint.md`` for how to start a server.
 """
@@ -35,7 +35,7 @@ LONGEST_REPLY = 1024
 
 
 class OpenAIEndpointMllm:
-    """Holds dialogues about images through ``/v1/chat/completions``. Safe from many threads.
+    """Dialogues about images through ``/v1/chat/completions``. Thread-safe.
 
     Args:
         base_url: up to and including ``/v1``.
@@ -56,7 +56,7 @@ class OpenAIEndpointMllm:
         EndpointError: the server cannot be reached, or does not serve ``model``.
     """
 
-    notes = NO_NOTES  # a server does not say what it serves
+    notes = NO_NOTES  # a server has no notes about its checkpoint
     own_format: DialogueFormat | None = None
 
     def __init__(
@@ -100,7 +100,7 @@ class OpenAIEndpointMllm:
 
         The grammar is enforced by servers that can; the reply is checked here in any case.
         ``log_probability`` is the sum of the server's log-probabilities, which vLLM renormalises
-        over what the grammar allows; ``None`` where the server cannot enforce it or tells none.
+        over what the grammar allows; ``None`` where the server cannot enforce it or returns none.
 
         Raises:
             ThoughtCutOff: the model thought for longer than it may.
@@ -130,9 +130,9 @@ class OpenAIEndpointMllm:
     ) -> list[YesNo]:
         """Answers to the last user turn's ``count`` questions, given in one reply.
 
-        vLLM is asked for all of them in one request: only yes and no may be said, and their
+        vLLM is asked for all of them in one request: only yes and no are allowed, and their
         probabilities at each slot are those over the whole vocabulary. Other servers let the model
-        answer freely; where it said anything but yes and no, the reply is continued from there
+        answer freely; where it answers anything but yes and no, the reply is continued from there
         with the likelier word, and spellings outside the ``top_logprobs`` likeliest tokens count as
         probability 0.
 
@@ -149,10 +149,10 @@ class OpenAIEndpointMllm:
         tokens = self._tokens(words)
         if self._served().thinks:
             return self._answer_after_thought(image, dialogue, tokens, count)
-        content = self._content(image, dialogue, words.prefix, tokens.request(count))
+        content = self._content(image, dialogue, "", tokens.request(count))
         return read_slots(content, tokens, count, self.name)
 
-    # --- what the server does, found out on first use ---------------------------------------------
+    # --- the self-test on first use -------------------------------------------------------------
 
     def _served(self) -> Served:
         if not self.client.dialect.slots:
@@ -178,18 +178,18 @@ class OpenAIEndpointMllm:
 
     def _examine_slots(self, words: YesNoWords) -> SlotTokens:
         tokens = self._examiner.slot_tokens(words)
-        content = self._content(PROBE, PROBE_DIALOGUE, words.prefix, tokens.request(2))
+        content = self._content(PROBE, PROBE_DIALOGUE, "", tokens.request(2))
         self._examiner.check_slots(content, tokens, 2)
         return tokens
 
     # --- requests ---------------------------------------------------------------------------------
 
     def _content(
-        self, image: RgbImage, dialogue: Dialogue, said: str, request: dict[str, Any]
+        self, image: RgbImage, dialogue: Dialogue, begun: str, request: dict[str, Any]
     ) -> Sequence[Any]:
         """The tokens of one reply, with their log-probabilities and alternatives."""
         fields = {**request.pop("extra_body", {}), **_start(self._served())}
-        choice = self.client.ask(image, dialogue, said=said, extra_body=fields, **request)[0]
+        choice = self.client.ask(image, dialogue, begun=begun, extra_body=fields, **request)[0]
         return (choice.logprobs.content if choice.logprobs else None) or []
 
     def _answer_after_thought(
@@ -211,31 +211,24 @@ class OpenAIEndpointMllm:
         self, image: RgbImage, dialogue: Dialogue, words: YesNoWords, count: int
     ) -> list[YesNo]:
         answers: list[YesNo] = []
-        said = ""
+        begun = ""
         while len(answers) < count:
-            wanted = count - len(answers) + (2 if not said and words.prefix else 0)
-            for token in self._likeliest(image, dialogue, said, wanted):
-                if not answers and words.prefix and words.prefix.startswith(said + token.token):
-                    said += token.token
-                    continue
-                if len(said) < len(words.prefix) and self.client.dialect.continues:
-                    said = words.prefix  # it left the prefix out: start again behind it
-                    break
+            for token in self._likeliest(image, dialogue, begun, count - len(answers)):
                 answer, word = likeliest_slot(token.top_logprobs, words, self.name)
                 answers.append(answer)
-                said += word
+                begun += word
                 if word != token.token or len(answers) == count:
                     break
         return answers
 
     def _likeliest(
-        self, image: RgbImage, dialogue: Dialogue, said: str, count: int
+        self, image: RgbImage, dialogue: Dialogue, begun: str, count: int
     ) -> Sequence[Any]:
-        """The next tokens of a reply that begins with ``said``, with the likeliest alternatives."""
-        # A model that would stop early is made to go on: the missing answers are asked for anyway.
+        """The next tokens of a reply that begins with ``begun``, with likely alternatives."""
+        # `ignore_eos`: a model that would stop early must answer the remaining questions too.
         extra = {"ignore_eos": True} if self.client.dialect.continues else {}
         options = {"max_tokens": count, "logprobs": True, "top_logprobs": self.top_logprobs}
-        content = self._content(image, dialogue, said, options | {"extra_body": extra})
+        content = self._content(image, dialogue, begun, options | {"extra_body": extra})
         if not content or not content[0].top_logprobs:
             raise ProbabilitiesMissing(
                 f"{self.name} returns no token probabilities",
@@ -291,15 +284,12 @@ class OpenAIEndpointMllm:
         return text.lstrip() if thought else text
 
     def _checked(self, text: str, pattern: str) -> str:
-        """The reply if it fits the grammar; a newline that the server cut off is put back.
+        """The reply, which must fit the grammar if the server can enforce one.
 
-        Servers that cannot enforce a grammar may say anything that a format's reader accepts.
+        Other servers may reply with anything that a format's reader accepts.
         """
-        for whole in (text, f"\n{text}"):
-            if re.fullmatch(pattern, whole):
-                return whole
         key = self.client.dialect.regex_key
-        if key is None:
+        if key is None or re.fullmatch(pattern, text):
             return text
         raise DialogueError(
             f"{self.name} did not keep to the reply's form",

@@ -1,4 +1,4 @@
-"""What a server does with a prompt, found out on first use and held against what is needed.
+"""A test of what a server does with a prompt, on first use, against what the formats need.
 
 Everything here is asked once per connection, with a picture of a few pixels. vLLM's ``/tokenize``
 (in its root, not under ``/v1``) tells how the served tokenizer and chat template see a text.
@@ -59,7 +59,7 @@ class Examiner:
     def served(self) -> Served:
         """Start token and thoughts of the served chat template.
 
-        A template that opens no thought says nothing of a model that opens its thoughts itself.
+        A model may open its thoughts itself, even if the template opens none.
 
         Raises:
             EndpointError: the server does not answer ``/tokenize``.
@@ -77,7 +77,7 @@ class Examiner:
         return Served(lacks_start, opens in prompt[-3:], closes)
 
     def check_template(self) -> None:
-        """Make sure that a reply of the past stands where a reply of the present begins.
+        """Make sure that an earlier reply is written where a new reply would begin.
 
         SAM4MLLM's replies begin directly after the generation prompt. A template that writes
         something between the two (llava-hf's newline before every text) shows the model another
@@ -91,8 +91,8 @@ class Examiner:
         reply = self._continuation(_REPLY)
         if past[: len(prompt) + len(reply)] != prompt + reply:
             raise EndpointError(
-                f"the chat template that {self._name} serves writes a past reply elsewhere than "
-                "where replies begin",
+                f"the chat template that {self._name} serves writes an earlier reply elsewhere "
+                "than where replies begin",
                 hint="Serve the adapter's own template: --chat-template chat_template.jinja, the "
                 "file beside the adapter.",
                 retryable=False,
@@ -108,18 +108,18 @@ class Examiner:
         Raises:
             EndpointError: one of them has none, or a token says both.
         """
-        yes, no = (self._single(said) for said in (words.yes, words.no))
+        yes, no = (self._single(spellings) for spellings in (words.yes, words.no))
         if not yes or not no or yes & no:
             raise EndpointError(
-                f"the tokenizer that {self._name} serves cannot tell {words.yes[0]!r} from "
-                f"{words.no[0]!r} by one token",
+                f"the tokenizer that {self._name} serves does not write {words.yes[0]!r} "
+                f"and {words.no[0]!r} as one token each",
                 hint="Choose a format whose words are single tokens in this model's vocabulary.",
                 retryable=False,
             )
         return SlotTokens(yes, no)
 
     def check_slots(self, content: Any, tokens: SlotTokens, count: int) -> None:
-        """Hold the answer to a question that is not about yes or no against what is needed.
+        """Check the answer to a question that is not about yes or no.
 
         Raises:
             ProbabilitiesMissing, EndpointError: with the field that the server ignores.

@@ -101,11 +101,11 @@ class ChatClient:
         image: RgbImage,
         dialogue: Dialogue,
         *,
-        said: str = "",
+        begun: str = "",
         extra_body: dict[str, Any] | None = None,
         **options: Any,
     ) -> Sequence[Choice]:
-        """One request for chat completions; ``said`` is the beginning of the reply.
+        """One request for chat completions; ``begun`` is the beginning of the reply.
 
         Raises:
             CallCancelled: the current call is no longer wanted.
@@ -114,7 +114,7 @@ class ChatClient:
         check_cancelled()
         messages = self._messages(image, dialogue)
         fields = dict(extra_body or {})
-        if said:
+        if begun:
             if not self.dialect.continues:
                 raise EndpointError(
                     f"{self.name} did not answer with yes or no alone, and this kind of server "
@@ -122,7 +122,7 @@ class ChatClient:
                     hint="Serve the model with vLLM or SGLang, or ask about one point at a time.",
                     retryable=False,
                 )
-            messages.append({"role": "assistant", "content": said})
+            messages.append({"role": "assistant", "content": begun})
             fields |= {"continue_final_message": True, "add_generation_prompt": False}
         with _typed_errors(self.name):
             answer = self.client.chat.completions.create(
@@ -149,8 +149,8 @@ class ChatClient:
                 )
         except EndpointError as error:
             raise EndpointError(
-                f"{self.name} does not say how it tokenises: {error.message}",
-                hint=f"{self._root}/tokenize is asked for it; server='vllm-0.12' does without.",
+                f"{self.name} does not answer /tokenize: {error.message}",
+                hint=f"The address is {self._root}/tokenize; server='vllm-0.12' works without it.",
                 retryable=error.retryable,
             ) from error
         return answer if isinstance(answer, dict) else {}
@@ -188,7 +188,7 @@ def _kind_of(owner: str) -> ServerKind:
 
 
 def _data_uri(image: RgbImage) -> str:
-    """PNG, so that the server sees the very pixels."""
+    """PNG, so that the server sees the same pixels."""
     buffer = BytesIO()
     image.pil.save(buffer, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

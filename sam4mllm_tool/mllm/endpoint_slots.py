@@ -32,7 +32,7 @@ class SlotTokens:
     def request(self, count: int) -> dict[str, Any]:
         """Fields by which vLLM answers ``count`` slots in one request.
 
-        ``allowed_token_ids`` lets only yes and no be said, and ``logprob_token_ids`` gives the
+        ``allowed_token_ids`` allows only yes and no, and ``logprob_token_ids`` gives the
         log-probabilities of just these tokens at each slot, of the model's raw distribution over
         the whole vocabulary (vLLM's default ``--logprobs-mode raw_logprobs``).
         """
@@ -53,7 +53,7 @@ def read_slots(content: Sequence[Any], tokens: SlotTokens, count: int, name: str
     """Full-vocabulary probabilities of yes and no at each of ``count`` slots.
 
     Args:
-        content: the reply's ``logprobs.content``: what was said at each slot, with the
+        content: the reply's ``logprobs.content``: the token chosen at each slot, with the
             log-probabilities of the requested tokens.
         tokens: what was requested.
         count: how many slots.
@@ -61,7 +61,7 @@ def read_slots(content: Sequence[Any], tokens: SlotTokens, count: int, name: str
 
     Raises:
         ProbabilitiesMissing: the server gives no log-probabilities, or not those requested.
-        EndpointError: what it gives cannot be probabilities, or other tokens were said.
+        EndpointError: what it gives cannot be probabilities, or other tokens were chosen.
     """
     if not content:
         raise ProbabilitiesMissing(
@@ -78,8 +78,8 @@ def read_slots(content: Sequence[Any], tokens: SlotTokens, count: int, name: str
 
 
 def _read_slot(slot: Any, tokens: SlotTokens, name: str) -> YesNo:
-    said = token_id(slot.token)
-    if said is None:
+    chosen = token_id(slot.token)
+    if chosen is None:
         raise EndpointError(
             f"{name} names the token {slot.token!r} by its text",
             hint="It ignores the field 'return_tokens_as_token_ids'; server='vllm-0.12' does "
@@ -87,9 +87,9 @@ def _read_slot(slot: Any, tokens: SlotTokens, name: str) -> YesNo:
             retryable=False,
         )
     answer = _requested(slot, tokens, name)
-    if said not in tokens.both:
+    if chosen not in tokens.both:
         raise EndpointError(
-            f"{name} said token {said}, which is neither yes nor no",
+            f"{name} chose token {chosen}, which is neither yes nor no",
             hint="It ignores the field 'allowed_token_ids'; serve the model with vLLM.",
             retryable=False,
         )
@@ -103,7 +103,7 @@ def _requested(slot: Any, tokens: SlotTokens, name: str) -> YesNo:
         raise ProbabilitiesMissing(
             f"{name} gives no probability for token {missing[0]}",
             hint="It ignores the field 'logprob_token_ids', as vLLM did until mid-2026; "
-            "server='vllm-0.12' does without it.",
+            "server='vllm-0.12' works without it.",
         )
     return chances((found[i] for i in tokens.yes), (found[i] for i in tokens.no), name)
 
@@ -111,15 +111,15 @@ def _requested(slot: Any, tokens: SlotTokens, name: str) -> YesNo:
 def read_after(close: int | None, content: Sequence[Any], tokens: SlotTokens, name: str) -> YesNo:
     """Probabilities of yes and no where the answer begins: at the first word behind a thought.
 
-    That is the slot at which yes or no is said, a few tokens at most (line breaks, ``<answer>``)
-    behind ``</think>``.
+    The slot of yes or no comes a few tokens at most (line breaks, ``<answer>``) after
+    ``</think>``.
 
     Raises:
         ThoughtCutOff: the thought was not closed, or no yes or no follows it.
         ProbabilitiesMissing, EndpointError: as of :func:`read_slots`.
     """
-    said = [token_id(slot.token) for slot in content]
-    behind = [i for i, token in enumerate(said) if token is not None and token == close]
+    ids = [token_id(slot.token) for slot in content]
+    behind = [i for i, token in enumerate(ids) if token is not None and token == close]
     answer = content[behind[-1] + 1 :] if behind else []
     named = [slot for slot in answer[:_LEAD] if token_id(slot.token) in tokens.both]
     if not named:
@@ -136,7 +136,7 @@ def chances(yes: Iterable[float], no: Iterable[float], name: str) -> YesNo:
     p_yes, p_no = (math.fsum(math.exp(p) for p in logs) for logs in (list(yes), list(no)))
     if not 0 <= p_yes + p_no <= 1 + _ROUNDING:  # NaN fails every comparison
         raise EndpointError(
-            f"{name} gives probabilities {p_yes:.3g} of yes and {p_no:.3g} of no, which are none",
+            f"{name} gives {p_yes:.3g} for yes and {p_no:.3g} for no, which are not probabilities",
             hint="The served weights overflow or are damaged (try --dtype float32), or the server "
             "was not started with --logprobs-mode raw_logprobs.",
             retryable=False,

@@ -57,10 +57,10 @@ class Spot:
 
 
 def cache_argument(model: Any) -> str:
-    """The name by which the installed transformers takes a key-value cache, and gives it back.
+    """The name of the key-value cache in the installed transformers' arguments and outputs.
 
-    It was ``past_key_values`` before it was ``cache``. A name that ``forward`` does not know is
-    swallowed by its ``**kwargs``, and the model would answer without image and question.
+    Older versions call it ``past_key_values``, newer ones ``cache``. A name that ``forward`` does
+    not know disappears in its ``**kwargs``, and the model would answer without image and question.
     """
     parameters = inspect.signature(type(model).forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
@@ -70,8 +70,8 @@ def finite(logits: Tensor) -> Tensor:
     """The logits, shape (rows, vocabulary), if each row has a finite largest value and no NaN.
 
     Raises:
-        BackendError: they do not; every comparison with NaN is false, so that what was read from
-            them would look like an answer.
+        BackendError: they do not. (Every comparison with NaN is false, so what is read from such
+            logits would look like an answer.)
     """
     if not bool(logits.amax(-1).isfinite().all()):
         raise BackendError(
@@ -83,17 +83,17 @@ def finite(logits: Tensor) -> Tensor:
 
 
 class Engine:
-    """Runs one model, a pass at a time, for all who ask.
+    """Runs one model, one pass at a time, for all callers.
 
     Args:
         model: a transformers image-text-to-text model in eval mode.
         cache_bytes: bound for kept keys and values.
 
     Attributes:
-        reads_both_ways: every token of a prompt attends to all others (PaliGemma's prefix), so that
-            nothing read of one prompt is of use for another.
-        can_cut: whether what was read can be cut back to any length.
-        token_bytes: what a token's keys and values take, as measured on the first image read.
+        reads_both_ways: every token of a prompt attends to all others (PaliGemma's prefix), so the
+            cache of one prompt cannot be used for another.
+        can_cut: whether the cache can be shortened to any length.
+        token_bytes: bytes of one token's keys and values, as measured on the first image read.
     """
 
     def __init__(self, model: Any, cache_bytes: int) -> None:
@@ -108,7 +108,9 @@ class Engine:
         self.can_cut = not self.reads_both_ways and all(type(x) is DynamicLayer for x in layers)
 
     def open(self, digest: str, encoded: Encoded, inputs: ImageInputs) -> Spot:
-        """The end of a dialogue, with as much of it read as was kept."""
+        """The end of a dialogue, with as much of it read as the store has kept."""
+        # The key holds the ids up to the image's last token: system prompt and header come before
+        # the image and change its keys and values.
         trunk = len(encoded.ids) if self.reads_both_ways else encoded.image_end
         key = (digest, encoded.ids[:trunk])
         prefix = self.store.find(key, encoded.ids)
@@ -116,14 +118,14 @@ class Engine:
         return Spot(key, inputs, prefix, unread)
 
     def read(self, spot: Spot, ids: Sequence[int], keep: int = 1) -> tuple[Spot, Tensor]:
-        """Read on: what is unread, then ``ids``.
+        """Read the unread ids of ``spot``, then ``ids``.
 
         Returns:
-            The new place, and float32 logits of shape (keep, vocabulary) behind the last
+            The new place, and float32 logits of shape (keep, vocabulary) after the last
             ``keep`` ids.
 
         Raises:
-            CallCancelled: nobody wants the answer any more.
+            CallCancelled: the current call is no longer wanted.
             DeviceOutOfMemory: the device is too small for this image.
             BackendError: the logits are not finite, or the installed transformers did not take
                 or fill the cache.
@@ -140,15 +142,20 @@ class Engine:
         if spot.prefix is not None:
             image_end = len(spot.key[1])
             trunk = self.store.find(spot.key, spot.key[1], 0) or spot.prefix
+            # The trunk may have been evicted meanwhile. A prefix that cannot be cut cannot give it
+            # back, and would serve no other question about the image.
             if len(trunk.ids) != image_end and not trunk.can_be_cut:
                 return
             self.store.keep(spot.key, trunk.cut(image_end), spot.prefix)
 
     def _read_with_image(self, spot: Spot, ids: tuple[int, ...], keep: int) -> tuple[Spot, Tensor]:
-        known = self.store.find(spot.key, ids, keep)  # someone may have read it while we waited
+        # Another caller may have read the image while this one waited for its turn.
+        known = self.store.find(spot.key, ids, keep)
         passes = spot.passes + 1
         if known is None:
             image_end = len(spot.key[1])
+            # One pass reads image and question together, and the image's part is cut out of its
+            # cache. A cache that cannot be cut needs a pass of its own for the image.
             if self.can_cut:
                 prefix, logits = self._prefill(spot.inputs, ids, image_end, keep)
                 self.store.keep(spot.key, prefix.cut(image_end))

@@ -1,7 +1,14 @@
 """A reply grammar over one tokenizer's tokens: which tokens may come next.
 
-A place in the grammar is a set of *tracks*; a track is what is left to say, as a linked list of
-steps. Several tracks live side by side where options begin with the same token.
+A grammar is written in characters, the model answers in tokens, and every tokenizer cuts text
+differently. So the grammar is not compiled into one automaton over characters; it is expanded
+step by step into the tokens of the tokenizer at hand, as in a nondeterministic automaton:
+
+- A *track* is one way in which the reply may continue: the parts that are left, as a linked list.
+  Tracks of a ``Choice`` or ``Repeat`` share the parts after it, so nothing is copied per option.
+- A *place* is the set of all tracks that agree with the tokens so far. There may be several
+  because options can begin with the same token: after ``[`` of ``[1,2] [3,4]`` it is open whether
+  this is the last box, and the choice is made only where the tokens differ.
 """
 
 from __future__ import annotations
@@ -34,17 +41,17 @@ class _Track:
 
 
 _NEIGHBOURS = 15
-"""Numbers this close (of 1000) to a likelier one are no alternates of their own."""
+"""Numbers this close (of 1000) to a likelier one do not count as alternates."""
 
 Place = frozenset["_Track | None"]
 """Where a reply is within a grammar."""
 
 
 class TokenGrammar:
-    """Answers, for every place in a grammar, which token ids the reply may go on with.
+    """Which token ids may come next at every place in a grammar.
 
-    Numbers are made of tokens that hold digits only, however the tokenizer groups them: if every
-    ``000``…``999`` is a token, a three-digit number is one token; else any grouping will do. The
+    Numbers consist of tokens that hold digits only, however the tokenizer groups them: if every
+    ``000``…``999`` is a token, a three-digit number is one token; else any grouping is allowed. The
     end of the reply is an end-of-turn token.
     """
 
@@ -65,7 +72,10 @@ class TokenGrammar:
         return self._next[place]
 
     def forced(self, place: Place) -> tuple[list[int], Place]:
-        """Tokens that leave the model no choice from here, and the place behind them."""
+        """The tokens that are the only allowed ones from here on, and the place after them.
+
+        They need no decision of the model, so they are read together with the next free token.
+        """
         ids: list[int] = []
         while len(options := self.allowed(place)) == 1 and not self.at_end(place):
             token, place = next(iter(options.items()))
@@ -83,12 +93,12 @@ class TokenGrammar:
     def peaks(self, tokens: Tensor, log_probabilities: Tensor) -> Tensor:
         """Log-probabilities of allowed tokens, minus infinity where a number close by is likelier.
 
-        A neighbour of a likely coordinate says nothing new; other tokens are left as they are.
+        A neighbour of a likely coordinate gives nearly the same box. Other tokens stay as they are.
         """
         values = self._digits.values
         numbers = [(values[t], i) for i, t in enumerate(tokens.tolist()) if t in values]
         found = log_probabilities.clone()
-        if len(numbers) < 4 * _NEIGHBOURS:
+        if len(numbers) < 4 * _NEIGHBOURS:  # single digits are no neighbours in value
             return found
         order = torch.tensor([i for _, i in sorted(numbers)], device=found.device)
         line = found[order]
@@ -99,6 +109,8 @@ class TokenGrammar:
         return found
 
     def _expand(self, place: Place) -> dict[int, Place]:
+        # Tracks that allow the same token stay together behind it: which one is meant may show
+        # only later. A token that only one of them allows ends the others.
         merged: dict[int, set[_Track | None]] = {}
         for track in place:
             for token, behind in self._steps(track):
@@ -106,7 +118,11 @@ class TokenGrammar:
         return {token: frozenset(merged[token]) for token in sorted(merged)}
 
     def _steps(self, track: _Track | None) -> list[tuple[int, set[_Track | None]]]:
-        """(token, tracks behind it) for one track."""
+        """(token, tracks after it) for one track.
+
+        Parts that write nothing by themselves (a choice, a repetition, an empty literal) are
+        opened here until a token is found, so every step is exactly one token.
+        """
         if track is None:
             return [(token, set()) for token in self._end_ids]
         head, rest = track.head, track.rest
@@ -128,6 +144,7 @@ class TokenGrammar:
     def _number(self, digits: int, rest: _Track | None) -> list[tuple[int, set[_Track | None]]]:
         steps: list[tuple[int, set[_Track | None]]] = []
         for length, tokens in self._digits.groups(digits):
+            # One track for all tokens of that length: places stay few, and are expanded once.
             behind = _Track(Number(digits - length), rest) if length < digits else rest
             steps += [(token, {behind}) for token in tokens]
         return steps
@@ -171,7 +188,7 @@ class _DigitTokens:
     thousand: tuple[int, ...]
 
     def groups(self, digits: int) -> list[tuple[int, tuple[int, ...]]]:
-        """(length, tokens) that a number with that many digits left may go on with."""
+        """(length, tokens) that may come next in a number with that many digits left."""
         if digits == 3 and self.thousand:
             return [(3, self.thousand)]
         return [(n, tokens) for n, tokens in sorted(self.by_length.items()) if n <= digits]
@@ -201,18 +218,14 @@ class YesNoTokens:
     """How one tokenizer writes yes and no.
 
     Attributes:
-        yes, no: ids of single tokens that say the word (with or without a space or capital).
-        prefix: ids that stand before the first answer.
+        yes, no: ids of single tokens that spell the word (with or without a space or capital).
     """
 
     yes: tuple[int, ...]
     no: tuple[int, ...]
-    prefix: tuple[int, ...]
 
 
-def yes_no_tokens(
-    encoder: DialogueEncoder, yes: Sequence[str], no: Sequence[str], prefix: str
-) -> YesNoTokens:
+def yes_no_tokens(encoder: DialogueEncoder, yes: Sequence[str], no: Sequence[str]) -> YesNoTokens:
     """Find all spellings of both words that are one token.
 
     Raises:
@@ -221,10 +234,11 @@ def yes_no_tokens(
     yes_ids, no_ids = (_single_tokens(encoder, words) for words in (yes, no))
     if not yes_ids or not no_ids or set(yes_ids) & set(no_ids):
         raise CheckpointError(
-            f"the tokenizer (tokenizer.json) cannot tell {yes[0]!r} from {no[0]!r} by one token",
+            f"the tokenizer (tokenizer.json) does not write {yes[0]!r} and {no[0]!r} as one token "
+            "each",
             hint="Choose words that are single tokens in this checkpoint's vocabulary.",
         )
-    return YesNoTokens(yes_ids, no_ids, tuple(encoder.encode_continuation(prefix)))
+    return YesNoTokens(yes_ids, no_ids)
 
 
 def _single_tokens(encoder: DialogueEncoder, words: Sequence[str]) -> tuple[int, ...]:
@@ -234,7 +248,8 @@ def _single_tokens(encoder: DialogueEncoder, words: Sequence[str]) -> tuple[int,
         for spelling in dict.fromkeys((word, word.capitalize(), word.lower(), word.upper())):
             for text in (spelling, " " + spelling):
                 ids = encoder.encode_continuation(text)
-                said = encoder.decode_continuation(ids).strip()
-                if len(ids) == 1 and ids[0] != unknown and said == spelling:
+                # An uncased tokenizer finds the token of another spelling.
+                decoded = encoder.decode_continuation(ids).strip()
+                if len(ids) == 1 and ids[0] != unknown and decoded == spelling:
                     found[ids[0]] = None
     return tuple(found)

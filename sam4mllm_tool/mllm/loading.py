@@ -159,8 +159,8 @@ def _greedy(config: GenerationConfig) -> GenerationConfig:
     """The checkpoint's token ids without its sampling settings.
 
     Replies and probabilities are those of the model's raw distribution, which is what SAM4MLLM's
-    thresholds are about. A repetition penalty (Qwen asks for 1.05) would punish a coordinate for
-    having been said before.
+    thresholds are about. A repetition penalty (Qwen asks for 1.05) would make a coordinate less
+    likely because it occurred before.
     """
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return GenerationConfig(**{name: getattr(config, name, None) for name in names})

@@ -265,14 +265,14 @@ class LocalMllm:
 
     def _thought_out(self, spot: Spot, speak: Callable[[Spot, Leads], T | None]) -> T:
         """What ``speak`` says at ``spot``, or behind the thought that the model opens there."""
-        said = speak(spot, no_lead if self.thinking is None else self.thinking.leads)
-        if said is None and self.thinking is not None:
+        spoken = speak(spot, no_lead if self.thinking is None else self.thinking.leads)
+        if spoken is None and self.thinking is not None:
             opened = self.thinking.opened(self.engine, spot)
             if opened is not None:
                 spot = self.thinking.past(self.engine, opened, self.end_ids)
-            said = speak(spot, no_lead)
-        assert said is not None
-        return said
+            spoken = speak(spot, no_lead)
+        assert spoken is not None
+        return spoken
 
     def _encoded(self, image: RgbImage, dialogue: Dialogue) -> tuple[Encoded, ImageInputs]:
         inputs = self._image_inputs(image)
@@ -286,7 +286,7 @@ class LocalMllm:
         return TokenGrammar(grammar, self.encoder, self.end_ids)
 
     def _yes_no_tokens(self, words: YesNoWords) -> YesNoTokens:
-        return yes_no_tokens(self.encoder, words.yes, words.no, words.prefix)
+        return yes_no_tokens(self.encoder, words.yes, words.no)
 
 
 def base_of(adapter: str) -> str | None:

@@ -44,22 +44,22 @@ class RecomputeMllm(LocalMllm):
             score = sum(float(r.log_softmax(-1)[t]) for t, r in zip(ids, logits, strict=True))
             free = [token for token in ids if token not in self.end_ids]
             return Reply(self.encoder.decode_continuation(free), score, len(free), len(ids))
-        said, forks = self._run_grammar(image, dialogue, self._grammar(grammar))
-        return self._scored(said, forks, 0.0)
+        ids, forks = self._run_grammar(image, dialogue, self._grammar(grammar))
+        return self._scored(ids, forks, 0.0)
 
     def alternates(
         self, image: RgbImage, dialogue: Dialogue, *, grammar: Grammar, count: int
     ) -> list[Reply]:
         """The greedy reply and others, each by a ``model.generate`` of its own."""
         tokens = self._grammar(grammar)
-        said, forks = self._run_grammar(image, dialogue, tokens)
-        found = {said: self._scored(said, forks, 0.0)}
+        ids, forks = self._run_grammar(image, dialogue, tokens)
+        found = {ids: self._scored(ids, forks, 0.0)}
         for score, fork, choice in other_ways(forks, tokens, count):
             if len(found) >= count:
                 break
-            start = (*fork.said, int(fork.tokens[choice]))
-            said, after = self._run_grammar(image, dialogue, tokens, start)
-            found.setdefault(said, self._scored(said, after, score))
+            start = (*fork.before, int(fork.tokens[choice]))
+            ids, after = self._run_grammar(image, dialogue, tokens, start)
+            found.setdefault(ids, self._scored(ids, after, score))
         greedy, *others = found.values()
         return [greedy, *sorted(others, key=lambda r: -(r.log_probability or 0.0))]
 
@@ -70,9 +70,9 @@ class RecomputeMllm(LocalMllm):
         if count < 1:
             return []
         tokens = self._words(words)
-        only = _OnlyTokens([*((i,) for i in tokens.prefix), *[(*tokens.yes, *tokens.no)] * count])
-        _, logits = self._run(image, dialogue, only, len(tokens.prefix) + count)
-        rows = logits[len(tokens.prefix) :].softmax(-1)
+        only = _OnlyTokens([(*tokens.yes, *tokens.no)] * count)
+        _, logits = self._run(image, dialogue, only, count)
+        rows = logits.softmax(-1)
         p_yes = rows[:, list(tokens.yes)].sum(-1).tolist()
         p_no = rows[:, list(tokens.no)].sum(-1).tolist()
         return [YesNo(y, n) for y, n in zip(p_yes, p_no, strict=True)]
@@ -110,10 +110,12 @@ class RecomputeMllm(LocalMllm):
             begun = tuple(first)
         if thinking.budget == 0:
             return begun + tuple(self.encoder.encode_continuation(f"\n{CLOSE}\n\n"))
-        said = more(begun, thinking.budget + 1, [thinking.close, *self.end_ids])
-        if said[-1] != thinking.close:
-            raise ThoughtCutOff(raw_reply=self.encoder.decode_continuation(said), budget=len(said))
-        thought = (*begun, *said)
+        thought = more(begun, thinking.budget + 1, [thinking.close, *self.end_ids])
+        if thought[-1] != thinking.close:
+            raise ThoughtCutOff(
+                raw_reply=self.encoder.decode_continuation(thought), budget=len(thought)
+            )
+        thought = (*begun, *thought)
         longest = 8 + len(self.encoder.encode_continuation(ANSWER))
         answer = self.encoder.decode_continuation(more(thought, longest, list(self.end_ids)))
         lead = answer[: len(answer) - len(answer.lstrip())]
@@ -156,12 +158,12 @@ class RecomputeMllm(LocalMllm):
     ) -> tuple[tuple[int, ...], tuple[Fork, ...]]:
         """Reply ids, and its free choices behind ``start``."""
         ids, logits = self._run(image, dialogue, _OnlyGrammar(grammar, start), LONGEST_REPLY)
-        said = tuple(token for token in ids if not grammar.is_end(token))
-        return said, tuple(_free_choices(grammar, ids, logits, len(start)))
+        reply = tuple(token for token in ids if not grammar.is_end(token))
+        return reply, tuple(_free_choices(grammar, ids, logits, len(start)))
 
-    def _scored(self, said: tuple[int, ...], forks: Sequence[Fork], before: float) -> Reply:
+    def _scored(self, ids: tuple[int, ...], forks: Sequence[Fork], before: float) -> Reply:
         score = before + sum(float(f.log_probabilities[f.chosen]) for f in forks)
-        return Reply(self.encoder.decode_continuation(said), score, len(forks), len(said))
+        return Reply(self.encoder.decode_continuation(ids), score, len(forks), len(ids))
 
 
 class _Finite(LogitsProcessor):

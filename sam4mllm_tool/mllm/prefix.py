@@ -1,8 +1,13 @@
-"""Prefilled prefixes as values: what was said so far, with its key-value cache.
+"""Prefilled prefixes as values: the tokens read so far, with their key-value cache.
 
-A :class:`Prefix` is never changed. Going on from it makes a new one whose layers share the
+A :class:`Prefix` is never changed. Reading on from it makes a new one whose layers share the
 tensors of the old; so any number of dialogues branch off one image, in any order and from any
 thread, and evicting a prefix does not affect a caller that still extends it.
+
+Why layers of our own: transformers' caches are changed in place by every pass, so two dialogues
+that share an image would need a copy of its keys and values each (hundreds of megabytes for a
+large model), or would have to take turns and crop the cache back in between. The image's part of
+the cache is by far the longest; a :class:`BranchLayer` refers to it and copies only the tail.
 """
 
 from __future__ import annotations
@@ -18,9 +23,12 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 
 class BranchLayer(DynamicLayer):
-    """A layer that shares the keys and values of a trunk and owns only what came after it.
+    """A layer that shares the keys and values of a trunk and owns only those after it.
 
     Tensors have shape (1, heads, tokens, head width); ``keys`` and ``values`` hold the tail.
+    transformers calls :meth:`update` with a pass's new keys and values, and attends to what that
+    returns. Trunk and tail are joined for that one pass only; each pass pays for this copy, but
+    the branch keeps no second trunk in memory.
     """
 
     def __init__(self, trunk_keys: Tensor, trunk_values: Tensor) -> None:
@@ -33,6 +41,7 @@ class BranchLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append to the tail and return trunk and tail as one."""
+        # `cat` makes new tensors: other branches that share the old tail do not see the change.
         self.keys = torch.cat([self.keys, key_states], dim=-2)
         self.values = torch.cat([self.values, value_states], dim=-2)
         return (
@@ -58,11 +67,11 @@ class BranchLayer(DynamicLayer):
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """Tokens that the model has read, and what it keeps of them.
+    """Tokens that the model has read, and their cache.
 
     Attributes:
         ids: the tokens.
-        cache: their keys and values; treat as read-only, go on from :meth:`branch`.
+        cache: their keys and values; treat as read-only, pass :meth:`branch` to the model.
         position_shift: difference between a later token's index and its rotary position (the
             image's grid takes fewer positions than tokens in Qwen-VL families).
     """
@@ -73,15 +82,15 @@ class Prefix:
 
     @property
     def can_be_cut(self) -> bool:
-        """Whether every layer keeps all its tokens apart.
+        """Whether every layer keeps keys and values of each token separately.
 
-        Linear-attention layers hold a running sum, sliding windows drop what they slid over:
-        those cannot be cut back to a shorter prefix.
+        Linear-attention layers hold a running sum, and sliding windows drop the oldest tokens:
+        those cannot be shortened.
         """
         return all(type(layer) in (DynamicLayer, BranchLayer) for layer in self.cache.layers)
 
     def branch(self, length: int | None = None) -> Cache:
-        """A cache to go on from, at the end or (if it can be cut) after ``length`` tokens."""
+        """A cache to read on with, of all tokens or (if it can be cut) of the first ``length``."""
         other = copy.copy(self.cache)
         other.layers = [_branch_layer(layer) for layer in self.cache.layers]
         if length is not None and length < len(self.ids):
@@ -95,7 +104,7 @@ class Prefix:
         return Prefix(self.ids[:length], self.branch(length), self.position_shift)
 
     def shared_length(self, ids: Sequence[int]) -> int:
-        """How many leading tokens of ``ids`` can be taken over from here (0 if none)."""
+        """How many leading tokens of ``ids`` need not be read again (0 if none)."""
         same = _common_length(self.ids, ids)
         return same if same == len(self.ids) or self.can_be_cut else 0
 

@@ -9,7 +9,7 @@ from cachetools import LRUCache
 
 from sam4mllm_tool.mllm.prefix import Prefix
 
-_BRANCHES_AN_IMAGE = 8
+_BRANCHES_PER_IMAGE = 8
 
 ImageKey = tuple[str, tuple[int, ...]]
 """Digest of an image, and the ids up to its last token (system prompt and header included)."""
@@ -48,8 +48,8 @@ class PrefixStore:
     def find(self, key: ImageKey, ids: tuple[int, ...], unread: int = 1) -> Prefix | None:
         """The longest kept prefix of ``ids`` that leaves at least ``unread`` tokens to read.
 
-        Logits come only from tokens that are read: whoever wants the logits of the last n tokens
-        must leave n of them, whatever others have read of the same dialogue meanwhile.
+        Logits come only from tokens that are read: a caller that wants the logits of the last n
+        tokens must leave n of them unread, even if another caller has read the same dialogue.
         """
         with self._lock:
             entry = self._entries.get(key)
@@ -61,7 +61,7 @@ class PrefixStore:
         return best.cut(length) if length else None
 
     def keep(self, key: ImageKey, trunk: Prefix, branch: Prefix | None = None) -> None:
-        """Keep an image's trunk, and a dialogue that went on from it."""
+        """Keep an image's trunk, and a dialogue that continues it."""
         with self._lock:
             entry = self._entries.get(key) or _Entry(trunk)
             if branch is not None:
@@ -83,4 +83,4 @@ def _with_branch(branches: tuple[Prefix, ...], new: Prefix) -> tuple[Prefix, ...
         b for b in branches if b.ids != new.ids
         and not (new.can_be_cut and b.ids == new.ids[: len(b.ids)])
     )  # fmt: skip
-    return (*others, new)[-_BRANCHES_AN_IMAGE:]
+    return (*others, new)[-_BRANCHES_PER_IMAGE:]

@@ -1,4 +1,4 @@
-"""Thinking models: a thought is spoken to its end before the answer is looked at.
+"""Thinking models: a thought is generated to its end before the answer is read.
 
 Two kinds are published. The chat template opens the thought (Qwen3-VL-Thinking: the generation
 prompt ends with ``<think>`` and a line break), or the model opens it itself, with its first token
@@ -47,8 +47,8 @@ class Thinking:
         return token == self.open or self._is_blank(token)
 
     def opened(self, engine: Engine, spot: Spot) -> Spot | None:
-        """The place behind the ``<think>`` that the model says at ``spot``, line breaks before it
-        included; ``None`` if it says none.
+        """The place after the ``<think>`` that the model writes at ``spot``, with the line breaks
+        before it; ``None`` if it writes none.
         """
         for _ in range(_LEAD):
             after, logits = engine.read(spot, ())
@@ -59,7 +59,7 @@ class Thinking:
         return None
 
     def past(self, engine: Engine, spot: Spot, end_ids: Sequence[int]) -> Spot:
-        """The place where the answer begins, the thought that is open at ``spot`` thought out.
+        """The place where the answer begins, after the end of the thought that is open at ``spot``.
 
         Raises:
             ThoughtCutOff: the budget is spent, or the turn ended, before the thought was closed.
@@ -67,19 +67,19 @@ class Thinking:
         if self.budget == 0:
             closing = self.encoder.encode_continuation(f"\n{CLOSE}\n\n")
             return replace(spot, unread=(*spot.unread, *closing))
-        said: list[int] = []
-        while not said or said[-1] != self.close:
-            after, logits = engine.read(spot, said[-1:])
+        ids: list[int] = []
+        while not ids or ids[-1] != self.close:
+            after, logits = engine.read(spot, ids[-1:])
             token = int(logits[-1].argmax())
-            if token in end_ids or len(said) == self.budget:
-                thought = self.encoder.decode_continuation(said)
-                raise ThoughtCutOff(raw_reply=f"{OPEN}{thought}", budget=len(said))
-            said.append(token)
+            if token in end_ids or len(ids) == self.budget:
+                thought = self.encoder.decode_continuation(ids)
+                raise ThoughtCutOff(raw_reply=f"{OPEN}{thought}", budget=len(ids))
+            ids.append(token)
             spot = after
         return self._lead(engine, replace(spot, unread=(self.close,)))
 
     def _lead(self, engine: Engine, spot: Spot) -> Spot:
-        """Go on over what stands between a thought and its answer, as the model says it."""
+        """The place after the line breaks and tags that the model writes before its answer."""
         answer = self.encoder.encode_continuation(ANSWER)
         for _ in range(_LEAD):
             after, logits = engine.read(spot, ())

@@ -77,7 +77,7 @@ def poisson_disk_points(
     """Up to ``count`` points of the box no two of which are closer than ``radius`` box sides.
 
     Dart throwing (Cook, 1986): distances are measured in the unit square the box is mapped to.
-    Stops after 30 misses a point, so a full box gives fewer points than asked.
+    Stops after 30 misses per point, so a full box gives fewer points than asked.
     """
     kept: list[tuple[float, float]] = []
     for _ in range(count * 30):

@@ -1,4 +1,4 @@
-"""What the flow is set by, and what it gives back: plain frozen values that display themselves."""
+"""Settings and results of the flow: plain frozen values that display themselves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """How the dialogue is held.
+    """Settings of the dialogue.
 
     Attributes:
         strategy: name of a built-in strategy, see :mod:`sam4mllm_tool.pipeline.strategies`.
@@ -36,7 +36,7 @@ class Settings:
         thresholds: which answers count.
         point_asking: points named by coordinates, or by numbered marks drawn on the picture (one
             extra image for all points); ``None`` = as the dialogue format prefers.
-        verified_boxes: with more than one, that many candidate boxes are each shown to the MLLM
+        verified_boxes: if above 1, the MLLM is asked about each of that many candidate boxes
             ("does this region show …?") and the surest is taken, if one object is found.
         positive, negative: points asked for in a PPG reply.
         budget: most points *adaptive* asks about per object.
@@ -60,7 +60,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class ScoredBox:
-    """A box in pixels, with how much the MLLM believes in it.
+    """A box in pixels, with the MLLM's confidence in it.
 
     Attributes:
         score: probability that the box is right (IoU of at least 0.5 with a target), where the

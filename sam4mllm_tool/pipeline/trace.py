@@ -42,7 +42,7 @@ class Exchange(BaseModel):
     replies: list[tuple[str, float | None, int]] = Field(
         default=[], description="(text, log-probability, free tokens) of each reply"
     )
-    answers: list[YesNo] = Field(default=[], description="p_yes and p_no a point")
+    answers: list[YesNo] = Field(default=[], description="p_yes and p_no of each point")
     seconds: float = 0.0
 
 
@@ -152,8 +152,8 @@ class Trace(BaseModel):
         return data
 
     def conversation(self) -> list[dict[str, str]]:
-        """What was said, each turn once, as ``{"role", "text"}``."""
-        said: list[dict[str, str]] = []
+        """The turns of all dialogues, each once, as ``{"role", "text"}``."""
+        found: list[dict[str, str]] = []
         seen: set[tuple[tuple[str, str], ...]] = set()
         for exchange in self.exchanges:
             turns = [*exchange.dialogue, ("assistant", _answer_text(exchange))]
@@ -162,8 +162,8 @@ class Trace(BaseModel):
                 if start not in seen:
                     seen.add(start)
                     role, text = turns[end - 1]
-                    said.append({"role": role, "text": text.strip()})
-        return said
+                    found.append({"role": role, "text": text.strip()})
+        return found
 
 
 def _answer_text(exchange: Exchange) -> str:

@@ -64,7 +64,7 @@ def check_image_points(points: Sequence[Point], image: RgbImage) -> None:
     if len(points) > MAX_POINTS:
         raise PromptError(
             f"{len(points)} points were given, the limit is {MAX_POINTS}",
-            hint="Ask about fewer points; a few dozen describe an object well.",
+            hint="Ask about fewer points: a few dozen are enough for one object.",
         )
     for x, y in points:
         if not (math.isfinite(x) and math.isfinite(y)):

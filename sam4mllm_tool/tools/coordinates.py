@@ -1,4 +1,4 @@
-"""The coordinates an agent speaks: pixels, or thousandths of the image's sides."""
+"""The coordinates an agent uses: pixels, or thousandths of the image's sides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results in the making: what the tools share when they report images and objects."""
+"""What the tools share when they report images and objects."""
 
 from __future__ import annotations
 

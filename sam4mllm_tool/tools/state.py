@@ -51,7 +51,7 @@ class StateStore:
 
     Args:
         folder: is made if it does not exist.
-        max_bytes: bound on pixels and logits; what was written longest ago goes first.
+        max_bytes: bound on pixels and logits; what was written longest ago is dropped first.
         max_age_seconds: how long a record is kept after it was last written.
 
     Raises:
@@ -127,7 +127,7 @@ class StateStore:
         """The bytes of that name.
 
         Raises:
-            StorageError: the file is gone or damaged.
+            StorageError: the file is missing or damaged.
         """
         with self._typed():
             data = self._blob_path(name).read_bytes()

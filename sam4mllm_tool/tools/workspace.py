@@ -65,7 +65,7 @@ class Workspace:
 
     @property
     def bytes_kept(self) -> int:
-        """What the images and objects take."""
+        """Bytes of all images and objects kept."""
         return int(self._images.currsize + self._objects.currsize)
 
     @property
@@ -177,7 +177,7 @@ class Workspace:
         return record
 
     def _file_key(self, source: Any) -> tuple[Any, ...] | None:
-        """What tells whether a file has changed; the policy is asked each time."""
+        """A key that changes when the file does; the policy is checked each time."""
         if isinstance(source, str) and ":" in source:
             return None
         if not isinstance(source, str | Path):
@@ -201,11 +201,11 @@ class Workspace:
         return record
 
     def _make_room(self, size: int) -> None:
-        """Forget what is oldest here until the shared memory has room; never another's."""
+        """Forget the oldest entries of this workspace until the shared memory has room."""
         while self._room is not None and self._room() < size:
             oldest = self._objects or self._images
             if not oldest:
-                raise Busy("the memory for pictures is in use by others", retry_after=60)
+                raise Busy("the memory for pictures is used by other clients", retry_after=60)
             oldest.popitem()
 
     def _unknown(self, kind: str, handle: str, known: list[str]) -> UnknownHandle:

@@ -1,10 +1,10 @@
-"""What a round-2 question of the training dialogues speaks of: which box, and which points.
+"""The box and the points of a round-2 question in the training dialogues.
 
-A model that is asked about evenly spread points learns to tell things from background: few points
-of a box lie on *another* object, and a picture without neighbours has none. Here such points can
-be asked more often (``hard_points``), about boxes as inexact as those of round 1 (``jitter``) and
-about boxes that hold a neighbour too (``shared_boxes``). Those boxes and their points are the same
-whichever of the two objects is meant, so that only the expression decides the answers.
+A model that is asked about evenly spread points learns to distinguish things from background: few
+points of a box lie on *another* object, and a picture without neighbours has none. Here such points
+can be asked about more often (``hard_points``), with boxes as inexact as those of round 1
+(``jitter``) and with boxes that hold a neighbour too (``shared_boxes``). The latter boxes and their
+points are the same for both objects, so that only the expression decides the answers.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Candidates:
         spread, radius: some of up to ``spread`` Poisson-disk points of the box are asked, no two
             closer than ``radius`` box sides.
         asked: fewest and most points of a question.
-        normal: mean and deviation of their number, cut to whole numbers and to ``asked``; without
-            it any number is as likely as any other.
+        normal: mean and deviation of their number, rounded down and clipped to ``asked``; without
+            it all numbers are equally likely.
         grids: share of questions about an even grid over the box, in row order, as the pipeline
-            spreads its candidates; the published recipe has none.
+            spreads its candidates; the published recipe asks no such questions.
         jitter: each edge of the box moves by up to this share of its side.
         hard_points: share of a question's points off the object that are moved onto other objects
             in the box, where there are any: as many points as before are on the object. In a
@@ -52,7 +52,7 @@ class Candidates:
     def draw(
         self, box: Box, mask: Mask, others: Sequence[Mask], rng: random.Random, key: str
     ) -> tuple[Box, list[Point]]:
-        """The box to speak of and the points to ask, for an object in ``box``.
+        """The box and the points of a question about an object in ``box``.
 
         Args:
             box: around the object, pixels.

@@ -1,4 +1,4 @@
-"""Checkpoints to resume from; a full disk never leaves a torn one in use."""
+"""Checkpoints to resume from; an incomplete one, as a full disk leaves it, is never used."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from sam4mllm_tool.errors import StorageError
 
 _log = logging.getLogger(__name__)
 FULL = ("No space left", "inline_container.cc", "iostream error")
-"""What errors say where PyTorch's and safetensors' writers found no room, seen on a full disk."""
+"""Words in the errors of PyTorch's and safetensors' writers on a full disk, as observed."""
 NEEDED = ("trainer_state.json", "adapter_model.safetensors")
 
 
 def last_whole(folder: Path) -> Path | None:
-    """The newest checkpoint of which nothing is missing or cut off; ``None`` if there is none.
+    """The newest complete checkpoint; ``None`` if there is none.
 
-    Torn ones, which a kill or a full disk leaves, are named in a warning and moved aside, so that
-    they take no place among the checkpoints that are kept.
+    Incomplete ones, which a kill or a full disk leaves, are named in a warning and moved aside, so
+    that they do not count among the checkpoints that are kept.
     """
     found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
     for path in sorted(found, key=lambda path: -int(path.name[11:])):
         damage = torn(path)
         if damage is None:
             return path
-        _log.warning("%s is torn (%s); going on from the one before", path, damage)
+        _log.warning("%s is incomplete (%s); continuing from the one before", path, damage)
         if os.environ.get("RANK", "0") == "0":
             path.rename(path.with_name(f"torn-{path.name}"))
     return None
@@ -68,16 +68,16 @@ def saving(folder: Path) -> Iterator[None]:
     """Failures to write a checkpoint or an adapter, as a typed error.
 
     Raises:
-        StorageError: the disk is full or cannot be written; PyTorch and safetensors say so in
-            errors of their own.
+        StorageError: the disk is full or cannot be written (PyTorch and safetensors raise errors
+            of their own for that).
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        said = str(error)
-        if not isinstance(error, OSError) and not any(words in said for words in FULL):
+        message = str(error)
+        if not isinstance(error, OSError) and not any(words in message for words in FULL):
             raise
         raise StorageError(
-            f"{folder} cannot be written: {said.splitlines()[0]}",
-            hint="Make room, then go on with --resume: a torn checkpoint is passed over.",
+            f"{folder} cannot be written: {message.splitlines()[0]}",
+            hint="Make room, then continue with --resume: an incomplete checkpoint is skipped.",
         ) from error

@@ -79,10 +79,10 @@ def _panel(title: str, curves: dict[str, Curve]) -> dict[str, Any] | None:
 
 
 class ConvergencePage(TrainerCallback):
-    """Writes the page anew after each examination and at the end.
+    """Rewrites the page after each evaluation and at the end.
 
     Args:
-        file: where to.
+        file: the page to write.
         title: of the page.
     """
 
@@ -90,7 +90,7 @@ class ConvergencePage(TrainerCallback):
         self._file, self._title = file, title
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """After an examination."""
+        """After an evaluation."""
         self._write(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -3,7 +3,7 @@
 The published adapters were saved by peft over the original LLaVA-NeXT code base, whose
 ``LlavaLlamaForCausalLM`` *is* the language model and carries the projector inside. transformers'
 ``LlavaNextForConditionalGeneration`` holds the same layers under other names. Only names change;
-the tensors are copied as they are. Weights that were trained whole (``non_lora_trainables`` of the
+the tensors are copied as they are. Fully trained weights (``non_lora_trainables`` of the
 original code base, or peft's ``modules_to_save``) become ``modules_to_save``.
 
 The adapter's dialogue is written beside it as a chat template.
@@ -29,26 +29,26 @@ from sam4mllm_tool.mllm.loading import TEMPLATE_FILE
 CHAT_TEMPLATE = """\
 {{- '<|begin_of_text|>' }}
 {%- for message in messages %}
-    {%- set said = namespace(text='') %}
+    {%- set body = namespace(text='') %}
     {%- if message['content'] is string %}
-        {%- set said.text = message['content'] %}
+        {%- set body.text = message['content'] %}
     {%- else %}
         {%- for part in message['content'] if part['type'] == 'image' %}
-            {%- set said.text = said.text + '<image>\\n' %}
+            {%- set body.text = body.text + '<image>\\n' %}
         {%- endfor %}
         {%- for part in message['content'] if part['type'] == 'text' %}
-            {%- set said.text = said.text + part['text'] %}
+            {%- set body.text = body.text + part['text'] %}
         {%- endfor %}
     {%- endif %}
     {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
-    {{- said.text | trim + '<|eot_id|>' }}
+    {{- body.text | trim + '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
 {%- endif %}
 """
-"""Llama-3's dialogue as the authors hold it: texts are trimmed, and the image token stands before
-the first question with one newline between them. Our writing of a published format."""
+"""Llama-3's dialogue as in the authors' code: texts are trimmed, and the image token comes before
+the first question with one newline between them. Our own template of a published format."""
 _START = "<|begin_of_text|>"
 
 _ROOT = "base_model.model."
@@ -79,8 +79,8 @@ def convert_adapter(
     Args:
         source_dir: holds ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``,
             read as plain tensors only), and ``non_lora_trainables.bin`` (or ``.safetensors``) if
-            weights were trained whole. A ``tokenizer.json`` beside them says how the original code
-            base read the dialogue.
+            there are fully trained weights. A ``tokenizer.json`` beside them determines how the
+            original code base read the dialogue.
         out_dir: made if needed; its adapter files are replaced.
         base_model: hub id or directory of the base in transformers' layout, for the notes in the
             adapter (peft does not need it to load).
@@ -106,13 +106,13 @@ def convert_adapter(
 
 
 def _chat_template(source: Path) -> str:
-    """The dialogue as the original code base made ids of it, as far as its tokenizer is known.
+    """A template that gives the token ids of the original code base, if its tokenizer is known.
 
-    LLaVA-NeXT's ``tokenizer_image_token`` tokenizes the text before and after the image apart, and
-    takes the first token of each part for a start token if the first part begins with one. The
-    template writes a start token too: with a tokenizer that adds its own, the prompt begins with
-    two; with one that does not, the newline behind the image is lost. The authors save the
-    tokenizer beside the adapter; without it nothing is doubled or lost.
+    LLaVA-NeXT's ``tokenizer_image_token`` tokenizes the texts before and after the image
+    separately, and drops the first token of the second part if the first part begins with a start
+    token. The template writes a start token too: with a tokenizer that adds its own, the prompt
+    begins with two; with one that does not, the newline after the image is lost. The authors save
+    the tokenizer beside the adapter; without it, the template has one start token and the newline.
     """
     file = source / "tokenizer.json"
     if not file.exists():

@@ -1,9 +1,9 @@
-"""Any referring data set as conversations in the published strings: what the LoRA learns from.
+"""Any referring data set as conversations in the published strings: the LoRA's training data.
 
 PQPP conversations hold both rounds; PPG conversations hold the box and prompt points, chosen by
-what a segmenter makes of them. Several references to one picture are packed into one
-conversation. A seed and an image's id decide every random choice about it, so conversations do
-not depend on what came before them and can be streamed, resumed and divided among workers.
+the masks that a segmenter draws from them. Several references to one picture are packed into one
+conversation. All random choices follow from the seed and the image's id, so a conversation does
+not depend on those before it, and they can be streamed, resumed and divided among workers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Recipe:
         format: dialogue format (a key of ``FORMATS``).
         seed: of all random choices.
         references: most references (or VQA pairs) a conversation holds.
-        ppg_share: share of references asked the PPG way; the rest is PQPP.
+        ppg_share: share of references asked with PPG; the rest with PQPP.
         candidates: the box and the points of round-2 questions.
         count: that round-1 questions ask with; ``None``: what the data set promises.
         every_target: round 2 asks about each target, in random order, not about one of them.
@@ -43,12 +43,12 @@ class Recipe:
         positive, negative: points of a PPG reply on and off the object (our numbers, as are the
             next two: the paper says "few").
         inset: PPG points lie at least this share as deep in the object, or in the rest of the box,
-            as its deepest pixels do: at an outline no reader could be sure of them.
+            as its deepest pixels do: points at an outline would be ambiguous.
         tries: groups of points drawn for a PPG target.
         best: the reply is one of this many groups whose mask is closest to the truth.
         vqa_share: share of conversations that are VQA pairs without masks, where pairs are given.
-        loosened: share of references asked about with a looser count than their data set's ("0+"
-            for "1"), so that a data set in which "0+" always means "none" does not teach that.
+        loosened: share of references asked with a less strict count than their data set's ("0+"
+            for "1"), so that "0+" does not always mean "none" in the training data.
     """
 
     format: str = "sam4mllm"
@@ -77,7 +77,7 @@ class Conversation:
         image_id: of the picture.
         image: upright picture.
         turns: without a system turn; replies begin as the format's replies do.
-        topics: one a user turn: "box", "points", "ppg" or "vqa".
+        topics: one per user turn: "box", "points", "ppg" or "vqa".
         points: the points a round-2 or PPG turn speaks of, by turn number, for drawings.
     """
 
@@ -125,11 +125,11 @@ def chunks(
     vqa: Sequence[VqaExample] = (),
     excluded: Collection[str] = (),
 ) -> Iterator[Chunk | VqaExample]:
-    """What each conversation will be about; no picture is opened.
+    """The contents of each conversation; no picture is opened.
 
     Args:
         examples: records of a data set; neighbours on the same image share conversations.
-        recipe: how.
+        recipe: how conversations are made.
         vqa: pictures to mix in.
         excluded: image ids to leave out (those of val and test splits).
     """
@@ -257,16 +257,16 @@ class _Maker:
         if number == 0 or example.count is TargetCount.ZERO_OR_MORE:
             return TargetCount.ZERO_OR_MORE
         several = number > 1 or example.count is TargetCount.ONE_OR_MORE
-        said = TargetCount.ONE_OR_MORE if several else TargetCount.ONE
+        true = TargetCount.ONE_OR_MORE if several else TargetCount.ONE
         loosen = self.recipe.loosened and self.rng.random() < self.recipe.loosened
-        return self.rng.choice(counts[counts.index(said) + 1 :]) if loosen else said
+        return self.rng.choice(counts[counts.index(true) + 1 :]) if loosen else true
 
     def _round_two(self, text: str, mask: Mask, box: Box, others: Sequence[Mask]) -> _Exchange:
         size = self.image.size
         asked, points = self.recipe.candidates.draw(box, mask, others, self.rng, self.key)
         labels = [_label(mask, point) for point in points]
         words = self.form.yes_no
-        reply = words.prefix + "".join(
+        reply = "".join(
             (words.yes if label is PointLabel.FOREGROUND else words.no)[0] for label in labels
         )
         question = self.form.ask_points(text, asked, points, size)
@@ -274,7 +274,7 @@ class _Maker:
         return _Exchange("points", question, reply, shown)
 
     def _ppg(self, text: str, count: TargetCount, mask: Mask, box: Box) -> _Exchange | None:
-        """The prompt points among ``tries`` groups that the segmenter does best with."""
+        """The group of prompt points, out of ``tries``, with the segmenter's best mask."""
         assert self.segmenter is not None
         recipe, size = self.recipe, self.image.size
         places = self._ppg_places(mask, box)

@@ -1,8 +1,8 @@
-"""Several data sets in one run: which, how much of each, and what must not be learnt from.
+"""Several data sets in one run: which, how much of each, and which pictures to leave out.
 
-What a run learns is a list of conversations to be, made before training begins: the sets one after
-another, each with its share. The trainer shuffles the list by its seed, so the same command gives
-the same batches, and a resumed run continues with the batch at which it stopped.
+A run's conversations are listed before training begins: the sets one after another, each with its
+share. The trainer shuffles the list by its seed, so the same command gives the same batches, and a
+resumed run continues with the batch at which it stopped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Source:
 
     Attributes:
         name: ``scenes``, or a key of ``DATASETS`` or ``VQA_SETS``.
-        path: where it lies; ``None`` for scenes.
+        path: of its files; ``None`` for scenes.
         share: of its conversations that an epoch holds: 0.5 is a random half, 2 each of them twice.
     """
 
@@ -55,7 +55,7 @@ class Source:
             raise InputError(f"no data set {name!r}", hint=f"Known: {known}.")
         if bool(equals and path) == (name == SCENES):
             raise InputError(
-                f"{text!r} does not say where {name} lies" if name != SCENES else f"{text!r}?",
+                f"{text!r} has no path of {name}" if name != SCENES else f"{text!r}?",
                 hint="Write NAME=PATH, NAME=PATH:SHARE, or scenes.",
             )
         if share <= 0:
@@ -110,7 +110,7 @@ def mixture(
     excluded: frozenset[str] = frozenset(),
     limit: int | None = None,
 ) -> list[Chunk | VqaExample]:
-    """What each conversation of an epoch is about, source after source; no picture is opened.
+    """The contents of each conversation of an epoch, source by source; no picture is opened.
 
     Args:
         excluded: ids of pictures to leave out.
@@ -133,7 +133,7 @@ def mixture(
 def shared(
     about: Sequence[Chunk | VqaExample], share: float, rng: random.Random
 ) -> list[Chunk | VqaExample]:
-    """Each as often as the share has whole parts, and a random part of them once more, in order."""
+    """Each item ``int(share)`` times, and a random fraction of them once more, in order."""
     whole, part = divmod(share, 1)
     more = set(rng.sample(range(len(about)), round(part * len(about))))
     times = [int(whole) + (number in more) for number in range(len(about))]
@@ -145,8 +145,8 @@ def excluded_pictures(
 ) -> frozenset[str]:
     """Ids of the val and test pictures of all referring sets named.
 
-    A split of a set that is learnt from and is not there is said and passed over; of one that is
-    named to be left out it is an error.
+    A missing split of a training set is reported and skipped; a missing split of a set to be left
+    out is an error.
 
     Raises:
         DatasetError: as above.
@@ -170,7 +170,7 @@ def excluded_pictures(
 def held_out(
     sources: Sequence[Source], split: str, scenes: SceneDraw, seed: int, count: int
 ) -> list[ReferringExample]:
-    """About ``count`` records (or scenes) to examine a model on, from all referring sources."""
+    """About ``count`` records (or scenes) to evaluate a model on, from all referring sources."""
     asked = [source for source in sources if source.name not in VQA_SETS]
     found: list[ReferringExample] = []
     for source in asked:
@@ -193,14 +193,14 @@ def coco_id(example: VqaExample) -> str:
 
 
 def _scene_vqa(source: Source, recipe: Recipe, split: str) -> list[VqaExample]:
-    """What scenes ask besides, if a share of it is wanted."""
+    """Questions about what lies where in scenes, if a share of them is wanted."""
     if source.path is not None or not recipe.vqa_share:
         return []
     return scene_vqa(SMALL_WORLD, split, recipe.seed, VQA_SCENES)
 
 
 def _turn(world: str) -> tuple[str, int]:
-    """NAME or NAME:N as a world's name and its scenes a turn."""
+    """NAME or NAME:N as a world's name and its scenes per turn."""
     name, _, scenes = world.partition(":")
     if name not in WORLDS:
         raise InputError(f"no world {name!r}", hint=f"Known: {', '.join(sorted(WORLDS))}.")

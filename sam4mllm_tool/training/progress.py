@@ -1,4 +1,4 @@
-"""What a model can do while it learns: held-out expressions through the real pipeline."""
+"""A model's quality while it is trained: held-out expressions through the real pipeline."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHOWN = (
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Expressions of pictures that are not learnt from, and what draws their masks."""
+    """Expressions of pictures outside the training data, and the segmenter for their masks."""
 
     cases: Sequence[Case]
     segmenter: Segmenter
@@ -34,7 +34,7 @@ class HeldOut:
         """Each metric of `SHOWN` that is defined on the cases, for the model as it is now.
 
         The model is left in the mode (training or not) it was in. A model held in 16 bits has
-        layers that learn in 32: what they meet is cast.
+        trained layers in 32 bits, whose inputs are cast.
         """
         training = model.training
         halved = any(weight.dtype == torch.bfloat16 for weight in model.parameters())

@@ -18,22 +18,23 @@ class LoraRecipe:
 
     Attributes:
         rank, alpha, dropout: of the LoRA layers.
-        projector: what lies between picture and text learns by LoRA layers, whole, or not at all.
-        vision: LoRA layers in the vision tower too. The published recipe leaves it as it is; a
-            small tower has not seen everything that pictures are made of.
+        projector: how the projector between picture and text is trained: by LoRA layers, in full,
+            or not at all.
+        vision: LoRA layers in the vision tower too. The published recipe has none; a small tower
+            has to learn from more pictures.
         rate: peak learning rate of the one-cycle schedule (PyTorch's ``OneCycleLR``).
         warm_up: share of the steps in which the rate rises.
-        annealing: how the rate goes between its ends.
+        annealing: the curve of the rate between its ends.
         weight_decay: of AdamW.
-        clip: largest norm of a step's gradient; 0 leaves it.
+        clip: largest norm of a step's gradient; 0 for no clipping.
         optimizer: a name that transformers' ``TrainingArguments.optim`` takes.
         epochs: passes over the conversations.
-        batch: conversations a step (a device).
+        batch: conversations per step and device.
         accumulate: steps whose gradients are summed.
         bf16: compute in bfloat16, the frozen weights held in it.
         checkpointing: recompute activations to save memory.
         smoothing: standard deviation of the label smoothing of coordinates, in steps of 0-999, with
-            punctuation weighing little (:class:`TokenLoss`); 0 is plain cross-entropy.
+            with a small weight of punctuation (:class:`TokenLoss`); 0 is plain cross-entropy.
         longest: tokens of text a conversation may have (a picture counts as one); its last
             questions are left out until it fits.
         seed: of initialisation, order and dropout.
@@ -92,7 +93,7 @@ PUBLISHED_SOURCES = {
     "weight_decay": _SCRIPT, "clip": f"{_SCRIPT}: no clipping",
     "optimizer": f"{_OURS}: the script's AdamW8bit is --optimizer adamw_bnb_8bit (CUDA only)",
     "epochs": _SCRIPT, "batch": _SCRIPT,
-    "accumulate": f"{_SCRIPT}; with its ten GPUs 80 conversations a step",
+    "accumulate": f"{_SCRIPT}; with its ten GPUs 80 conversations per step",
     "bf16": _SCRIPT, "checkpointing": _SCRIPT, "smoothing": f"{_PAPER}: plain cross-entropy",
     "longest": f"{_SCRIPT} and notebook: 1,536 tokens before the picture is put in",
     "seed": f"{_OURS}: the script sets none",
@@ -137,11 +138,11 @@ PRESETS: dict[str, Preset] = {
             candidates=Candidates(asked=(1, 30), jitter=0.1),
         ),
         {
-            "smoothing": "ours: plain cross-entropy takes 499 for 500 as wrong as 000",
+            "smoothing": "ours: for plain cross-entropy, 499 instead of 500 is as wrong as 000",
             "clip": "ours: transformers' default",
             "order": "ours: from left to right, an order that the picture shows",
             "candidates.asked": "ours: the pipeline asks up to 30 points",
-            "candidates.normal": "ours: any number is as likely as any other",
+            "candidates.normal": "ours: all numbers are equally likely",
             "candidates.jitter": "ours: round 1's boxes are not exact either",
         },
     ),
@@ -157,8 +158,8 @@ PRESETS: dict[str, Preset] = {
         judge="embedded",
     ),
 }  # fmt: skip
-"""``published``: the authors' figures. ``ours``: the same with what we would change. ``small``: for
-the embedded model, on a CPU."""
+"""``published``: the authors' values. ``ours``: the same with our changes. ``small``: for the
+embedded model, on a CPU."""
 
 
 def recipe_rows(

@@ -1,10 +1,11 @@
-"""Cross-entropy that knows numbers: near misses cost less, and punctuation hardly counts.
+"""Cross-entropy for coordinates: near misses cost less, and punctuation has little weight.
 
-A coordinate's target is a bell over its neighbours on the number line. How a vocabulary writes
-000 … 999 is looked up in it: as one token each (Llama-3's groups of three digits, the embedded
-model's words) the bell lies on those tokens; as three digits (Qwen's, Gemma's) each digit's target
-is the bell's share of the numbers that go on like that, given the digits before it. Numbers outside
-brackets, as in an answer about a year, are no coordinates and stay as they are.
+A coordinate's target is a bell curve over its neighbours on the number line. How a vocabulary
+writes 000 … 999 is looked up in it. Where each is one token (Llama-3's groups of three digits, the
+embedded model's words), the bell is spread over those tokens. Where each is three digits (Qwen,
+Gemma), a digit's target is the bell's total over the numbers that continue with this digit, given
+the digits before it. Numbers outside brackets, such as a year in an answer, are not coordinates and
+are left unchanged.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class CompareObjectsArguments(ToolArguments):
 
 
 class PairComparison(BaseModel):
-    """How object a lies to object b."""
+    """Object a's relation to object b."""
 
     a: str
     b: str
@@ -105,7 +105,7 @@ def _compare(frame: Frame, a: ObjectRecord, b: ObjectRecord) -> PairComparison:
 
 
 def _pair_line(pair: PairComparison) -> str:
-    """How two objects lie to each other, in one line."""
+    """The relation of two objects, in one line."""
     if pair.distance is None:
         return f"{pair.a} and {pair.b} have no relation: one of the masks is empty"
     where = " and ".join(side.replace("_", " ") for side in pair.position) or "at the same place as"

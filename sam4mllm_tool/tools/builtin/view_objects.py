@@ -28,7 +28,7 @@ class ViewObjectsArguments(ToolArguments):
 
 
 class ViewResult(ImageResult):
-    """A picture for a multimodal reader travels beside this result."""
+    """The numbers in the picture; the picture itself is returned beside this result."""
 
     shown: dict[int, str] = Field(description="Number in the picture → object_id.")
     view_width: int
@@ -36,7 +36,7 @@ class ViewResult(ImageResult):
 
 
 def view_objects(context: ToolContext, arguments: ViewObjectsArguments) -> ToolOutput:
-    """Draw masks with the numbers of their handles."""
+    """Draw masks, each with the number of its handle."""
     workspace = context.workspace
     if arguments.object_ids:
         record, found = context.masked_objects(arguments.object_ids)
