@@ -71,7 +71,7 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(
     assert checkpoints.last_whole(folder) == newest
     DAMAGE[damage](newest)
     assert checkpoints.last_whole(folder) == before
-    assert "checkpoint-6 is torn" in caplog.text
+    assert "checkpoint-6 is incomplete" in caplog.text
     assert (folder / "torn-checkpoint-6").is_dir() and not newest.exists()
     DAMAGE[damage](before)
     assert checkpoints.last_whole(folder) is None

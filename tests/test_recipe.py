@@ -18,9 +18,10 @@ from sam4mllm_tool.errors import DatasetError, InputError
 from sam4mllm_tool.mllm.loading import load_processor
 from sam4mllm_tool.training.candidates import Candidates
 from sam4mllm_tool.training.dialogues import Conversations, Recipe, chunks, conversations
-from sam4mllm_tool.training.lora import ConversationEncoder, ConversationSet, train
+from sam4mllm_tool.training.lora import train
 from sam4mllm_tool.training.mixture import Source
 from sam4mllm_tool.training.recipe import PRESETS, PUBLISHED_SOURCES, LoraRecipe
+from sam4mllm_tool.training.sequences import ConversationEncoder, ConversationSet
 from sam4mllm_tool.types import TargetCount
 
 PUBLISHED = PRESETS["published"]
@@ -161,7 +162,7 @@ def test_an_unreadable_picture_is_named_and_the_next_is_learnt(
     encoder = ConversationEncoder(load_processor(base), recipe)
     (found,), (expected,) = ConversationSet(some, encoder)[0], ConversationSet(whole, encoder)[0]
     assert torch.equal(found.labels, expected.labels)
-    assert "next conversation is learnt instead" in caplog.text
+    assert "next conversation is used instead" in caplog.text
     nothing = Conversations(chunks([broken], recipe), recipe)
     with pytest.raises(DatasetError, match="1 conversations cannot be read"):
         ConversationSet(nothing, encoder)[0]

@@ -40,15 +40,11 @@ from sam4mllm_tool.testing import ColourSegmenter
 from sam4mllm_tool.training.candidates import Candidates
 from sam4mllm_tool.training.convergence import convergence_page
 from sam4mllm_tool.training.dialogues import Conversation, Recipe, conversations
-from sam4mllm_tool.training.lora import (
-    Collator,
-    ConversationEncoder,
-    adapt,
-    take_over,
-    train,
-)
+from sam4mllm_tool.training.layers import adapt, take_over
+from sam4mllm_tool.training.lora import train
 from sam4mllm_tool.training.progress import HeldOut
 from sam4mllm_tool.training.recipe import PRESETS, LoraRecipe
+from sam4mllm_tool.training.sequences import Collator, ConversationEncoder
 from sam4mllm_tool.types import Box, Mask, PointLabel, RgbImage, TargetCount
 
 SHAPE = BaseShape(
@@ -415,10 +411,10 @@ def test_an_adapter_goes_on_from_another(
     assert all(torch.equal(found[name], saved[name]) for name in saved)
     learning = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert any("lora_B" in name for name in learning)
-    with pytest.raises(CheckpointError, match="no way on"):
+    with pytest.raises(CheckpointError, match="training cannot continue"):
         take_over(adapt(load_model(base, choose_placement("cpu", "float32")),
                         replace(recipe, rank=8)), whole)  # fmt: skip
-    with pytest.raises(CheckpointError, match="no way on"):
+    with pytest.raises(CheckpointError, match="training cannot continue"):
         take_over(model, tmp_path)
 
 

@@ -19,7 +19,7 @@ from sam4mllm_tool.mllm.loading import load_processor
 from sam4mllm_tool.mllm.local import LocalMllm
 from sam4mllm_tool.protocols import Dialogue, Turn
 from sam4mllm_tool.training.dialogues import Conversation, Recipe
-from sam4mllm_tool.training.lora import IGNORED, Collator, ConversationEncoder
+from sam4mllm_tool.training.sequences import IGNORED, Collator, ConversationEncoder
 from sam4mllm_tool.types import TargetCount
 
 FORM = Sam4MllmFormat()
