@@ -9,7 +9,9 @@ by ``cache_bytes``, and the activations of a forward pass.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from sam4mllm_tool import embedded
@@ -118,6 +120,25 @@ _ZERO_SHOT = (
     Part("OpenGVLab/InternVL3-8B-hf", 7_944_300_032, MLLM_BYTES, 15_890_000_000, "Qwen"),
 )
 _TRY = 'sam4mllm-tool segment photo.jpg "the red apple" --out masks'
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a checkpoint's name can be ``OWNER/NAME`` on the hub, and not only a path."""
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
+
+
+def nearest_checkpoint(name: str) -> str:
+    """The beginning of a hint for a name or path without a checkpoint; empty if none is near.
+
+    The nearest is one of this list, or a file or folder beside the path.
+    """
+    known = [embedded.NAME]
+    known += [part.name for part in (LLAVA_NEXT, QWEN_VL, *_ZERO_SHOT, *_SEGMENTERS)]
+    folder = Path(name).expanduser().parent
+    beside = [one.name for one in folder.iterdir()] if folder.is_dir() else []
+    similar = get_close_matches(name, known, n=1)
+    similar += [str(folder / one) for one in get_close_matches(Path(name).name, beside, n=1)]
+    return f"Did you mean {similar[0]!r}? " if similar else ""
 
 
 def combinations() -> tuple[Combination, ...]:

@@ -10,9 +10,17 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from sam4mllm_tool import embedded
-from sam4mllm_tool.catalogue import MLLM_BYTES, XL1, combinations
+from sam4mllm_tool.catalogue import (
+    MLLM_BYTES,
+    XL1,
+    combinations,
+    is_hub_id,
+    nearest_checkpoint,
+)
 from sam4mllm_tool.cli import app
+from sam4mllm_tool.errors import CheckpointError
 from sam4mllm_tool.formats import FORMATS
+from sam4mllm_tool.segmenter import load_segmenter
 from sam4mllm_tool.segmenter.efficientvit import VARIANTS, build_efficientvit_sam
 
 KNOWN = combinations()
@@ -69,3 +77,37 @@ def test_the_list_is_printed_as_a_table_and_as_json():
     assert paper["memory_bytes"] == sum(
         part["parameters"] * part["bytes_each"] for part in paper["mllm"] + paper["segmenter"]
     )
+
+
+def test_a_misspelt_name_names_the_nearest_checkpoint(tmp_path, monkeypatch):
+    (tmp_path / "sam_vit_h_4b8939.pth").touch()
+    (tmp_path / "llava-next").mkdir()
+    (tmp_path / "README.md").touch()
+    monkeypatch.chdir(tmp_path)
+    near = {
+        "embeded": "embedded",
+        "llava-hf/llama3-llava-next-8b": "llava-hf/llama3-llava-next-8b-hf",
+        "facebook/sam2.1-hiera-lage": "facebook/sam2.1-hiera-large",
+        "lava-next": "llava-next",
+        str(tmp_path / "sam_vit_h_4b8939.pt"): str(tmp_path / "sam_vit_h_4b8939.pth"),
+    }
+    for name, meant in near.items():
+        assert nearest_checkpoint(name) == f"Did you mean {meant!r}? "
+    assert nearest_checkpoint("something else") == nearest_checkpoint("/no/such/folder") == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "on_the_hub"),
+    [("Qwen/Qwen2.5-VL", True), ("embeded", False), ("./a", False), ("/a", False), ("~/a", False),
+     ("a/b/c", False), ("../a", False)],
+)  # fmt: skip
+def test_only_owner_and_name_are_looked_for_on_the_hub(name, on_the_hub):
+    assert is_hub_id(name) == on_the_hub
+
+
+def test_a_misspelt_segmenter_is_refused_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked the network"))
+    for name, hint in (("embeded", "Did you mean 'embedded'?"), (tmp_path / "none", "Give a")):
+        with pytest.raises(CheckpointError, match="no segmenter at") as caught:
+            load_segmenter(name)
+        assert caught.value.hint.startswith(hint)

@@ -53,6 +53,17 @@ def test_a_hub_id_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "on the Hub" in str(fails("nobody/has-this-model"))
 
 
+def test_a_misspelt_name_names_the_nearest_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "Did you mean 'embedded'?" in fails("embeded").hint
+    assert f"Did you mean {str(folder)!r}?" in fails(folder.parent / "chekpoint").hint
+    assert "Did you mean" not in fails(folder.parent / "quite different").hint
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hint = fails("Qwen/Qwen2.5-VL-7B-Instuct").hint
+    assert "Did you mean 'Qwen/Qwen2.5-VL-7B-Instruct'?" in hint
+
+
 def test_a_file_is_no_folder(folder: Path) -> None:
     fails(folder / "config.json")
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from sam4mllm_tool.catalogue import nearest_checkpoint
 from sam4mllm_tool.errors import BackendError, CheckpointError, DialogueError, Sam4MllmError
 from sam4mllm_tool.formats import get_format
 from sam4mllm_tool.pipeline.points import PATTERNS, candidate_points
@@ -179,7 +180,8 @@ def _check_place(option: str, place: str | None) -> None:
     only_a_path = place.startswith(("/", "./", "../", "~")) or place.endswith(_WEIGHTS)
     if only_a_path and not Path(place).expanduser().exists():
         raise CheckpointError(
-            f"{option} {place}: there is no such file or folder", hint="Check the path."
+            f"{option} {place}: there is no such file or folder",
+            hint=f"{nearest_checkpoint(place)}Check the path.",
         )
 
 

@@ -15,6 +15,7 @@ import huggingface_hub
 from huggingface_hub.utils.tqdm import tqdm
 from safetensors import SafetensorError, safe_open
 
+from sam4mllm_tool.catalogue import is_hub_id, nearest_checkpoint
 from sam4mllm_tool.concurrency import check_cancelled, stage
 from sam4mllm_tool.errors import CheckpointError
 
@@ -34,16 +35,17 @@ def find_checkpoint(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if path.exists() or not is_hub_id(name):
         raise CheckpointError(
             f"no checkpoint directory at {name!r}",
-            hint="Give the directory that holds config.json and *.safetensors, or a hub id.",
+            hint=f"{nearest_checkpoint(name)}Give the directory that holds config.json and "
+            "*.safetensors, or a hub id.",
         )
     return _from_hub(name)
 
 
 def _from_hub(name: str) -> Path:
-    """Download in a thread of its own, which is left behind if the hub falls silent."""
+    """Download in a separate thread, which is abandoned if the hub sends nothing any more."""
     _log.info("fetching %s from the hub", name)
     stage("download")
     progress, found = _Progress(), _Found()
@@ -57,7 +59,7 @@ def _from_hub(name: str) -> Path:
                 tqdm_class=progress.bar_class,
             )
             found.folder = Path(folder)
-        except Exception as error:  # whatever it is, it is reported as one thing
+        except Exception as error:  # the libraries raise many kinds; all are reported alike
             found.error = error
         finally:
             found.done.set()
@@ -71,13 +73,14 @@ def _from_hub(name: str) -> Path:
     if found.folder is None:
         raise CheckpointError(
             f"checkpoint {name!r} is neither a local directory nor on the Hub: {found.error}",
-            hint="Check the spelling and the network, or download it first and give the path.",
+            hint=f"{nearest_checkpoint(name)}Check the spelling and the network, or download it "
+            "first and give the path.",
         ) from found.error
     return found.folder
 
 
 class _Found:
-    """What a download thread has come to."""
+    """The result of a download thread."""
 
     def __init__(self) -> None:
         self.done = threading.Event()
@@ -86,7 +89,7 @@ class _Found:
 
 
 class _Progress:
-    """How long ago a download last moved; its bars are drawn as tqdm draws them."""
+    """How long ago a download last made progress; tqdm draws its bars as usual."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
@@ -126,10 +129,10 @@ def read_json(file: Path) -> dict[str, Any]:
 def check_texts(folder: Path) -> None:
     """Make sure that every JSON file of a checkpoint can be read whole.
 
-    A library that comes upon half a file names anything but the file.
+    Libraries that read half a file raise errors that do not name it.
 
     Raises:
-        CheckpointError: one cannot; it is named.
+        CheckpointError: one cannot be read; it is named.
     """
     for file in sorted(folder.glob("*.json")):
         read_json(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sam4mllm_tool import embedded
+from sam4mllm_tool.catalogue import is_hub_id, nearest_checkpoint
 from sam4mllm_tool.errors import CheckpointError
 from sam4mllm_tool.protocols import Segmenter
 
@@ -45,6 +46,12 @@ def load_segmenter(
 
         return SegmentAnythingSegmenter.from_pretrained(
             path, decoder=decoder, device=device, dtype=dtype
+        )
+    if not path.is_dir() and not is_hub_id(str(name_or_path)):
+        raise CheckpointError(
+            f"no segmenter at {str(name_or_path)!r}",
+            hint=f"{nearest_checkpoint(str(name_or_path))}Give a checkpoint file, a directory or a "
+            "hub id.",
         )
     if decoder is not None:
         raise CheckpointError(

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForMaskGeneration
 from transformers.utils import logging as transformers_logging
 
+from sam4mllm_tool.catalogue import nearest_checkpoint
 from sam4mllm_tool.devices import choose_device
 from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory
 from sam4mllm_tool.protocols import SegmentPrompt
@@ -232,7 +233,8 @@ def _loading(name: str) -> Iterator[None]:
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise CheckpointError(
-            f"the segmenter {name!r} cannot be loaded: {str(error)[:300]}", hint=_HINT
+            f"the segmenter {name!r} cannot be loaded: {str(error)[:300]}",
+            hint=f"{'' if Path(name).is_dir() else nearest_checkpoint(name)}{_HINT}",
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)

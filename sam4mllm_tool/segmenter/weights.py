@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from segment_anything.modeling import Sam
 from torch import Tensor
 
+from sam4mllm_tool.catalogue import nearest_checkpoint
 from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory
 
 Weights = dict[str, Tensor]
@@ -39,7 +40,10 @@ def read_weights(path: Path, device: torch.device) -> Weights:
         DeviceOutOfMemory: the device is too small for it.
     """
     if not path.is_file():
-        raise CheckpointError(f"no SAM checkpoint at {str(path)!r}", hint="Check the path.")
+        raise CheckpointError(
+            f"no SAM checkpoint at {str(path)!r}",
+            hint=f"{nearest_checkpoint(str(path))}Check the path.",
+        )
     try:
         _check_beginning(path)
         if path.suffix == ".safetensors":
