@@ -24,8 +24,10 @@ import torch
 from rich.progress import track
 
 from benchmarks.counterfactuals import LooseBoxes, pooled, relabelled, thresholded
+from sam4mllm_tool.evaluation.bootstrap import Bootstrap
 from sam4mllm_tool.evaluation.judge import judge, outcome_of
-from sam4mllm_tool.evaluation.metrics import METRICS, Bootstrap, Outcome
+from sam4mllm_tool.evaluation.metrics import METRICS
+from sam4mllm_tool.evaluation.outcome import Outcome
 from sam4mllm_tool.evaluation.places import PLACES
 from sam4mllm_tool.evaluation.scenes import scene_cases
 from sam4mllm_tool.pipeline.model import load

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from sam4mllm_tool.evaluation.cases import Case
-from sam4mllm_tool.evaluation.metrics import Outcome, compare_masks
+from sam4mllm_tool.evaluation.outcome import Outcome, compare_masks
 from sam4mllm_tool.evaluation.places import Place, Places
 from sam4mllm_tool.images.loading import ImageLike
 from sam4mllm_tool.pipeline.model import Sam4MLLM

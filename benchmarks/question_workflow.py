@@ -25,8 +25,10 @@ from sam4mllm_integrations.langgraph_workflow import QuestionSettings, question_
 
 from sam4mllm_tool.errors import DialogueError
 from sam4mllm_tool.evaluation.benchmark import benchmark_cases
+from sam4mllm_tool.evaluation.bootstrap import Bootstrap
 from sam4mllm_tool.evaluation.cases import Case
-from sam4mllm_tool.evaluation.metrics import METRICS, Bootstrap, Outcome, compare_masks
+from sam4mllm_tool.evaluation.metrics import METRICS
+from sam4mllm_tool.evaluation.outcome import Outcome, compare_masks
 from sam4mllm_tool.evaluation.scenes import scene_cases
 from sam4mllm_tool.grammar import Grammar
 from sam4mllm_tool.pipeline.model import Sam4MLLM, load

@@ -11,7 +11,7 @@ from benchmarks.claims import THRESHOLDS, _over, choose_thresholds
 from benchmarks.counterfactuals import RULES, LooseBoxes, relabelled, thresholded
 from sam4mllm_tool.evaluation.cases import Case
 from sam4mllm_tool.evaluation.judge import judge, outcome_of
-from sam4mllm_tool.evaluation.metrics import Outcome
+from sam4mllm_tool.evaluation.outcome import Outcome
 from sam4mllm_tool.pipeline.points import Thresholds
 from sam4mllm_tool.pipeline.results import Settings
 from sam4mllm_tool.testing import ColourSegmenter, TruthfulMllm

@@ -19,7 +19,7 @@ from sam4mllm_tool.datasets import load_examples
 from sam4mllm_tool.errors import BackendError, DatasetError, InputError
 from sam4mllm_tool.evaluation.benchmark import benchmark_cases, evaluate, evaluate_benchmark
 from sam4mllm_tool.evaluation.cases import sampled
-from sam4mllm_tool.evaluation.metrics import Outcome, PointOutcome
+from sam4mllm_tool.evaluation.outcome import Outcome, PointOutcome
 from sam4mllm_tool.evaluation.pictures import EXTRA, HIT, MISSED, choose_lines, compared
 from sam4mllm_tool.evaluation.run import Line, Shard, measure, read_lines
 from sam4mllm_tool.evaluation.scenes import POOL, evaluate_scenes, position_baseline, scene_cases

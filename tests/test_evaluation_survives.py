@@ -18,8 +18,10 @@ from sam4mllm_tool.annotate import annotate
 from sam4mllm_tool.datasets import load_examples
 from sam4mllm_tool.errors import DatasetError, InputError, StorageError
 from sam4mllm_tool.evaluation.benchmark import benchmark_cases, evaluate, evaluate_benchmark
+from sam4mllm_tool.evaluation.bootstrap import Bootstrap
 from sam4mllm_tool.evaluation.cases import Case, sampled
-from sam4mllm_tool.evaluation.metrics import METRICS, Bootstrap, Outcome
+from sam4mllm_tool.evaluation.metrics import METRICS
+from sam4mllm_tool.evaluation.outcome import Outcome
 from sam4mllm_tool.evaluation.run import Shard, measure, read_lines
 from sam4mllm_tool.journal import open_journal, read_journal
 from sam4mllm_tool.pipeline.model import Sam4MLLM

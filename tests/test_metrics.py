@@ -6,15 +6,14 @@ import math
 import numpy as np
 import pytest
 
-from sam4mllm_tool.evaluation.metrics import (
-    METRICS,
-    Bootstrap,
+from sam4mllm_tool.evaluation.bootstrap import Bootstrap, summarise
+from sam4mllm_tool.evaluation.metrics import METRICS
+from sam4mllm_tool.evaluation.outcome import (
     Outcome,
     PointOutcome,
     StatedPoint,
     compare_masks,
     match_boxes,
-    summarise,
 )
 from sam4mllm_tool.evaluation.places import Places
 from sam4mllm_tool.types import Box, Mask

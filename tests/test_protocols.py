@@ -21,7 +21,8 @@ from sam4mllm_tool.datasets.protocol import PROTOCOLS, get_protocol
 from sam4mllm_tool.errors import DatasetError, InputError
 from sam4mllm_tool.evaluation.benchmark import benchmark_cases
 from sam4mllm_tool.evaluation.judge import judge
-from sam4mllm_tool.evaluation.metrics import METRICS, Outcome
+from sam4mllm_tool.evaluation.metrics import METRICS
+from sam4mllm_tool.evaluation.outcome import Outcome
 from sam4mllm_tool.evaluation.published import PUBLISHED, published_for
 from sam4mllm_tool.evaluation.report import build_report, to_markdown
 from sam4mllm_tool.types import Box, Mask

@@ -9,7 +9,7 @@ from typing import Any
 
 from sam4mllm_tool.errors import DialogueError
 from sam4mllm_tool.evaluation.cases import Case
-from sam4mllm_tool.evaluation.metrics import (
+from sam4mllm_tool.evaluation.outcome import (
     Outcome,
     PointOutcome,
     StatedPoint,

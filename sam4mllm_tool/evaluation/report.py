@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from sam4mllm_tool.evaluation.metrics import METRICS, Bootstrap, Outcome, summarise
+from sam4mllm_tool.evaluation.bootstrap import Bootstrap, summarise
+from sam4mllm_tool.evaluation.metrics import METRICS
+from sam4mllm_tool.evaluation.outcome import Outcome
 from sam4mllm_tool.evaluation.published import Published
 from sam4mllm_tool.evaluation.run import Line, Skipped
 

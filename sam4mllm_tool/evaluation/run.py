@@ -23,7 +23,7 @@ from sam4mllm_tool.disk import exclusive, write_whole
 from sam4mllm_tool.errors import DatasetError, ImageError, InputError
 from sam4mllm_tool.evaluation.cases import Case
 from sam4mllm_tool.evaluation.judge import Judged, judge
-from sam4mllm_tool.evaluation.metrics import Outcome
+from sam4mllm_tool.evaluation.outcome import Outcome
 from sam4mllm_tool.journal import open_journal, read_journal
 from sam4mllm_tool.pipeline.model import Sam4MLLM
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from sam4mllm_tool.evaluation.benchmark import evaluate
 from sam4mllm_tool.evaluation.cases import Case, Cases, asked_with, sampled
-from sam4mllm_tool.evaluation.metrics import Outcome
+from sam4mllm_tool.evaluation.outcome import Outcome
 from sam4mllm_tool.evaluation.report import Document
 from sam4mllm_tool.evaluation.run import Shard, read_lines
 from sam4mllm_tool.pipeline.model import Sam4MLLM
