@@ -14,6 +14,7 @@ from sam4mllm_tool.cli import (
     check,
     convert,
     demo,
+    dialogues,
     doctor,
     evaluate,
     mcp,
@@ -67,7 +68,7 @@ app.command("models")(models.models)
 app.command("check")(check.check)
 app.command("scenes")(scenes.scenes)
 app.add_typer(evaluate.app, name="eval")
-app.command("dialogues")(train.dialogues)
+app.command("dialogues")(dialogues.dialogues)
 app.command("train")(train.train)
 app.command("annotate")(annotate.annotate)
 app.command("convert-adapter")(convert.convert_adapter)
