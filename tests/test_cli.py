@@ -145,6 +145,21 @@ def test_many_pictures_take_one_load_and_one_that_is_broken_stops_nothing(tmp_pa
     assert loads == ["embedded"]
 
 
+@pytest.mark.parametrize("command", [["segment"], ["probe"], ["check", "--scenes", "1"]])
+def test_the_segmenters_dtype_is_an_option(command, monkeypatch):
+    options: list[dict] = []
+
+    def load(*_, segmenter_options, **__):
+        options.append(segmenter_options)
+        raise CheckpointError("stop here", hint="-")
+
+    monkeypatch.setattr("sam4mllm_tool.pipeline.model.load", load)
+    where = [] if command[0] == "check" else [DEMO, "the tree"]
+    for dtype in ([], ["--sam-dtype", "bfloat16"]):
+        RUNNER.invoke(app, [command[0], *where, *command[1:], *dtype])
+    assert [one["dtype"] for one in options] == ["auto", "bfloat16"]
+
+
 def test_what_is_wrong_is_said_before_anything_is_loaded(tmp_path, loads):
     for wrong in (
         ["segment", DEMO, " "],

@@ -14,6 +14,7 @@ from sam4mllm_tool.cli.common import (
     JsonOption,
     MllmOption,
     SamDecoderOption,
+    SamDtypeOption,
     SamOption,
     console,
     counted,
@@ -42,6 +43,7 @@ def annotate(
     format: FormatOption = None,
     sam: SamOption = "embedded",
     sam_decoder: SamDecoderOption = None,
+    sam_dtype: SamDtypeOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
@@ -51,7 +53,9 @@ def annotate(
 
     texts = read_expressions(expressions)
     total = len(plan(folder, texts))
-    model = load_models(mllm, adapter, format, sam, sam_decoder, device, quiet=as_json)
+    model = load_models(
+        mllm, adapter, format, sam, sam_decoder, device, sam_dtype=sam_dtype, quiet=as_json
+    )
     with counted("pictures", total, quiet=as_json) as advance:
         done = run(model, folder, texts, out, count=count, on_picture=advance)
     number = len(done.document["annotations"])

@@ -15,6 +15,7 @@ from sam4mllm_tool.cli.common import (
     JsonOption,
     MllmOption,
     SamDecoderOption,
+    SamDtypeOption,
     SamOption,
     console,
     print_json,
@@ -29,6 +30,7 @@ def check(
     format: FormatOption = None,
     sam: SamOption = "embedded",
     sam_decoder: SamDecoderOption = None,
+    sam_dtype: SamDtypeOption = "auto",
     device: DeviceOption = "auto",
     scenes: Annotated[int, typer.Option(min=1, max=500, help="Drawn scenes to ask about.")] = 20,
     as_json: JsonOption = False,
@@ -44,7 +46,7 @@ def check(
             format=format,
             segmenter=sam,
             device=device,
-            segmenter_options={"decoder": sam_decoder},
+            segmenter_options={"decoder": sam_decoder, "dtype": sam_dtype},
         )
 
     findings: list[Finding] = []

@@ -67,6 +67,13 @@ SamDecoderOption = Annotated[
     str | None,
     typer.Option("--sam-decoder", help="File of fine-tuned weights laid over a --sam file's."),
 ]
+SamDtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--sam-dtype",
+        help="Of the segmenter's image encoder: auto (float32), float32 or bfloat16.",
+    ),
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 
 
@@ -143,6 +150,7 @@ def load_models(
     sam_decoder: str | None,
     device: str,
     *,
+    sam_dtype: str = "auto",
     settings: Settings | None = None,
     quiet: bool = False,
 ) -> Sam4MLLM:
@@ -169,7 +177,7 @@ def load_models(
             segmenter=sam,
             device=device,
             settings=settings,
-            segmenter_options={"decoder": sam_decoder or None},
+            segmenter_options={"decoder": sam_decoder or None, "dtype": sam_dtype or "auto"},
         )
 
 

@@ -21,6 +21,7 @@ from sam4mllm_tool.cli.common import (
     JsonOption,
     MllmOption,
     SamDecoderOption,
+    SamDtypeOption,
     SamOption,
     console,
     counted,
@@ -46,6 +47,7 @@ def sam_command(
     ] = "sam",
     sam: SamOption = "embedded",
     sam_decoder: SamDecoderOption = None,
+    sam_dtype: SamDtypeOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -53,7 +55,8 @@ def sam_command(
     from sam4mllm_tool.evaluation.sam import evaluate_sam
     from sam4mllm_tool.segmenter import load_segmenter
 
-    drawn, segmenter = _world(world), load_segmenter(sam, decoder=sam_decoder, device=device)
+    drawn = _world(world)
+    segmenter = load_segmenter(sam, decoder=sam_decoder, dtype=sam_dtype, device=device)
     with nullcontext() if as_json else console.status("measuring …"):
         report = evaluate_sam(segmenter, seed=seed, objects=objects, world=drawn).to_json()
     if as_json:
@@ -119,6 +122,7 @@ def scenes_command(
     format: FormatOption = None,
     sam: SamOption = "embedded",
     sam_decoder: SamDecoderOption = None,
+    sam_dtype: SamDtypeOption = "auto",
     device: DeviceOption = "auto",
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run, to keep and resume it; default: none.")
@@ -138,6 +142,7 @@ def scenes_command(
         sam,
         sam_decoder,
         device,
+        sam_dtype=sam_dtype,
         settings=_settings(points, candidates),
         quiet=as_json,
     )
@@ -174,6 +179,7 @@ def _benchmark_command(known: str, splits: tuple[str, ...]) -> Callable[..., Non
         format: FormatOption = None,
         sam: SamOption = "embedded",
         sam_decoder: SamDecoderOption = None,
+        sam_dtype: SamDtypeOption = "auto",
         device: DeviceOption = "auto",
         out: Annotated[
             Path | None, typer.Option(help="Folder of the run; default runs/NAME-SPLIT-PROTOCOL.")
@@ -195,6 +201,7 @@ def _benchmark_command(known: str, splits: tuple[str, ...]) -> Callable[..., Non
             sam,
             sam_decoder,
             device,
+            sam_dtype=sam_dtype,
             settings=_settings(points, candidates),
             quiet=as_json,
         )

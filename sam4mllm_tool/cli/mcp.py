@@ -15,6 +15,7 @@ from sam4mllm_tool.cli.common import (
     FormatOption,
     MllmOption,
     SamDecoderOption,
+    SamDtypeOption,
     SamOption,
     load_models,
 )
@@ -99,6 +100,7 @@ def mcp(
     format: FormatOption = None,
     sam: SamOption = "embedded",
     sam_decoder: SamDecoderOption = None,
+    sam_dtype: SamDtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
     """Serve the tools to MCP clients (needs the extra 'mcp')."""
@@ -112,7 +114,9 @@ def mcp(
     from sam4mllm_tool.images.access import ImagePolicy
 
     mcp_server.serve(
-        lambda: load_models(mllm, adapter, format, sam, sam_decoder, device, quiet=True),
+        lambda: load_models(
+            mllm, adapter, format, sam, sam_decoder, device, sam_dtype=sam_dtype, quiet=True
+        ),
         transport=transport.value,
         http=mcp_server.HttpSettings(
             host=host,

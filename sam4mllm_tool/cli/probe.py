@@ -15,6 +15,7 @@ from sam4mllm_tool.cli.common import (
     MaxPixelsOption,
     MllmOption,
     SamDecoderOption,
+    SamDtypeOption,
     SamOption,
     console,
     load_models,
@@ -39,6 +40,7 @@ def probe(
     format: FormatOption = None,
     sam: SamOption = "embedded",
     sam_decoder: SamDecoderOption = None,
+    sam_dtype: SamDtypeOption = "auto",
     device: DeviceOption = "auto",
     max_pixels: MaxPixelsOption = ImagePolicy.max_pixels,
     max_bytes: MaxBytesOption = ImagePolicy.max_bytes,
@@ -52,7 +54,9 @@ def probe(
     check_expression(expression)
     if points:
         check_image_points(points, picture)
-    model = load_models(mllm, adapter, format, sam, sam_decoder, device, quiet=as_json)
+    model = load_models(
+        mllm, adapter, format, sam, sam_decoder, device, sam_dtype=sam_dtype, quiet=as_json
+    )
     location = model.locate(picture, expression)
     if not location.objects:
         raise ExpressionError(

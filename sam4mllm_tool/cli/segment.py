@@ -22,6 +22,7 @@ from sam4mllm_tool.cli.common import (
     MaxPixelsOption,
     MllmOption,
     SamDecoderOption,
+    SamDtypeOption,
     SamOption,
     StrategyOption,
     console,
@@ -66,6 +67,7 @@ def segment(
     format: FormatOption = None,
     sam: SamOption = "embedded",
     sam_decoder: SamDecoderOption = None,
+    sam_dtype: SamDtypeOption = "auto",
     device: DeviceOption = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder for masks and overlay.")] = None,
     formats: Annotated[
@@ -96,7 +98,15 @@ def segment(
     only = load_image(sources[0], policy) if len(sources) == 1 else None
     settings = Settings(strategy=strategy, points=points, candidates=candidates, budget=points)
     model = load_models(
-        mllm, adapter, format, sam, sam_decoder, device, settings=settings, quiet=as_json
+        mllm,
+        adapter,
+        format,
+        sam,
+        sam_decoder,
+        device,
+        sam_dtype=sam_dtype,
+        settings=settings,
+        quiet=as_json,
     )
     ask = partial(_segment, model, expression, count, files)
     if only is None:

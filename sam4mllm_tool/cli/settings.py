@@ -37,6 +37,7 @@ class Defaults(BaseSettings):
     format: str | None = None
     sam: str | None = None
     sam_decoder: str | None = None
+    sam_dtype: str | None = None
     device: str | None = None
     network: bool | None = None
     max_pixels: int | None = None

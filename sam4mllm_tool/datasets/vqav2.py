@@ -27,14 +27,16 @@ def examples(data: Path, split: str = "train") -> Iterator[VqaExample]:
         DatasetError: a missing or malformed file.
     """
     year = f"{split}2014"
-    asked = named.present("vqav2", [data / f"v2_OpenEnded_mscoco_{year}_questions.json"], _SOURCE)
-    answers = named.present("vqav2", [data / f"v2_mscoco_{year}_annotations.json"], _SOURCE)
+    questions = named.present(
+        "vqav2", [data / f"v2_OpenEnded_mscoco_{year}_questions.json"], _SOURCE
+    )
+    annotations = named.present("vqav2", [data / f"v2_mscoco_{year}_annotations.json"], _SOURCE)
     answers = {
         item["question_id"]: str(item["multiple_choice_answer"])
-        for item in stream_items(answers, "annotations.item")
+        for item in stream_items(annotations, "annotations.item")
     }
     pictures: dict[int, list[tuple[str, str]]] = {}
-    for item in stream_items(asked, "questions.item"):
+    for item in stream_items(questions, "questions.item"):
         if item["question_id"] in answers:
             pair = (f"{item['question']}\n{SHORTLY}", answers[item["question_id"]])
             pictures.setdefault(item["image_id"], []).append(pair)

@@ -44,8 +44,8 @@ class RecomputeMllm(LocalMllm):
             score = sum(float(r.log_softmax(-1)[t]) for t, r in zip(ids, logits, strict=True))
             free = [token for token in ids if token not in self.end_ids]
             return Reply(self.encoder.decode_continuation(free), score, len(free), len(ids))
-        ids, forks = self._run_grammar(image, dialogue, self._grammar(grammar))
-        return self._scored(ids, forks, 0.0)
+        reply, forks = self._run_grammar(image, dialogue, self._grammar(grammar))
+        return self._scored(reply, forks, 0.0)
 
     def alternates(
         self, image: RgbImage, dialogue: Dialogue, *, grammar: Grammar, count: int
@@ -110,12 +110,10 @@ class RecomputeMllm(LocalMllm):
             begun = tuple(first)
         if thinking.budget == 0:
             return begun + tuple(self.encoder.encode_continuation(f"\n{CLOSE}\n\n"))
-        thought = more(begun, thinking.budget + 1, [thinking.close, *self.end_ids])
-        if thought[-1] != thinking.close:
-            raise ThoughtCutOff(
-                raw_reply=self.encoder.decode_continuation(thought), budget=len(thought)
-            )
-        thought = (*begun, *thought)
+        ids = more(begun, thinking.budget + 1, [thinking.close, *self.end_ids])
+        if ids[-1] != thinking.close:
+            raise ThoughtCutOff(raw_reply=self.encoder.decode_continuation(ids), budget=len(ids))
+        thought = (*begun, *ids)
         longest = 8 + len(self.encoder.encode_continuation(ANSWER))
         answer = self.encoder.decode_continuation(more(thought, longest, list(self.end_ids)))
         lead = answer[: len(answer) - len(answer.lstrip())]
