@@ -15,11 +15,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from recipes.embedded_mllm.circuits import shift_code
 from recipes.embedded_mllm.forward import forward, to_pixels
-from recipes.embedded_mllm.lessons import FORMAT, UNIT, Plan, Teacher
+from recipes.embedded_mllm.lessons import FORMAT, TOPICS, UNIT, Plan, Teacher
 from recipes.embedded_mllm.model import BaseShape, build_model, build_tokenizer
 from recipes.embedded_mllm.packing import Packer
 from recipes.embedded_mllm.scenes import BaseScene, Reference, Thing
-from recipes.embedded_mllm.train import TOPICS
 from recipes.embedded_mllm.vision import FLAGS, fourier, patch_answers
 from recipes.embedded_mllm.world import questions_of, words_of
 from sam4mllm_tool import embedded

@@ -59,10 +59,17 @@ class Plan:
     jitter: float = 0.1  # most that an inexact box's edge moves, of its side
     kinds: dict[str, float] = field(
         default_factory=lambda: {
-            "category": 1.0, "colour": 1.0, "function": 0.8, "size": 3.0, "position": 2.5,
-            "ordinal": 3.5, "relation": 1.5, "plural": 3.0, "compound": 2.5,
+            "category": 1.0, "colour": 1.0, "function": 1.2, "size": 3.0, "position": 2.5,
+            "ordinal": 3.5, "relation": 1.5, "plural": 3.0, "compound": 2.5, "negation": 2.5,
+            "nearest": 2.0, "clauses": 2.5, "request": 1.5,
+            "absent": 1.5, "contradicted": 2.0, "miscounted": 1.0,
         }
     )  # fmt: skip
+    """Weight of each kind among those of a scene: of something there, and of something absent."""
+
+
+TOPICS = (*Plan().kinds, "what", "what list", "points", "verify", "ppg")
+"""What lessons can be about, as logs and measurements name it."""
 
 
 class Teacher:
@@ -100,11 +107,11 @@ class Teacher:
 
     def absent(self, scene: BaseScene, plan: Plan) -> Lesson | None:
         """Round 1 about something that is not there."""
-        missing = [r for r in scene.references if not r.targets]
-        if not missing:
+        missing = self._reference(scene, plan, there=False)
+        if missing is None:
             return None
-        question = FORMAT.ask_boxes(self.rng.choice(missing).text, TargetCount.ZERO_OR_MORE, UNIT)
-        return Lesson("absent", (Turn(question, FORMAT.write_boxes([], UNIT)),))
+        question = FORMAT.ask_boxes(missing.text, TargetCount.ZERO_OR_MORE, UNIT)
+        return Lesson(missing.kind, (Turn(question, FORMAT.write_boxes([], UNIT)),))
 
     def what(self, scene: BaseScene, plan: Plan) -> Lesson:
         """What is at one place: a name's last word, or "background"."""
@@ -157,9 +164,9 @@ class Teacher:
 
         Of a thing that is absent (one in four) the reply says so.
         """
-        missing = [r for r in scene.references if not r.targets]
-        if missing and self.rng.random() < 0.25:
-            text, count = self.rng.choice(missing).text, TargetCount.ZERO_OR_MORE
+        missing = self._reference(scene, plan, there=False)
+        if missing is not None and self.rng.random() < 0.25:
+            text, count = missing.text, TargetCount.ZERO_OR_MORE
             question = FORMAT.ask_box_and_points(text, count, *self.rng.choice(PPG_POINTS), UNIT)
             return Lesson("ppg", (Turn(question, FORMAT.write_boxes([], UNIT)),))
         reference = self._reference(scene, plan)
@@ -181,13 +188,14 @@ class Teacher:
         reply = FORMAT.write_boxes([box], UNIT)
         return Lesson("ppg", (Turn(question, f"{reply} {_written(points)}"),))
 
-    def _reference(self, scene: BaseScene, plan: Plan) -> Reference | None:
-        """An expression for something there: first the kind by weight, then one of the kind."""
-        kinds = sorted({r.kind for r in scene.references if r.targets})
+    def _reference(self, scene: BaseScene, plan: Plan, there: bool = True) -> Reference | None:
+        """An expression for something there (or absent): first the kind by weight, then one."""
+        found = [r for r in scene.references if bool(r.targets) == there]
+        kinds = sorted({r.kind for r in found if plan.kinds.get(r.kind)})
         if not kinds:
             return None
-        kind = self.rng.choices(kinds, [plan.kinds.get(kind, 0.0) for kind in kinds])[0]
-        return self.rng.choice([r for r in scene.references if r.kind == kind])
+        kind = self.rng.choices(kinds, [plan.kinds[kind] for kind in kinds])[0]
+        return self.rng.choice([r for r in found if r.kind == kind])
 
     def _where(self, reference: Reference) -> str:
         return FORMAT.ask_boxes(reference.text, self._count(reference), UNIT)

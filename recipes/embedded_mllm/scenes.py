@@ -109,11 +109,37 @@ def write_shard(
         size = (image_size, image_size)
         images.append(np.asarray(scene.image.resize(size, Image.Resampling.BICUBIC)))
         labels.append(_object_map(scene))
-        lines.append(json.dumps(_describe(scene, random.Random(f"{split}/{seed}/{index}"))))
-    stem = folder / f"{split}-{number:05d}"
+        lines.append(_line(scene))
+    stem = _stem(folder, split, number)
     np.save(f"{stem}-images.npy", np.stack(images))
     np.save(f"{stem}-labels.npy", np.stack(labels))
     stem.with_suffix(".json").write_text("\n".join(lines), encoding="utf-8")
+
+
+def describe_shard(number: int, folder: Path, world: World, split: str, seed: int) -> None:
+    """Write the objects and expressions of a shard anew; pictures and maps stay as they are.
+
+    Raises:
+        SystemExit: the shard's pictures are not those of this world, split and seed.
+    """
+    numbers = range(number * SHARD, (number + 1) * SHARD)
+    scenes = (render_scene(world, split, index, seed) for index in numbers)
+    lines = [_line(scene) for scene in scenes if scene.objects]
+    path = _stem(folder, split, number).with_suffix(".json")
+    earlier = path.read_text(encoding="utf-8").splitlines()
+    if [json.loads(line)[0] for line in lines] != [json.loads(line)[0] for line in earlier]:
+        raise SystemExit(f"{path} holds other scenes: check --world, --split and --seed")
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _stem(folder: Path, split: str, number: int) -> Path:
+    return folder / f"{split}-{number:05d}"
+
+
+def _line(scene: Scene) -> str:
+    """A scene's objects and expressions, drawn by its own stream."""
+    rng = random.Random(f"{scene.split}/{scene.seed}/{scene.index}")
+    return json.dumps(_describe(scene, rng))
 
 
 def _object_map(scene: Scene) -> NDArray[np.uint8]:
@@ -153,16 +179,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--image-size", type=int, default=96)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument(
+        "--describe-only", action="store_true", help="new expressions for pictures that are there"
+    )
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     write = partial(
-        write_shard,
+        describe_shard if options.describe_only else write_shard,
         folder=options.folder,
         world=WORLDS[options.world],
         split=options.split,
         seed=options.seed,
-        image_size=options.image_size,
     )
+    if not options.describe_only:
+        write = partial(write, image_size=options.image_size)
     with ProcessPoolExecutor(options.workers) as pool:
         list(pool.map(write, range(options.first, options.first + options.shards)))
 

@@ -26,7 +26,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from recipes.embedded_mllm.forward import forward, to_pixels, tower_features
 from recipes.embedded_mllm.init import init_language, place_codes
 from recipes.embedded_mllm.layout import Layout, make_meanings
-from recipes.embedded_mllm.lessons import Plan, Teacher
+from recipes.embedded_mllm.lessons import TOPICS, Plan, Teacher
 from recipes.embedded_mllm.measure import Examination
 from recipes.embedded_mllm.model import (
     LONGEST_LIST,
@@ -46,10 +46,6 @@ from recipes.embedded_mllm.world import known_words, questions_of, words_of
 from sam4mllm_tool.scenes.world import WORLDS
 from sam4mllm_tool.training.token_loss import TokenLoss
 
-TOPICS = (
-    "category", "colour", "function", "size", "position", "ordinal", "relation", "plural",
-    "compound", "absent", "what", "what list", "points", "verify", "ppg",
-)  # fmt: skip
 COURSE = (
     Plan(boxes=5, absent=1.5, what=4, what_lists=1, points=1, verify=1, list_sizes=(2, 3, 4, 5)),
     Plan(boxes=5, absent=1.5, what=2, what_lists=1, points=3, verify=1, list_sizes=(2, 4, 6, 9)),
@@ -59,7 +55,7 @@ COURSE = (
          shared=0.15, jitter=0.25, list_sizes=(6, 9, 9, 12, LONGEST_LIST, LONGEST_LIST)),
 )  # fmt: skip
 """Lesson plans, easy to hard; the last asks which thing a point lies on."""
-GATES = ({"what": 0.7, "lists": 0.55}, {"points": 0.72}, {"box": 0.9})
+GATES = ({"what": 0.7, "lists": 0.55}, {"points": 0.72}, {"box": 0.85})
 """What an examination must show before the next plan."""
 Batch = tuple[Tensor, Packed, Tensor, Tensor]
 

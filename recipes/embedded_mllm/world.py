@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 from recipes.embedded_mllm.vision import Questions
-from sam4mllm_tool.scenes import expressions as wording
+from sam4mllm_tool.scenes import wording
+from sam4mllm_tool.scenes.speaker import Wordings
 from sam4mllm_tool.scenes.sprites import functions, plurals, sprites
 from sam4mllm_tool.scenes.world import World
 
@@ -41,7 +42,11 @@ def known_words(world: World) -> list[str]:
 
 
 def _strings(value: object) -> list[str]:
-    """The templates in a constant of the wording module; anything else gives nothing."""
+    """The templates of training in a constant of the wording module; else nothing."""
+    if isinstance(value, Wordings):
+        return list(value.train)
+    if isinstance(value, str):
+        return [value]
     if isinstance(value, dict):
         return [text for part in value.values() for text in _strings(part)] + _strings(tuple(value))
     if isinstance(value, tuple) and all(isinstance(text, str) for text in value):

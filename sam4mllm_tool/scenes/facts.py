@@ -4,6 +4,7 @@ A fact that only just holds (two cats at almost the same height, a size ratio of
 ambiguous expression, so every comparison needs a clear margin.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -126,3 +127,35 @@ def alone_beside(scene: Scene, group: Group, landmark: int, side: str) -> int | 
     where = [side_of(scene, member, landmark, side) for member in group.members]
     alone = where.count("clearly") == 1 and where.count("not") == len(where) - 1
     return group.members[where.index("clearly")] if alone else None
+
+
+def side_of_picture(scene: Scene, number: int, side: str) -> bool | None:
+    """Whether an object's centre lies in that half of the picture; `None` near the middle."""
+    axis = 0 if side in ("left", "right") else 1
+    share = scene.objects[number].centre[axis] / scene.image.size[axis]
+    if abs(share - 0.5) < 0.1:
+        return None
+    return (share < 0.5) == (side in ("left", "top"))
+
+
+def gap(scene: Scene, one: int, other: int) -> float:
+    """Distance of the boxes of two objects, shares of the shorter side; 0 if they meet."""
+    a, b = scene.objects[one].box, scene.objects[other].box
+    across, down = (max(a[n] - b[n + 2], b[n] - a[n + 2], 0.0) for n in (0, 1))
+    return math.hypot(across, down) / min(scene.image.size)
+
+
+def nearest_to(scene: Scene, members: tuple[int, ...], landmark: int) -> int | None:
+    """The member clearly nearest to a landmark: by the gap to it and by the distance of centres."""
+    if not members:
+        return None
+    centre = scene.objects[landmark].centre
+    shorter = min(scene.image.size)
+    measures: list[Callable[[int], float]] = [
+        lambda n: math.dist(scene.objects[n].centre, centre) / shorter,
+        lambda n: gap(scene, n, landmark),
+    ]
+    first = min(members, key=measures[0])
+    rest = [n for n in members if n != first]
+    clear = all(measure(n) - measure(first) > MARGIN for measure in measures for n in rest)
+    return first if clear else None

@@ -41,6 +41,8 @@ class Sprite:
     cell: tuple[int, int, int, int]
     concave: bool
     thin: bool
+    animal: bool = False
+    held_out_functions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,11 @@ SHAPES: dict[str, Shape] = {
 def sprites() -> dict[str, Sprite]:
     """The whole catalogue by sprite id."""
     entries = json.loads((ASSETS / "sprites.json").read_text(encoding="utf-8"))
-    fields = {"functions": tuple, "cell": tuple}
+    fields = {"functions": tuple, "held_out_functions": tuple, "cell": tuple}
     found = {}
     for entry in entries:
         del entry["character"]
-        entry.update({key: convert(entry[key]) for key, convert in fields.items()})
+        entry.update({key: convert(entry[key]) for key, convert in fields.items() if key in entry})
         found[entry["id"]] = Sprite(**entry)
     return found
 
@@ -95,9 +97,18 @@ def plurals() -> dict[str, str]:
 
 
 @cache
-def functions() -> dict[str, tuple[str, ...]]:
-    """Questions answered by a thing's function, by name."""
-    return {sprite.name: sprite.functions for sprite in sprites().values()}
+def functions(wording: str = "train") -> dict[str, tuple[str, ...]]:
+    """Descriptions of a thing by its function, by name; "held-out" ones are for evaluation only."""
+    return {
+        sprite.name: sprite.functions if wording == "train" else sprite.held_out_functions
+        for sprite in sprites().values()
+    }
+
+
+@cache
+def animals() -> frozenset[str]:
+    """Names of animals."""
+    return frozenset(sprite.name for sprite in sprites().values() if sprite.animal)
 
 
 @cache
