@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from sam4mllm_tool import embedded
 from sam4mllm_tool.concurrency import CallCancelled, CallContext, call_context
 from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory
-from sam4mllm_tool.mllm import files, loading
+from sam4mllm_tool.mllm import files, loading, placement
 from sam4mllm_tool.mllm.local import LocalMllm
 from sam4mllm_tool.protocols import CheckpointNotes, Mllm, YesNoWords
 from sam4mllm_tool.types import TargetCount
@@ -193,11 +193,11 @@ def test_the_usual_dtype_is_one_the_device_calculates_in(
     monkeypatch.setattr(
         torch.backends.mps, "is_macos_or_newer", lambda major, minor: able and major <= 14
     )
-    assert loading.usual_dtype(torch.device(device)) is expected
+    assert placement.usual_dtype(torch.device(device)) is expected
 
 
 def test_weights_go_straight_to_their_device() -> None:
-    cpu = loading.choose_placement("cpu", "float32")
+    cpu = placement.choose_placement("cpu", "float32")
     assert "device_map" not in loading._options(cpu)
     gpu = replace(cpu, device=torch.device("cuda:1"), dtype=torch.bfloat16)
     options = loading._options(gpu)
@@ -215,14 +215,14 @@ def test_weights_loaded_by_a_device_map_are_the_same(folder: Path) -> None:
 
 
 def test_caches_get_what_the_weights_leave(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    placement = loading.choose_placement("cpu", "float32")
-    weights = loading.weight_bytes(folder, placement)
+    on_cpu = placement.choose_placement("cpu", "float32")
+    weights = placement.weight_bytes(folder, on_cpu)
 
     def room(free: float, wanted: int | None = None, reserve: int = 0) -> int:
-        monkeypatch.setattr(loading, "_free_bytes", lambda device: int(free))
-        return loading.cache_room(folder, placement, wanted, reserve)
+        monkeypatch.setattr(placement, "_free_bytes", lambda device: int(free))
+        return placement.cache_room(folder, on_cpu, wanted, reserve)
 
-    assert room(1e12) == loading.USUAL_CACHE
+    assert room(1e12) == placement.USUAL_CACHE
     small = room(3 * weights)
     assert 0 < 2 * small + 1.15 * weights < 3 * weights
     assert room(3 * weights, reserve=weights) < small
@@ -317,12 +317,12 @@ def test_quantization_needs_bitsandbytes(folder: Path) -> None:
 
 
 def test_too_big_for_the_device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    placement = loading.choose_placement("cpu", "float32")
-    needed = loading.weight_bytes(folder, placement)
+    on_cpu = placement.choose_placement("cpu", "float32")
+    needed = placement.weight_bytes(folder, on_cpu)
     assert needed == sum(t.numel() * 4 for t in load_file(folder / "model.safetensors").values())
-    half = loading.choose_placement("cpu", "bfloat16")
-    assert loading.weight_bytes(folder, half) * 2 == needed
-    monkeypatch.setattr(loading, "_free_bytes", lambda device: needed)
+    half = placement.choose_placement("cpu", "bfloat16")
+    assert placement.weight_bytes(folder, half) * 2 == needed
+    monkeypatch.setattr(placement, "_free_bytes", lambda device: needed)
     with pytest.raises(DeviceOutOfMemory) as caught:
         LocalMllm.from_pretrained(folder, device="cpu")
     assert "4bit" in caught.value.hint
@@ -346,7 +346,7 @@ def test_adapters_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
 def test_an_adapter_with_more_than_fits_is_not_loaded_in_part(folder: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    model = loading.load_model(folder, loading.choose_placement("cpu", "float32"))
+    model = loading.load_model(folder, placement.choose_placement("cpu", "float32"))
     settings = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     get_peft_model(model, settings).save_pretrained(tmp_path, save_embedding_layers=False)
     file = tmp_path / "adapter_model.safetensors"

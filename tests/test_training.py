@@ -32,7 +32,8 @@ from sam4mllm_tool.errors import CheckpointError, DatasetError, InputError
 from sam4mllm_tool.evaluation.cases import cases_of
 from sam4mllm_tool.formats import get_format
 from sam4mllm_tool.mllm import load_mllm
-from sam4mllm_tool.mllm.loading import choose_placement, load_adapter, load_model, load_processor
+from sam4mllm_tool.mllm.loading import load_adapter, load_model, load_processor
+from sam4mllm_tool.mllm.placement import choose_placement
 from sam4mllm_tool.pipeline.points import grid_points
 from sam4mllm_tool.protocols import MaskCandidate, SegmentPrompt
 from sam4mllm_tool.scenes.world import SMALL_WORLD

@@ -1,15 +1,14 @@
-"""Checkpoints into memory, or a clear error: found, whole, of the right kind, and small enough."""
+"""Checkpoints into memory, or a clear error if files are missing, damaged or of the wrong kind."""
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import (
@@ -23,84 +22,19 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
-from sam4mllm_tool.devices import choose_device
-from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory
+from sam4mllm_tool.errors import CheckpointError
 from sam4mllm_tool.mllm import files
 from sam4mllm_tool.mllm.files import find_checkpoint
+from sam4mllm_tool.mllm.placement import Placement, cache_room, too_small
 
 TEMPLATE_FILE = "chat_template.jinja"
 _CONTROL = re.compile(r"<\|\w+\|>")
-# PaliGemma knows no turns: it is shown the picture and one question; start token and line break
-# are its processor's business.
+# PaliGemma has no turns: its prompt is the picture and one question; its processor adds the start
+# token and the line break.
 _ONE_QUESTION = (
     "<image>{% for part in messages[-1]['content'] if part['type'] == 'text' %}{{ part['text'] }}"
     "{% endfor %}"
 )
-_HEADROOM = 1.15
-"""Activations and workspaces on top of the weights."""
-USUAL_CACHE = 4 << 30
-"""Bytes of keys and values to keep where the device has room for them."""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where and how weights are held.
-
-    Attributes:
-        device: where inputs go, and the weights unless ``device_map`` spreads them.
-        dtype: of weights and activations.
-        quantization: ``"4bit"`` or ``"8bit"`` (bitsandbytes), ``None`` for plain weights.
-        device_map: as in transformers, ``"auto"`` to spread over several devices.
-        attn_implementation: as in transformers, ``None`` for its default.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    quantization: str | None = None
-    device_map: Any = None
-    attn_implementation: str | None = None
-
-
-def choose_placement(
-    device: str,
-    dtype: str,
-    *,
-    quantization: str | None = None,
-    device_map: Any = None,
-    attn_implementation: str | None = None,
-) -> Placement:
-    """CUDA before MPS before CPU; a dtype of 16 bits that the device calculates in, or float32.
-
-    Raises:
-        CheckpointError: a device, dtype or quantization this machine does not have.
-    """
-    if quantization not in (None, "4bit", "8bit"):
-        raise CheckpointError(
-            f"unknown quantization {quantization!r}", hint="Use '4bit', '8bit' or None."
-        )
-    chosen = choose_device(device)
-    kind = usual_dtype(chosen) if dtype == "auto" else getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise CheckpointError(
-            f"unknown dtype {dtype!r}", hint="Use 'auto', 'float32', 'bfloat16' or 'float16'."
-        )
-    return Placement(chosen, kind, quantization, device_map, attn_implementation)
-
-
-def usual_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device calculates in it, else float16, and float32 on a CPU.
-
-    Checkpoints are trained in bfloat16, whose range float16 does not have; but GPUs before Ampere
-    only emulate it, and MPS knows it from macOS 14 on.
-    """
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "mps":
-        native = torch.backends.mps.is_macos_or_newer(14, 0)
-    else:
-        return torch.float32
-    return torch.bfloat16 if native else torch.float16
 
 
 def load_model(folder: Path, placement: Placement) -> Any:
@@ -125,7 +59,7 @@ def load_model(folder: Path, placement: Placement) -> Any:
                 **_options(placement),
             )
     except torch.OutOfMemoryError as error:
-        raise _too_small(str(error)) from error
+        raise too_small(str(error)) from error
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise CheckpointError(
             f"the model in {folder} cannot be loaded: {error}",
@@ -233,12 +167,13 @@ def load_adapter(model: Any, name: str, *, merge: bool) -> Any:
         config = PeftConfig.from_pretrained(str(folder))
         if config.is_prompt_learning:
             raise ValueError("prompt-learning adapters have no place in a shared prefix")
-        adapted = PeftModel.from_pretrained(model, str(folder))
+        with quiet_peft():
+            adapted = PeftModel.from_pretrained(model, str(folder))
         loaded = adapted.load_adapter(str(folder), "default")
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise CheckpointError(
             f"the adapter in {folder} cannot be loaded: {error}",
-            hint="The adapter must have been saved by peft over this very base model; "
+            hint="The adapter must have been saved by peft over this base model; "
             "'sam4mllm-tool convert-adapter' converts published SAM4MLLM adapters.",
         ) from error
     lost = [k for k in loaded.missing_keys if "lora_" in k or "modules_to_save" in k]
@@ -252,17 +187,6 @@ def load_adapter(model: Any, name: str, *, merge: bool) -> Any:
             "published SAM4MLLM adapters.",
         )
     return adapted.merge_and_unload() if merge else adapted.get_base_model()
-
-
-def weight_bytes(folder: Path, placement: Placement) -> int:
-    """Bytes that the weights will take on the device, from the safetensors headers alone.
-
-    Raises:
-        CheckpointError: weights missing, truncated or not safetensors.
-    """
-    whole = placement.dtype.itemsize
-    quantized = {"4bit": 0.56, "8bit": 1.06}.get(placement.quantization or "", whole)
-    return files.weight_bytes(folder, quantized, whole)
 
 
 def _read_config(folder: Path) -> Any:
@@ -293,48 +217,6 @@ def _check_report(folder: Path, report: dict[str, Any]) -> None:
         )
 
 
-def cache_room(folder: Path, placement: Placement, wanted: int | None, reserve: int = 0) -> int:
-    """Bytes for kept keys and values that fit beside the weights, as many again under way.
-
-    Args:
-        folder: a checkpoint.
-        placement: where its weights will be.
-        wanted: the bound that somebody asked for; ``None`` for :data:`USUAL_CACHE`, or less where
-            the device is small.
-        reserve: bytes on the device that the caches must leave to others.
-
-    Raises:
-        CheckpointError: weights missing, truncated or not safetensors.
-        DeviceOutOfMemory: weights and caches take more than the device has free.
-    """
-    free = _free_bytes(placement.device)
-    if free is None or placement.device_map is not None:  # spread, and to disk if need be
-        return USUAL_CACHE if wanted is None else wanted
-    weights = weight_bytes(folder, placement)
-    left = free - int(weights * _HEADROOM)
-    if wanted is None and left >= 0:
-        return min(USUAL_CACHE, max(0, left - reserve) // 4)
-    if wanted is not None and left >= 2 * wanted + reserve:
-        return wanted
-    parts = [f"the weights take {weights / 1e9:.1f} GB in {placement.dtype}"]
-    parts += [f"the caches up to {2 * wanted / 1e9:.1f} GB"] if wanted else []
-    raise _too_small(f"{', '.join(parts)}, {placement.device} has {free / 1e9:.1f} GB free")
-
-
-def _too_small(message: str) -> DeviceOutOfMemory:
-    return DeviceOutOfMemory(
-        message,
-        hint="Use quantization='4bit', dtype='bfloat16', device_map='auto', less cache_bytes or a "
-        "smaller model.",
-    )
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
-
-
 def _quantization(placement: Placement) -> BitsAndBytesConfig:
     try:
         import bitsandbytes  # noqa: F401
@@ -362,3 +244,14 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Hide a deprecation that users cannot act on.
+
+    To add layers, peft 0.21 reads a property of the model that transformers 5.24 has renamed.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield

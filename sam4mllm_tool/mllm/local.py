@@ -30,6 +30,7 @@ from sam4mllm_tool.mllm.encoding import DialogueEncoder, Encoded, ImageInputs
 from sam4mllm_tool.mllm.engine import Engine, Spot
 from sam4mllm_tool.mllm.files import find_checkpoint, read_json
 from sam4mllm_tool.mllm.grammar_tokens import TokenGrammar, YesNoTokens, yes_no_tokens
+from sam4mllm_tool.mllm.placement import USUAL_CACHE, cache_room, choose_placement
 from sam4mllm_tool.mllm.thoughts import thinking_of
 from sam4mllm_tool.protocols import NO_NOTES, CheckpointNotes, Dialogue, Reply, YesNoWords
 from sam4mllm_tool.types import RgbImage, YesNo
@@ -71,7 +72,7 @@ class LocalMllm:
         name: str,
         format_name: str = "sam4mllm",
         notes: CheckpointNotes = NO_NOTES,
-        cache_bytes: int = loading.USUAL_CACHE,
+        cache_bytes: int = USUAL_CACHE,
         thought_budget: int = 4096,
     ) -> None:
         self.name = name
@@ -113,7 +114,7 @@ class LocalMllm:
             adapter: directory or hub id of a LoRA adapter over it; a ``chat_template.jinja``
                 beside it takes the place of the checkpoint's.
             device: ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
-            dtype: ``"auto"`` (:func:`~sam4mllm_tool.mllm.loading.usual_dtype`) or a name.
+            dtype: ``"auto"`` (:func:`~sam4mllm_tool.mllm.placement.usual_dtype`) or a name.
             attn_implementation: as in transformers (``"sdpa"``, ``"flash_attention_2"``, …).
             quantization: ``"4bit"`` or ``"8bit"`` where bitsandbytes is installed.
             device_map: as in transformers, to spread a model over devices.
@@ -132,14 +133,14 @@ class LocalMllm:
         """
         folder = find_checkpoint(str(checkpoint))
         adapted = None if adapter is None else find_checkpoint(str(adapter))
-        placement = loading.choose_placement(
+        placement = choose_placement(
             device,
             dtype,
             quantization=quantization,
             device_map=device_map,
             attn_implementation=attn_implementation,
         )
-        cache_bytes = loading.cache_room(folder, placement, cache_bytes, reserve_bytes)
+        cache_bytes = cache_room(folder, placement, cache_bytes, reserve_bytes)
         processor = loading.load_processor(folder, adapted)
         model = loading.load_model(folder, placement)
         if adapted is not None:

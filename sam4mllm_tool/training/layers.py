@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import set_seed
 
 from sam4mllm_tool.errors import CheckpointError, InputError
+from sam4mllm_tool.mllm.loading import quiet_peft
 from sam4mllm_tool.training.recipe import LoraRecipe
 
 PROJECTORS = ("multi_modal_projector", "resampler", "connector", "merger", "mlp1")
@@ -42,17 +43,16 @@ def adapt(model: Any, recipe: LoraRecipe) -> PeftModel:
             if name.endswith("." + part) or name == part}  # fmt: skip
     if recipe.projector == "lora":
         found += _projector_layers(model)
-    adapted = get_peft_model(
-        model,
-        LoraConfig(
-            r=recipe.rank,
-            lora_alpha=recipe.alpha,
-            lora_dropout=recipe.dropout,
-            target_modules=found,
-            modules_to_save=sorted(kept) if recipe.projector == "full" else None,
-            task_type="CAUSAL_LM",
-        ),
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        lora_dropout=recipe.dropout,
+        target_modules=found,
+        modules_to_save=sorted(kept) if recipe.projector == "full" else None,
+        task_type="CAUSAL_LM",
     )
+    with quiet_peft():
+        adapted = get_peft_model(model, config)
     for weight in adapted.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()

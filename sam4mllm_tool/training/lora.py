@@ -24,12 +24,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sam4mllm_tool import embedded
 from sam4mllm_tool.errors import InputError
-from sam4mllm_tool.mllm.loading import (
-    TEMPLATE_FILE,
-    choose_placement,
-    load_model,
-    load_processor,
-)
+from sam4mllm_tool.mllm.loading import TEMPLATE_FILE, load_model, load_processor
+from sam4mllm_tool.mllm.placement import choose_placement
 from sam4mllm_tool.training.checkpoints import last_whole, saving
 from sam4mllm_tool.training.convergence import ConvergencePage
 from sam4mllm_tool.training.dialogues import Conversation, Recipe
