@@ -1,14 +1,14 @@
-"""The paper's claim on our own models: do points help, how many, chosen how, and what spoils them?
+"""The paper's claim on our own models: do points help, how many, and how should they be chosen?
 
     python -m benchmarks.claims --world small-overlap --seeds 11 12 13 14 15 --limit 60
     python -m benchmarks.claims --world small --seeds 11 12 13 14 15 --limit 60 --jitter 0.25
 
 Every setting answers the same expressions about unseen scenes of several seeds through the real
-pipeline. Beside them stand counterfactuals: the points of PQPP with other labels, as if the MLLM
+pipeline. Counterfactuals are measured too: the points of PQPP with other labels, as if the MLLM
 knew the neighbours, the edges or everything, or as if a filter dropped each wrong answer. Each row
 is compared with the box alone by a paired bootstrap over pictures; intervals are 95 %. Thresholds
-are chosen on the other seeds than they are judged on. ``--jitter`` moves the edges of every box of
-round 1 by up to that share of its side.
+are chosen on other seeds than those they are measured on. ``--jitter`` moves the edges of every box
+of round 1 by up to that share of its side.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def choose_thresholds(found: Found, seeds: Sequence[int]) -> list[tuple[int, Out
 
 
 def compare(found: Found) -> list[dict[str, Any]]:
-    """A row a setting: metrics, and cIoU's difference from the box alone."""
+    """One row per setting: metrics, and cIoU's difference from the box alone."""
     bootstrap, rows = Bootstrap(), []
     reference = pooled(found[REFERENCE])
     for name, with_seeds in found.items():
@@ -110,7 +110,7 @@ def compare(found: Found) -> list[dict[str, Any]]:
 
 
 def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """A table with a row a setting."""
+    """A table with one row per setting."""
     metrics = ("point_accuracy", *(f"points_on_{place}" for place in PLACES))
     titles = ["setting", "cIoU", "cIoU − box only's, paired", "points", *PLACES, "questions", "s"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
@@ -130,7 +130,7 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
-    """cIoU's difference from the box alone, a row a setting, with intervals."""
+    """cIoU's difference from the box alone, one row per setting, with intervals."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 0.34 * len(rows) + 1), layout="constrained")
@@ -157,7 +157,7 @@ def _number(value: float | None, digits: int) -> str:
 def main() -> None:
     """Ask, compare, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--limit", type=int, default=100, help="expressions a seed")
+    parser.add_argument("--limit", type=int, default=100, help="expressions per seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15])
     parser.add_argument("--world", default="small", choices=sorted(WORLDS))
     parser.add_argument("--jitter", type=float, default=0.0)

@@ -1,4 +1,4 @@
-"""What masks would come of other answers about the same points, and of less exact boxes."""
+"""The masks that other answers about the same points, or less exact boxes, would give."""
 
 from __future__ import annotations
 
@@ -84,10 +84,12 @@ class Truth:
 
 
 RULES: dict[str, Rule] = {
-    "neighbours corrected": lambda place, said, true: true if place == "other" else said,
-    "edges corrected": lambda place, said, true: true if place == "outline" else said,
-    "wrong answers dropped": lambda _, said, true: said if said is true else PointLabel.UNDECIDED,
-    "all true": lambda _, said, true: true,
+    "neighbours corrected": lambda place, got, true: true if place == "other" else got,
+    "edges corrected": lambda place, got, true: true if place == "outline" else got,
+    "wrong answers dropped": lambda _, answer, true: (
+        answer if answer is true else PointLabel.UNDECIDED
+    ),
+    "all true": lambda _, got, true: true,
 }
 """Which label is shown, from where the point lies, what the answer made of it, and its true one."""
 

@@ -1,17 +1,17 @@
-"""How much faster the dialogue is than the procedure that starts over in each round.
+"""How much faster the dialogue is than recomputing everything in each round.
 
     python -m benchmarks.dialogue [--json] [--repeats N] [--threads N]
 
 Both sides use the same random weights (about 100M parameters), the same grammar and the same
-questions, and must say the same; the oracle is two ``model.generate`` calls an object, as in the
-authors' procedure. Figures are medians of ratios of neighbouring runs, at about 600 and 1,900
-image tokens, with 30 points per question:
+questions, and must give the same answers; the oracle is two ``model.generate`` calls per object, as
+in the authors' procedure. Figures are medians of ratios of neighbouring runs, at about 600 and
+1,900 image tokens, with 30 points per question:
 
 - ``first_object``: oracle / engine, both rounds about an image neither has seen;
 - ``second_object``: the same for another expression on that image;
 - ``extra_points``: 30 more points of the same object;
 - ``floor_ratio``: whole first object with mask / the least it can cost: one pass over image and
-  question, one pass a free number of the box, one pass over all answers, SAM encode and decode.
+  question, one pass per free number of the box, one pass over all answers, SAM encode and decode.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ NAMES = tuple(BARS)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one object's dialogue said, for comparing the two sides."""
+    """The outcome of one object's dialogue, for comparing the two sides."""
 
     location: Location
     points: tuple[PromptPoint, ...]
@@ -73,19 +73,19 @@ class Contest:
         image = _picture(seed)
         engine, oracle = self.engine, self.oracle
         _mix_answers(engine, image)
-        fast, said = self._timed(lambda: _dialogue(engine, image, "the red apple"))
-        mask, _ = self._timed(lambda: _mask(engine, image, said))
-        least, _ = self._timed(_Floor(engine, _picture(seed + 10_000), said).run)
+        fast, outcome = self._timed(lambda: _dialogue(engine, image, "the red apple"))
+        mask, _ = self._timed(lambda: _mask(engine, image, outcome))
+        least, _ = self._timed(_Floor(engine, _picture(seed + 10_000), outcome).run)
         slow, truth = self._timed(lambda: _dialogue(oracle, image, "the red apple"))
-        self._check(said, truth)
+        self._check(outcome, truth)
         first, floor_ratio = slow / fast, (fast + mask) / least
-        fast, said = self._timed(lambda: _dialogue(engine, image, "the dog on the left"))
+        fast, outcome = self._timed(lambda: _dialogue(engine, image, "the dog on the left"))
         slow, truth = self._timed(lambda: _dialogue(oracle, image, "the dog on the left"))
-        self._check(said, truth)
+        self._check(outcome, truth)
         second = slow / fast
-        fast, said = self._timed(lambda: _more_points(engine, image, said))
+        fast, outcome = self._timed(lambda: _more_points(engine, image, outcome))
         slow, truth = self._timed(lambda: _more_points(oracle, image, truth))
-        self._check(said, truth)
+        self._check(outcome, truth)
         return dict(zip(NAMES, (first, second, slow / fast, floor_ratio), strict=True))
 
     def _timed(self, run: Callable[[], Any]) -> tuple[float, Any]:
@@ -93,11 +93,11 @@ class Contest:
         result = run()
         return self.clock() - start, result
 
-    def _check(self, said: Outcome, truth: Outcome) -> None:
-        """Both said the same, or the comparison means nothing."""
-        if said.location.dialogue != truth.location.dialogue:
-            raise SystemExit(f"boxes differ: {said.location} {truth.location}")
-        for one, other in zip(said.points, truth.points, strict=True):
+    def _check(self, outcome: Outcome, truth: Outcome) -> None:
+        """Stop unless both sides gave the same answers: else the comparison means nothing."""
+        if outcome.location.dialogue != truth.location.dialogue:
+            raise SystemExit(f"boxes differ: {outcome.location} {truth.location}")
+        for one, other in zip(outcome.points, truth.points, strict=True):
             gap = max(abs(_p(one.p_yes) - _p(other.p_yes)), abs(_p(one.p_no) - _p(other.p_no)))
             self.probability_gap = max(self.probability_gap, gap)
             self.yes += _p(one.p_yes) > _p(one.p_no)
@@ -109,10 +109,11 @@ class Contest:
 class _Floor:
     """The least work that a first object needs, in plain calls of the model."""
 
-    def __init__(self, side: Sam4MLLM, image: RgbImage, said: Outcome) -> None:
+    def __init__(self, side: Sam4MLLM, image: RgbImage, outcome: Outcome) -> None:
         assert isinstance(side.mllm, LocalMllm)
-        self.mllm, self.segmenter, self.image, self.said = side.mllm, side.segmenter, image, said
-        encoder, location = self.mllm.encoder, said.location
+        self.mllm, self.segmenter = side.mllm, side.segmenter
+        self.image, self.outcome = image, outcome
+        encoder, location = self.mllm.encoder, outcome.location
         question = side.speech.ask_points(
             location.expression, location.objects[0].box, _points(location), image.size
         )
@@ -147,7 +148,7 @@ class _Floor:
     def run(self) -> None:
         """All of that, and SAM."""
         self.read()
-        _mask_of(self.segmenter, self.image, self.said)
+        _mask_of(self.segmenter, self.image, self.outcome)
 
 
 def _dialogue(side: Sam4MLLM, image: RgbImage, expression: str) -> Outcome:
@@ -164,13 +165,14 @@ def _more_points(side: Sam4MLLM, image: RgbImage, known: Outcome) -> Outcome:
     return Outcome(location, side.check_points(image, location, box, _points(location, 6)))
 
 
-def _mask(side: Sam4MLLM, image: RgbImage, said: Outcome) -> None:
-    _mask_of(side.segmenter, image, said)
+def _mask(side: Sam4MLLM, image: RgbImage, outcome: Outcome) -> None:
+    _mask_of(side.segmenter, image, outcome)
 
 
-def _mask_of(segmenter: Segmenter, image: RgbImage, said: Outcome) -> None:
+def _mask_of(segmenter: Segmenter, image: RgbImage, outcome: Outcome) -> None:
     segmenter.embed(image)
-    segmenter.predict(image, [SegmentPrompt(said.location.objects[0].box, _shown(said.points))])
+    box = outcome.location.objects[0].box
+    segmenter.predict(image, [SegmentPrompt(box, _shown(outcome.points))])
 
 
 def _points(location: Location, skip: int = 0) -> list[Point]:
@@ -235,11 +237,11 @@ def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--repeats", type=int, default=3, help="pictures a size (median)")
+    parser.add_argument("--repeats", type=int, default=3, help="pictures per size (median)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    # The CPU seconds of one thread are what other processes disturb least.
+    # CPU seconds of one thread: the measure that other processes disturb least.
     clock = time.process_time if options.threads == 1 else time.perf_counter
     result = measure(options.repeats, clock)
     if options.json:
@@ -249,7 +251,7 @@ def main() -> None:
 
 
 def _show(result: dict[str, Any]) -> None:
-    table = Table(title="Dialogue against starting over (medians of ratios)")
+    table = Table(title="Engine against full recomputation (medians of ratios)")
     table.add_column("figure")
     for tokens in result["by_image_tokens"]:
         table.add_column(f"{tokens} image tokens", justify="right")

@@ -1,9 +1,9 @@
 """Many clients at once against the real MCP server over HTTP, with the official client.
 
 Run ``python -m benchmarks.load --clients 200 --calls 20 --json``. Every client has a picture of its
-own whose answer is known; what it gets back is held against the truth and against what a single
+own whose answer is known; what it gets back is compared with the truth and with what a single
 client got. The models are honest stand-ins that take ``--think`` seconds per question
-(``--embedded`` takes the shipped ones, whose answers are held against the single client's only).
+(``--embedded`` takes the shipped ones, whose answers are compared with the single client's only).
 
 ``--kills 20`` ends a server that keeps its state with ``kill -9`` that often, at random moments of
 the clients' work, and asks after every restart for every object it had acknowledged.
@@ -128,7 +128,7 @@ def free_port() -> int:
 
 @dataclass
 class Tally:
-    """What came of all calls.
+    """The outcomes of all calls.
 
     Attributes:
         outcomes: ``ok``, ``busy``, ``lost`` (no answer or an unexpected error), ``crossed``
@@ -147,7 +147,7 @@ class Tally:
             self.examples.append(f"{outcome}: {what[:300]}")
 
     def percentile(self, tools: Sequence[str], share: float) -> float:
-        """Seconds within which that share of the calls of those tools were answered."""
+        """Seconds within which that share of those tools' calls were answered."""
         times = sorted(one for tool in tools for one in self.seconds.get(tool, []))
         return times[min(len(times) - 1, math.ceil(share * len(times)) - 1)] if times else math.nan
 
@@ -252,7 +252,7 @@ async def keep_busy(url: str, clients: int) -> None:
 
 
 async def model_free_seconds(url: str, queued: int, looks: int = 60) -> float:
-    """95th percentile of a call without a model while ``queued`` segment calls are under way."""
+    """95th percentile of a call without a model while ``queued`` segment calls are in progress."""
     tally = Tally()
     others = None
     if queued:  # in a process of their own, so that only the server is shared

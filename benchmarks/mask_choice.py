@@ -1,4 +1,4 @@
-"""Does it pay to let confident points overrule SAM's own choice among its three masks?
+"""Does it help if confident points can overrule SAM's own choice among its three masks?
 
 Run ``python -m benchmarks.mask_choice [--seed N] [--limit M] [--sam …] [--json]``. For objects of
 held-out scenes, PQPP's box and answered points are given to SAM once; both rules choose among the
@@ -49,7 +49,7 @@ def ious(model: Sam4MLLM, scene: Scene, rng: random.Random) -> dict[str, float] 
 
 
 def measure(model: Sam4MLLM, seed: int, limit: int, quiet: bool) -> dict[str, object]:
-    """mIoU a rule, and the paired difference with its 95 % bootstrap interval."""
+    """mIoU per rule, and the paired difference with its 95 % bootstrap interval."""
     rng = random.Random(seed)
     rows = []
     for index in track(range(limit), "asking", disable=quiet):

@@ -1,8 +1,8 @@
-"""What our own code costs: importing, listing the tools, and a tool call above the model's time.
+"""The cost of our own code: importing, listing the tools, and a tool call beyond the model's time.
 
-Run ``python -m benchmarks.overhead [--json]``. The models are instant stand-ins, so that what is
-left is ours: arguments, handles, files, results. Targets: import under 0.2 s and without torch, a
-tool call under 3 ms.
+Run ``python -m benchmarks.overhead [--json]``. The models are instant stand-ins, so that only our
+own code is measured: arguments, handles, files, results. Targets: import under 0.2 s and without
+torch, a tool call under 3 ms.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def median_ms(call: Callable[[], object], repeats: int = 200) -> float:
 
 
 def import_seconds(repeats: int = 7) -> float:
-    """Median seconds of ``import sam4mllm_tool`` above an empty interpreter."""
+    """Median seconds of ``import sam4mllm_tool`` beyond an empty interpreter's."""
 
     def run(code: str) -> float:
         start = time.perf_counter()

@@ -85,14 +85,14 @@ class CountingMllm:
     def answer_yes_no(
         self, image: RgbImage, dialogue: Dialogue, *, words: YesNoWords, count: int
     ) -> list[YesNo]:
-        """The MLLM's answers, a token each."""
+        """The MLLM's answers, one token each."""
         self.tokens += count
         return self.inner.answer_yes_no(image, dialogue, words=words, count=count)
 
 
 @dataclass
 class Tally:
-    """What one way of answering came to."""
+    """The result of one way of answering."""
 
     outcomes: list[Outcome] = field(default_factory=list)
     tool_calls: int = 0
@@ -137,7 +137,7 @@ def run(
     }  # fmt: skip
     tallies = {name: Tally() for name in ways}
     for number, case in enumerate(cases):
-        # The first to see a picture pays for reading it, so they take turns at being first.
+        # The first way to see a picture pays for reading it, so the two take turns.
         for name in sorted(ways, reverse=bool(number % 2)):
             toolbox, answer = ways[name]
             image_id = toolbox.workspace.open_image(case.open_image().pil).image_id

@@ -100,9 +100,9 @@ def mix_answers(model: Any, words: Sequence[int], slots: Sequence[torch.Tensor])
 def _tokenizer() -> Any:
     """Words, three-digit numbers and punctuation as tokens, about as many as Llama-3 would use."""
     form, size = Sam4MllmFormat(), (1000, 1000)
-    said = [SYSTEM_PROMPT, NO_TARGET, form.ask_boxes("", TargetCount.ONE, size)]
-    said.append(form.ask_points("", Box(0, 0, 1, 1), [Point(0, 0)], size))
-    words = sorted({w for text in said for w in re.findall(r"[A-Za-z]+", text)} | {"Yes", "No"})
+    texts = [SYSTEM_PROMPT, NO_TARGET, form.ask_boxes("", TargetCount.ONE, size)]
+    texts.append(form.ask_points("", Box(0, 0, 1, 1), [Point(0, 0)], size))
+    words = sorted({w for text in texts for w in re.findall(r"[A-Za-z]+", text)} | {"Yes", "No"})
     whole = [f"{n:03d}" for n in range(1000)] + [s + w for w in words for s in ("", "Ġ")]
     whole += ["Ġ(", "),", "Ġ["]
     pieces = [*_SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *whole]

@@ -62,9 +62,9 @@ def main() -> None:
         entry = entry if isinstance(entry, dict) else entry.model_dump()
         print(f"{entry['role']:>9}: {str(entry['content'] or entry.get('tool_calls'))[:200]}")
     assert messages[-1].content == "Here is the tree."
-    told = [m["content"] for m in messages if isinstance(m, dict) and m["role"] == "tool"]
-    assert len(told) == 2
-    assert not any(text.startswith("Error") for text in told)
+    results = [m["content"] for m in messages if isinstance(m, dict) and m["role"] == "tool"]
+    assert len(results) == 2
+    assert not any(text.startswith("Error") for text in results)
     picture = messages[-2]["content"][1]["image_url"]["url"]
     assert picture.startswith("data:image/")
 

@@ -5,7 +5,7 @@ It lets the examples run without an account. Point the official client at its ad
     OpenAI(base_url=f"{llm.url}/v1", api_key="none")
     Anthropic(base_url=llm.url, api_key="none")
 
-A script is a list of steps, one a request; each is a function from the latest tool results, as
+A script is a list of steps, one per request; each is a function from the latest tool results, as
 text, to the tool calls to make next, or to the final answer.
 """
 
@@ -82,11 +82,11 @@ class ScriptedLlm:
         """POST /v1/chat/completions."""
         messages = request["messages"]
         latest = _after_last(messages, lambda message: message["role"] == "assistant")
-        turn, said = self._next(_text(message["content"]) for message in latest)
-        calls = [] if isinstance(said, str) else said
+        turn, reply = self._next(_text(message["content"]) for message in latest)
+        calls = [] if isinstance(reply, str) else reply
         message = {
             "role": "assistant",
-            "content": said if isinstance(said, str) else None,
+            "content": reply if isinstance(reply, str) else None,
             "tool_calls": [
                 {
                     "id": f"call_{turn}_{number}",
@@ -117,10 +117,10 @@ class ScriptedLlm:
         """POST /v1/responses; the whole conversation comes in ``input``."""
         items = request["input"] if isinstance(request["input"], list) else []
         outputs = _after_last(items, lambda item: item.get("type") == "function_call")
-        turn, said = self._next(_text(item.get("output")) for item in outputs)
+        turn, reply = self._next(_text(item.get("output")) for item in outputs)
         output: list[dict[str, Any]]
-        if isinstance(said, str):
-            text = {"type": "output_text", "text": said, "annotations": []}
+        if isinstance(reply, str):
+            text = {"type": "output_text", "text": reply, "annotations": []}
             output = [_message(f"msg_{turn}", [text])]
         else:
             output = [
@@ -132,7 +132,7 @@ class ScriptedLlm:
                     "arguments": json.dumps(call.arguments),
                     "status": "completed",
                 }
-                for number, call in enumerate(said)
+                for number, call in enumerate(reply)
             ]
         return {
             "id": f"resp_{turn}",
@@ -159,10 +159,10 @@ class ScriptedLlm:
         latest = messages[-1]["content"]
         blocks = latest if isinstance(latest, list) else []
         results = [block for block in blocks if block["type"] == "tool_result"]
-        turn, said = self._next(_text(block["content"]) for block in results)
+        turn, reply = self._next(_text(block["content"]) for block in results)
         content: list[dict[str, Any]]
-        if isinstance(said, str):
-            content = [{"type": "text", "text": said}]
+        if isinstance(reply, str):
+            content = [{"type": "text", "text": reply}]
         else:
             content = [
                 {
@@ -171,7 +171,7 @@ class ScriptedLlm:
                     "name": call.name,
                     "input": call.arguments,
                 }
-                for number, call in enumerate(said)
+                for number, call in enumerate(reply)
             ]
         return {
             "id": f"msg_{turn}",
@@ -179,7 +179,7 @@ class ScriptedLlm:
             "role": "assistant",
             "model": request["model"],
             "content": content,
-            "stop_reason": "end_turn" if isinstance(said, str) else "tool_use",
+            "stop_reason": "end_turn" if isinstance(reply, str) else "tool_use",
             "stop_sequence": None,
             "usage": {"input_tokens": 1, "output_tokens": 1},
         }

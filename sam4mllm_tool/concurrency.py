@@ -93,10 +93,10 @@ async def run_in_thread(
 
 
 class FairLock:
-    """A lock that is handed over in the order of asking.
+    """A lock that callers get first come, first served.
 
     A plain ``threading.Lock`` may let one busy thread take it again and again. A caller whose call
-    was cancelled while it waited gives the lock to the next one as soon as it gets it.
+    was cancelled while it waited passes the lock on as soon as it gets it.
     """
 
     def __init__(self) -> None:

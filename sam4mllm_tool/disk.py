@@ -46,7 +46,7 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def exclusive(lock: Path, what: str, *, wait: bool = False) -> Iterator[None]:
-    """Only one process (or thread) is in the body at a time.
+    """Let only one process (or thread) into the body at a time.
 
     The lock is the operating system's: it ends with the process, however that ends.
 

@@ -1,8 +1,8 @@
 """A tiny grammar for replies made of fixed text and fixed-width numbers.
 
 Coordinate replies such as ``[281,251,863,999]`` are mostly punctuation that the format fixes
-beforehand. Stating that as data lets an engine feed the fixed part without asking for it, and
-lets any other engine check a reply. A grammar is a sequence of parts::
+beforehand. With the grammar as data, an engine can feed the fixed parts without generating them,
+and a server's reply can be checked. A grammar is a sequence of parts::
 
     (Literal("["), Number(3), Literal(","), …, Choice(((), (Literal(" "), …))))
 """

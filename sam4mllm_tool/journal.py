@@ -1,4 +1,4 @@
-"""Files of JSON lines that survive being killed, or out of space, in the middle of a write.
+"""Files of JSON lines that survive a kill or a full disk in the middle of a write.
 
 Each entry is one line, on disk before :meth:`Journal.add` returns. A last line that was cut off
 is dropped when the file is opened again, so no entry is lost or read in half.
@@ -30,7 +30,7 @@ def read_journal(file: Path) -> list[Any]:
         except ValueError as error:
             raise InputError(
                 f"{file}, line {number} is damaged: {error}",
-                hint="Delete that line: what it stood for is done again.",
+                hint="Delete that line; its work will be done again.",
             ) from error
     return entries
 
@@ -61,7 +61,7 @@ class Journal:
 
 @contextmanager
 def open_journal(file: Path, *, fresh: bool = False) -> Iterator[Journal]:
-    """A journal to add to, behind its last whole line (``fresh``: emptied first)."""
+    """A journal to append to, after its last whole line (``fresh``: emptied first)."""
     with storing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists():

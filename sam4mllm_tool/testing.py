@@ -1,7 +1,7 @@
-"""Honest stand-ins for the two models, for tests of whatever is built on this package.
+"""Honest stand-ins for the two models, for tests of code built on this package.
 
-They speak the real dialogue and draw real masks, from a truth you state. Shipped, so that users
-can test their own agents without weights.
+They answer in the real dialogue and draw real masks, from a truth you state. They are shipped so
+that users can test their own agents without weights.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _QUOTED = re.compile(r'\n"(.*)"\.$')
 
 @dataclass
 class TruthfulMllm:
-    """Answers the ``sam4mllm`` dialogue from stated masks, with given certainty.
+    """Answers the ``sam4mllm`` dialogue from stated masks, with a given certainty.
 
     Attributes:
         truth: expression → masks of its targets; an unknown expression has none.
@@ -142,9 +142,9 @@ class ScriptedMllm:
 class ColourSegmenter:
     """Draws the pixels of the box whose colour is near that of a foreground point.
 
-    Without a point, the colour at the box's centre. Background points take their colour away. The
-    three candidates differ in how near the colour must be. Logits are at the size of the image and
-    go from -16 to 16.
+    Without a point, the colour at the box's centre is used. Pixels near the colour of a background
+    point are left out. The three candidates differ in how near the colour must be. Logits are at
+    the size of the image and go from -16 to 16.
 
     A former mask decides where the colours leave room: its logits, cut to -4 … 4, are added. A
     pixel of a foreground point's own colour has 6 in the best candidate, so a point overrules the

@@ -222,8 +222,8 @@ class _Flow:
             result = self._call("is_point_inside_object", object_id=object_id).result
             assert isinstance(result, PointsResult)
             answers = [point.answer for point in result.points]
-            told = ", ".join(f"{answers.count(a)} {a}" for a in dict.fromkeys(answers))
-            steps.append(_step("probe", f"{object_id}: {told}"))
+            counts = ", ".join(f"{answers.count(a)} {a}" for a in dict.fromkeys(answers))
+            steps.append(_step("probe", f"{object_id}: {counts}"))
         return {"steps": steps, "tool_calls": len(state["object_ids"])}
 
     def segment(self, state: QuestionState) -> QuestionState:
@@ -272,12 +272,12 @@ class _Flow:
             and best["confidence"] >= self.settings.keep_best_above
         )
         if not chosen or not enough:
-            told = f"nothing found in {state['attempts']} attempts"
+            outcome = f"nothing found in {state['attempts']} attempts"
             return {
                 "status": "not_found",
                 "confident": state.get("action") == "not_found",
                 "object_ids": [],
-                "steps": [_step("conclude", told)],
+                "steps": [_step("conclude", outcome)],
             }
         return {
             "status": "found",

@@ -165,12 +165,12 @@ def _chat_answers(answered: list[tuple[_Call, ToolReply]]) -> list[ChatCompletio
     ]
     for call, reply in answered:
         if reply.picture is not None:
-            told = f"The picture that {call.name} ({call.call_id}) returned:"
+            caption = f"The picture that {call.name} ({call.call_id}) returned:"
             messages.append(
                 {
                     "role": "user",
                     "content": [
-                        {"type": "text", "text": told},
+                        {"type": "text", "text": caption},
                         {"type": "image_url", "image_url": {"url": reply.picture.data_uri}},
                     ],
                 }

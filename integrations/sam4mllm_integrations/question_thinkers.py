@@ -140,11 +140,11 @@ class ChatThinker:
         """The arguments of the one tool the model is given, and the tokens spent."""
         caller = self.model.bind_tools([schema], tool_choice="any")
         messages: list[BaseMessage] = [SystemMessage(task), HumanMessage(content)]
-        tokens, said = 0, ""
+        tokens, answer = 0, ""
         for _ in range(2):
             reply = caller.invoke(messages)
             tokens += _tokens(reply)
-            said = str(reply.content)
+            answer = str(reply.content)
             calls = reply.tool_calls if isinstance(reply, AIMessage) else []
             complaint = f"Answer by calling {schema.__name__}."
             try:
@@ -157,7 +157,7 @@ class ChatThinker:
             messages += answers or [HumanMessage(complaint)]
         raise DialogueError(
             f"the chat model did not call {schema.__name__} in a readable way",
-            raw_reply=said,
+            raw_reply=answer,
             hint="Use a chat model that can call tools.",
         )
 
@@ -211,9 +211,9 @@ class LocalThinker:
             for number, answer in zip(boxes, answers, strict=True)
         }
         keep = [number for number, share in shares.items() if share >= self.accept_above]
-        told = ", ".join(f"{number}: {share:.2f}" for number, share in shares.items())
+        listed = ", ".join(f"{number}: {share:.2f}" for number, share in shares.items())
         judgement = Judgement(
-            action="accept" if keep else "retry", keep=keep, reason=f"share of yes: {told}"
+            action="accept" if keep else "retry", keep=keep, reason=f"share of yes: {listed}"
         )
         confidence = max(shares.values(), default=0.0)
         return Thought(judgement=judgement, confidence=confidence, tokens=len(boxes))

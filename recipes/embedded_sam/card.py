@@ -4,8 +4,8 @@
 
     python -m recipes.embedded_sam.card sam4mllm_tool/embedded/sam --seed 0
 
-measures the checkpoint, writes `evaluation.json` and `cases.png` beside it, and replaces what
-stands in its `README.md` between the two marks.
+measures the checkpoint, writes `evaluation.json` and `cases.png` beside it, and replaces the text
+between the two marks in its `README.md`.
 """
 
 import argparse
@@ -66,10 +66,10 @@ def tables(report: SamReport) -> str:
         f"Predicted IoU: mean absolute error {quality['mean_absolute_error']:.3f}, bias "
         f"{quality['bias']:+.3f}, correlation {quality['correlation']:.2f}.",
         "",
-        f"{report.threads} CPU thread(s): {report.encode_ms:.0f} ms a picture, "
-        f"{report.decode_ms:.1f} ms a prompt.",
+        f"{report.threads} CPU thread(s): {report.encode_ms:.0f} ms per picture, "
+        f"{report.decode_ms:.1f} ms per prompt.",
         "",
-        "| held against | figure | bar | reached |",
+        "| measure | figure | target | reached |",
         "|---|---|---|---|",
     ]
     for name, entry in bars(report).items():

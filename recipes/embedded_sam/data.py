@@ -63,9 +63,9 @@ class BatchSettings:
 
     Attributes:
         cells: side G of the mask logits.
-        pictures: pictures a batch.
-        boxes: prompts with a box a picture.
-        no_boxes: prompts without a box a picture, on average.
+        pictures: pictures per batch.
+        boxes: prompts with a box per picture.
+        no_boxes: prompts without a box per picture, on average.
         dense: whole pictures for dense pre-training, and no prompts.
     """
 

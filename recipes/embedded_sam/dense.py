@@ -1,4 +1,4 @@
-"""Dense pre-training of a small SAM's image encoder: see whole objects before listening to prompts.
+"""Dense pre-training of a small SAM's image encoder: whole objects, before prompts are used.
 
 Every object of a picture is drawn at once by a one-layer query: the image embedding at one of its
 pixels (or over all of it) is mapped to a filter over the mask decoder's upscaled features (the

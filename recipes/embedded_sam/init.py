@@ -1,8 +1,8 @@
 """Starting weights of a small SAM that already look where a prompt points.
 
-With random projections the decoder's cross-attention has to find out that a prompt's position
-code and an image cell's position code are the same thing, and until it has, points teach nothing.
-Equal query and key projections make that so from the start.
+With random projections the decoder's cross-attention first has to learn that a prompt's position
+code and an image cell's position code are the same thing; until then, points teach nothing.
+With equal query and key projections this holds from the start.
 """
 
 import math

@@ -14,10 +14,10 @@ from recipes.embedded_sam.dense import DenseHeads, read_dense
 from recipes.embedded_sam.loss import mask_loss, near_points
 
 SINGLE = 0.4  # weight of the single-mask output
-DENSE = 0.6  # weight of pre-training's loss, where it goes on
+DENSE = 0.6  # weight of pre-training's loss, where it is kept
 IOU = 1.5  # weight of the IoU head
 ROUNDS = (1, 1, 2, 2, 3)
-AFRESH = 0.5  # chance that a round is not shown the former mask: points alone must tell
+AFRESH = 0.5  # chance that a round is not shown the former mask and must use points alone
 BOXED_OTHERS = 1.0  # weight of the other candidates where a box leaves little to choose among
 
 

@@ -18,9 +18,9 @@ def mask_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and IoU of N masks.
 
-    Cross-entropy inside the slightly enlarged true box, where object and not-object must be told
-    apart, a weaker one outside, and dice. Counted over the whole picture the easy background
-    drowns the question.
+    Cross-entropy inside the slightly enlarged true box, where object and surroundings must be
+    distinguished, a weaker one outside, and dice. Over the whole picture, the easy background would
+    dominate the loss.
 
     Args:
         logits: N x G x G, or N x M x G x G for M candidates.
@@ -56,12 +56,12 @@ def mask_loss(
 def near_points(points: torch.Tensor, cells: int, side: float) -> torch.Tensor:
     """`STRESS` at prompt points, falling off within `REACH` cells: N x cells x cells.
 
-    A point tells what its surroundings belong to. Weighed like any other cell, the few that a
-    point decides hardly count, and points are not learnt to be listened to.
+    A point determines what its surroundings belong to. With equal weights, the few cells that a
+    point decides would hardly count, and the model would not learn to follow points.
 
     Args:
         points: N x K x 2 pixels of a picture of that side; K may be 0.
-        cells: of the mask logits, a side.
+        cells: of the mask logits, per side.
         side: of the picture, pixels.
     """
     middles = torch.arange(cells, device=points.device) + 0.5

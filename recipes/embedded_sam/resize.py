@@ -1,7 +1,7 @@
-"""A trained small SAM at another resolution, or with more to it, weights carried over.
+"""A trained small SAM at another resolution or with more layers, its weights carried over.
 
-Coarse models learn many pictures a minute, fine ones draw better outlines: train coarse first, then
-go on finer from what is known.
+Coarse models learn from many pictures per minute, fine ones draw better outlines: train a coarse
+model first, then continue with a finer one.
 """
 
 from collections.abc import Collection, Sequence
@@ -34,7 +34,7 @@ def resize_sam(
     """
     if config.patch_size % patch_size or image_size % patch_size:
         raise InputError(
-            f"no way from {config.patch_size} px patches to {patch_size} px on {image_size} px",
+            f"cannot go from {config.patch_size} px patches to {patch_size} px on {image_size} px",
             hint="choose a divisor of both the old patch and the picture.",
         )
     resized = replace(config, image_size=image_size, patch_size=patch_size)

@@ -5,7 +5,7 @@
     python -m recipes.embedded_sam.train --run runs/sam --minutes 80 --out runs/sam/best
 
 Scenes are drawn once into the run's folder. Training stops when its minutes are spent; a run that
-is started again goes on from its last checkpoint. The best weights so far, by the mean IoU of box
+is started again continues from its last checkpoint. The best weights so far, by the mean IoU of box
 prompts and of box-and-points prompts on validation scenes, are written to `--out`.
 """
 
@@ -50,11 +50,11 @@ class SamTraining:
     Attributes:
         run: folder of scenes, checkpoint and log.
         out: where the best weights go.
-        minutes: wall-clock time of training, all sittings together.
+        minutes: wall-clock time of training, over all starts of the run.
         dense: share of it spent on dense pre-training.
         scenes: pictures drawn beforehand.
         world: what they are drawn from, by name.
-        pictures: pictures a batch (twice as many in pre-training).
+        pictures: pictures per batch (twice as many in pre-training).
         rate: peak learning rate.
         seed: of scenes, weights and batches.
         checkpoint: minutes between checkpoints and validations.
@@ -167,7 +167,7 @@ class Trainer:
             )
 
     def save(self) -> None:
-        """Write the state from which the run goes on."""
+        """Write the state from which the run continues."""
         state = {
             "sam": self.sam.state_dict(),
             "heads": self.heads.state_dict(),
@@ -182,7 +182,7 @@ class Trainer:
         new.replace(self.settings.run / "state.pt")
 
     def resume(self) -> None:
-        """Go on from the run's state, if there is one."""
+        """Continue from the run's state, if there is one."""
         path = self.settings.run / "state.pt"
         if not path.exists():
             return
@@ -271,7 +271,7 @@ def optimisers(sam: Sam, heads: DenseHeads, rate: float) -> list[torch.optim.Opt
 
 
 def train_small_sam(settings: SamTraining) -> None:
-    """Draw the scenes, then train (or go on training) a small SAM."""
+    """Draw the scenes, then train a small SAM, or continue its training."""
     torch.set_num_threads(settings.threads)
     settings.run.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(settings, SMALL)

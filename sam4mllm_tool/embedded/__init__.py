@@ -1,4 +1,4 @@
-"""The small models that ship with the package, and where they lie."""
+"""The small models that ship with the package, and their folders."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 NAME = "embedded"
-"""What the shipped checkpoints are called wherever a model is named."""
+"""The name of the shipped checkpoints wherever a model is named."""
 MLLM = _HERE / "mllm"
 ADAPTER = _HERE / "mllm_adapter"
 SAM = _HERE / "sam"

@@ -74,7 +74,7 @@ def _grain(rng: random.Random, noise: np.random.Generator, size: tuple[int, int]
 
 
 def _clutter(rng: random.Random, noise: np.random.Generator, size: tuple[int, int]) -> Pixels:
-    """Busy, coloured at three scales: no colour of an object is safe from it."""
+    """Busy, coloured at three scales: it may contain the colour of any object."""
     pixels = np.zeros((*size[::-1], 3))
     for cells, weight in ((3, 0.5), (8, 0.3), (32, 0.2)):
         layer = Image.fromarray((noise.random((cells, cells, 3)) * 255).astype(np.uint8))

@@ -4,8 +4,8 @@ Only needed when the catalogue changes::
 
     python -m sam4mllm_tool.scenes.build_sheet /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 
-`assets/sprites.json` is the catalogue, written by hand but for three fields a sprite this script
-fills in: `cell` (x, y, width, height in the sheet), `concave` and `thin`.
+`assets/sprites.json` is the catalogue, written by hand except for three fields per sprite that this
+script fills in: `cell` (x, y, width, height in the sheet), `concave` and `thin`.
 """
 
 import argparse

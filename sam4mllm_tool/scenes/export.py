@@ -1,7 +1,7 @@
 """Scenes written to disk in the layouts of the published referring data sets.
 
-* ``refcoco``: ``refcoco/refs(unc).json`` and ``refcoco/instances.json``, one ref an object with its
-  unambiguous expressions as sentences. Upstream's refs are a pickle; a pickle can run code, so
+* ``refcoco``: ``refcoco/refs(unc).json`` and ``refcoco/instances.json``, one ref per object with
+  its unambiguous expressions as sentences. Upstream's refs are a pickle; a pickle can run code, so
   this is its JSON twin with the same fields. The split "test" is called "testA".
 * ``grefcoco``: ``grefcoco/grefs(unc).json`` and ``instances.json``; also plural and absent targets.
 * ``reasonseg``: ``SPLIT/NAME.jpg`` and ``SPLIT/NAME.json``, one for each question answered by
@@ -121,15 +121,15 @@ def _write_refer(
     for scene in scenes:
         for row in rows(scene):
             texts = row.pop("texts")
-            said = [_sentence(text, sentences + place) for place, text in enumerate(texts)]
+            rows = [_sentence(text, sentences + place) for place, text in enumerate(texts)]
             refs.append(
                 {
                     "ref_id": len(refs) + 1,
                     "image_id": _image_id(scene),
                     "file_name": names[scene.index],
                     "split": "testA" if split == "test" else split,
-                    "sent_ids": [one["sent_id"] for one in said],
-                    "sentences": said,
+                    "sent_ids": [row["sent_id"] for row in rows],
+                    "sentences": rows,
                     **row,
                 }
             )
@@ -150,7 +150,7 @@ def _refs(scene: Scene) -> Iterator[Row]:
 
 
 def _grefs(scene: Scene) -> Iterator[Row]:
-    """One row a set of targets; [-1] stands for no target, as in gRefCOCO."""
+    """One row per set of targets; [-1] stands for no target, as in gRefCOCO."""
     by_targets: dict[tuple[int, ...], list[str]] = {}
     for phrase in _phrases(scene):
         by_targets.setdefault(phrase.targets, []).append(phrase.text)

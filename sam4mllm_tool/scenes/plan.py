@@ -76,7 +76,7 @@ def _merges(
     plan: list[Placed],
     visible: list[npt.NDArray[np.bool_]],
 ) -> bool:
-    """Whether two equal flat shapes would touch: nobody could tell where one ends."""
+    """Whether two equal flat shapes would touch: their border would be invisible."""
     return placed.kind == "shape" and any(
         (earlier.key, earlier.colour) == (placed.key, placed.colour) and (mask & seen).any()
         for earlier, seen in zip(plan, visible, strict=True)

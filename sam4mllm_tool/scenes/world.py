@@ -75,7 +75,7 @@ SMALL_WORLD = World(
     rotation=12.0,
 )
 
-# The same things, mostly several of a kind: to learn ranks and places by, never to measure on.
+# The same things, mostly several of a kind: for learning ranks and places, not for measuring.
 ALIKE_WORLD = replace(SMALL_WORLD, name="small-alike", objects=(2, 3), same_name=0.9)
 
 # The same things in front of each other, up to half of each hidden: a box says less there.
