@@ -172,8 +172,8 @@ def _paper() -> Combination:
             " --sam-decoder effvit_xl1_decoder_coco_ft.pt",
         ),
         run=False,
-        notes="the dialogue equals the authors' recorded demo token for token, the segmenter its "
-        "makers' code with random weights (docs/checkpoints.md)",
+        notes="the dialogue equals the authors' recorded demo token for token; the segmenter "
+        "equals the original code, compared with random weights (docs/checkpoints.md)",
     )
 
 
@@ -190,8 +190,8 @@ def _paper_on_qwen_vl() -> Combination:
             " --sam efficientvit_sam_xl1.pt",
         ),
         run=False,
-        notes="the replies in its documentation are read as drawn there; the server runs the "
-        "checkpoint's tokenizer code and holds its memory",
+        notes="the boxes in its documentation's replies are where it draws them; the "
+        "server runs the checkpoint's tokenizer code, and needs the MLLM's memory",
     )
 
 

@@ -121,15 +121,15 @@ def _write_refer(
     for scene in scenes:
         for row in rows(scene):
             texts = row.pop("texts")
-            rows = [_sentence(text, sentences + place) for place, text in enumerate(texts)]
+            written = [_sentence(text, sentences + place) for place, text in enumerate(texts)]
             refs.append(
                 {
                     "ref_id": len(refs) + 1,
                     "image_id": _image_id(scene),
                     "file_name": names[scene.index],
                     "split": "testA" if split == "test" else split,
-                    "sent_ids": [row["sent_id"] for row in rows],
-                    "sentences": rows,
+                    "sent_ids": [one["sent_id"] for one in written],
+                    "sentences": written,
                     **row,
                 }
             )
