@@ -1,6 +1,6 @@
 """A dialogue as token ids, in which nothing but the chat template writes control tokens.
 
-The one encoder of questions that are asked and of conversations that are learnt.
+Inference and training share this encoder.
 
 For harmless text the ids are those of ``processor.apply_chat_template``. Text that spells a
 control token (``</s>``, ``<image>``, ``<|im_end|>``, …) would end the turn or ask for an image
@@ -28,15 +28,15 @@ _READ = ("input_ids", "attention_mask", "labels")
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """What the processor makes of one image.
+    """The processor's output for one image.
 
     Attributes:
-        ids: the tokens that take the place of the template's one image token.
+        ids: the tokens that replace the template's one image token.
         tensors: the model's arguments about the image (``pixel_values``, sizes, grids), on the CPU.
         per_token: the model's arguments with one value per token, such as ``mm_token_type_ids``
             or Gemma 3's ``token_type_ids``: the values at ``ids``, all others are 0.
         before, after: plain text that the processor writes around the image, part of the turn.
-        first, last: ids that the processor, and not the template, puts before and behind everything
+        first, last: ids that the processor, not the template, puts before and after everything
             (a start token; PaliGemma's line break).
     """
 
@@ -64,13 +64,13 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Transcript:
-    """A dialogue with its replies, as a model reads it that learns to say them.
+    """A dialogue with its replies, as a training sequence.
 
     Attributes:
         ids: all token ids, the image's tokens included.
         image_end: number of leading ids up to and including the image's last token.
-        replies: (start, end) of the ids of each reply that is learnt here, with its end of turn.
-            What stands before ``start`` is exactly what the model reads when it is asked.
+        replies: (start, end) of the ids of each reply to learn, with its end of turn. The ids
+            before ``start`` are exactly those that the model reads at inference.
     """
 
     ids: tuple[int, ...]
@@ -89,13 +89,13 @@ def model_inputs(image: ImageInputs, ids: Sequence[int], image_end: int) -> dict
 
 
 class DialogueEncoder:
-    """Turns dialogues into ids with a processor's own chat template. Safe from many threads."""
+    """Encodes dialogues with a processor's own chat template. Thread-safe."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        # A fast tokenizer must not be entered twice at once ("Already borrowed"). Pictures take
-        # long, so they have a tokenizer of their own, and dialogues need not wait for them.
+        # A fast tokenizer raises "Already borrowed" when two threads use it at once. Pictures take
+        # long, so they have a tokenizer of their own, and dialogues do not wait for them.
         self._lock, self._picture_lock = threading.RLock(), threading.Lock()
         self._picture_processor = copy.deepcopy(processor)
         self._skeletons: dict[tuple[str, ...], list[int]] = {}
@@ -110,12 +110,12 @@ class DialogueEncoder:
         return Encoded(before + image.ids + after + image.last, at + len(image.ids))
 
     def transcripts(self, dialogue: Dialogue, image: ImageInputs) -> tuple[Transcript, ...]:
-        """A dialogue whose replies are learnt: each prompt as :meth:`encode` gives it, then the
-        reply's ids as they are decoded.
+        """A dialogue for training: each prompt as :meth:`encode` gives it, then the reply's ids as
+        the model generates them.
 
-        One transcript, as long as the template writes earlier replies just as they are decoded.
-        Where it writes them otherwise (with a space or newline of its own, without their thoughts,
-        without an end of turn), the next reply begins another.
+        It is one transcript if the template writes earlier replies just as they are generated.
+        Where it writes them differently (with a space or newline of its own, without their
+        thoughts, without an end of turn), the next reply begins another transcript.
         """
         found: list[Transcript] = []
         for number, turn in enumerate(dialogue):
@@ -142,7 +142,7 @@ class DialogueEncoder:
         return (*ids, ends[0])
 
     def text_ids(self, dialogue: Dialogue, image: ImageInputs) -> list[int]:
-        """Ids of a dialogue in which a single token stands for the image."""
+        """Ids of a dialogue with a single token for the image."""
         with self._lock:
             ids = self._tokenize(self._render(dialogue, image))
             if self._controls(ids) == self._skeleton(dialogue):
@@ -153,7 +153,7 @@ class DialogueEncoder:
         """Process an image's pixels, and find out which tokens it takes.
 
         Raises:
-            CheckpointError: the processor writes something else than one image into the text.
+            CheckpointError: the processor writes anything but one image into the text.
         """
         turn = (Turn("user", _MARK.format(0)),)
         with self._picture_lock:
@@ -184,7 +184,7 @@ class DialogueEncoder:
         )
 
     def _processed(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
-        """The processor's inputs, and what it has written in place of the image token."""
+        """The processor's inputs, and the text that replaced the image token."""
         asked = hasattr(self.processor, "get_text_with_replacements")
         inputs = self._picture_processor.apply_chat_template(
             messages,
@@ -197,7 +197,7 @@ class DialogueEncoder:
         return dict(inputs)
 
     def _text_around(self, replacements: Any) -> tuple[str, str]:
-        """Plain text before and after the special tokens that take the image token's place.
+        """Plain text before and after the special tokens that replace the image token.
 
         It must be tokenised together with its neighbours: Gemma 3 writes two newlines on either
         side, which make one token with the newline of the template.
@@ -219,7 +219,7 @@ class DialogueEncoder:
             return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def decode_continuation(self, ids: Sequence[int]) -> str:
-        """Text of reply ids, the space that a first token may carry included."""
+        """Text of reply ids, including the leading space that a first token may have."""
         with self._lock:
             anchor = self.tokenizer.encode("0", add_special_tokens=False)
             options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
@@ -228,7 +228,7 @@ class DialogueEncoder:
             return text[len(start) :]
 
     def end_of_turn_ids(self) -> list[int]:
-        """Control tokens that the template writes right behind a reply."""
+        """Control tokens that the template writes directly after a reply."""
         turns = (Turn("user", "a"), Turn("assistant", _MARK.format(1)), Turn("user", "b"))
         with self._lock:
             tail = self._render(turns).partition(_MARK.format(1))[2]
@@ -251,7 +251,7 @@ class DialogueEncoder:
         return list(self.tokenizer(text, add_special_tokens=add)["input_ids"])
 
     def _encode_guarded(self, dialogue: Dialogue, image: ImageInputs) -> list[int]:
-        """Template and text encoded apart, so that text cannot reach the template's tokens."""
+        """Template and text encoded separately, so that text cannot spell the template's tokens."""
         marked = _marked(dialogue)
         rendered = self._render(marked, image)
         ids: list[int] = []
@@ -267,7 +267,7 @@ class DialogueEncoder:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _encode_plain(self, text: str) -> list[int]:
-        """Ids of text without any control token: pieces too short to spell one, where it must."""
+        """Ids of text without any control token; a text that spells one is encoded in pieces."""
         spelled = [self.tokenizer.convert_ids_to_tokens(i) for i in sorted(self.control_ids)]
         pieces = [text]
         for token in spelled:
@@ -278,7 +278,7 @@ class DialogueEncoder:
         ids = self._encode_fixed(piece)
         if not self._controls(ids):
             return ids
-        # A tokenizer that normalises may still find one (full-width brackets, say).
+        # A tokenizer that normalises text may still find one (from full-width brackets, say).
         by_letter = [self._encode_fixed(letter) for letter in piece]
         return [i for ids in by_letter for i in ids if i not in self.control_ids]
 
@@ -327,7 +327,7 @@ class DialogueEncoder:
 
 
 def _last_place(some: Sequence[int], ids: Sequence[int]) -> int:
-    """Where ``some`` stand among ``ids``, as far behind as they do; -1 if they do not."""
+    """The last index at which ``some`` occur in ``ids``; -1 if they do not."""
     places = range(len(ids) - len(some), -1, -1)
     return next((i for i in places if ids[i : i + len(some)] == some), -1)
 
@@ -361,7 +361,7 @@ def _marked(dialogue: Dialogue) -> Dialogue:
 
 
 def _cut_inside(text: str, token: str) -> list[str]:
-    """``text`` cut behind the first character of every ``token`` in it."""
+    """``text`` cut after the first character of every ``token`` in it."""
     first, rest = token[:1], token[1:]
     parts = text.split(token)
     if not rest or len(parts) == 1:
