@@ -215,7 +215,7 @@ def _benchmark_command(known: str, splits: tuple[str, ...]) -> Callable[..., Non
         _show_report(report, folder, as_json)
 
     benchmark.__doc__ = (
-        f"{known} ({', '.join(splits)}), from the makers' or the hub's files."
+        f"{known} ({', '.join(splits)}), from the original or the hub's files."
         if known
         else "Any data set: --data NAME=PATH, your own too (coco, labelme, jsonl)."
     )

@@ -71,5 +71,5 @@ def resolve_inside(
         f"The policy does not allow to {verb} {str(path)[:120]!a}.",
         hint=f"Use a path inside an allowed folder: {listed}."
         if listed
-        else f"No folder may be used to {verb}; whoever runs the tools can allow one.",
+        else f"No folder may be used to {verb}; the administrator of the tools can allow one.",
     )

@@ -101,10 +101,10 @@ def _greedy(config: GenerationConfig) -> GenerationConfig:
 
 
 def load_processor(folder: Path, adapter: Path | None = None) -> Any:
-    """The checkpoint's processor, with Pillow's resampling, which is the same on all machines.
+    """The checkpoint's processor, with Pillow's resampling: the same pixels on all machines.
 
-    An adapter was trained in one dialogue: where a chat template lies beside it, that template
-    takes the place of the base's.
+    An adapter was trained with one dialogue template: a chat template beside it replaces the
+    base's.
 
     Raises:
         CheckpointError: missing, cut short, or not a processor for images and text; a template
@@ -114,7 +114,7 @@ def load_processor(folder: Path, adapter: Path | None = None) -> Any:
     try:
         options = {"trust_remote_code": False, "local_files_only": True}
         processor = AutoProcessor.from_pretrained(folder, **options)
-        # Chosen apart: video processors know no such backend and would refuse.
+        # Loaded separately: video processors have no such backend and would refuse.
         pictures = AutoImageProcessor.from_pretrained(folder, backend="pil", **options)
     except Exception as error:
         raise CheckpointError(
@@ -236,7 +236,7 @@ def _quantization(placement: Placement) -> BitsAndBytesConfig:
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """Keep transformers from drawing on the terminal of whoever called a tool."""
+    """Keep transformers from drawing progress bars on the caller's terminal."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
