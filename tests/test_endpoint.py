@@ -169,10 +169,10 @@ def test_the_server_is_examined_once(endpoint, server, asked):
         ({"longest": 1}, EndpointError, "1 of 2 questions", "'min_tokens'"),
         ({"other_ids": True}, ProbabilitiesMissing, "no probability for", "logprob_token_ids"),
         ({"processed": True}, ProbabilitiesMissing, "whole vocabulary", "--logprobs-mode"),
-        ({"value": math.nan}, EndpointError, "nan of yes", "damaged"),
+        ({"value": math.nan}, EndpointError, "nan for yes", "damaged"),
         ({"value": 0.5}, EndpointError, "not probabilities", "damaged"),
         ({"value": math.inf}, EndpointError, "not probabilities", "damaged"),
-        ({"tokenizes": False}, EndpointError, "how it tokenises", "/tokenize"),
+        ({"tokenizes": False}, EndpointError, "does not answer /tokenize", "/tokenize"),
     ],
 )  # fmt: skip
 def test_a_server_that_misbehaves_is_named_in_one_sentence(
