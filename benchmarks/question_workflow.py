@@ -1,8 +1,9 @@
-"""The question workflow beside the one-shot tool, over a set of questions.
+"""The question workflow beside the one-shot tool and its strategy ``propose``, over questions.
 
 Run ``python -m benchmarks.question_workflow --seed N --limit 200`` for "what is it for?" questions
 about unseen scenes, or ``--reasonseg FOLDER --split val`` for ReasonSeg. Without ``--chat`` the
-local MLLM does all the thinking; ``--chat openai:gpt-5`` takes any LangChain chat model.
+local MLLM does all the thinking; ``--chat openai:gpt-5`` takes any LangChain chat model. With
+``--candidates 8`` the workflow proposes and selects instead of locating.
 Tokens are those the models wrote (and, of a chat model, also those it read).
 """
 
@@ -104,9 +105,10 @@ Answer = tuple[list[Mask], int, int]
 """Masks, tool calls, tokens of a chat model."""
 
 
-def one_shot(toolbox: Toolbox, case: Case, image_id: str) -> Answer:
+def one_shot(toolbox: Toolbox, case: Case, image_id: str, strategy: str | None = None) -> Answer:
     """``segment_object`` with the question as the expression."""
-    arguments = {"image": image_id, "expression": case.expression, "count": "0+"}
+    arguments = {"image": image_id, "expression": case.expression, "count": "0+",
+                 "strategy": strategy}  # fmt: skip
     return list(toolbox.call("segment_object", arguments).masks.values()), 1, 0
 
 
@@ -124,21 +126,25 @@ def run(
     chat: Any = None,
     settings: QuestionSettings | None = None,
 ) -> dict[str, Tally]:
-    """Both ways over all cases, each with a workspace of its own."""
+    """All ways over all cases, each with a workspace of its own."""
     counter = CountingMllm(model.mllm)
     counted = replace(model, mllm=counter)
-    first, second = Toolbox(counted), Toolbox(counted)
+    first, second, third = Toolbox(counted), Toolbox(counted), Toolbox(counted)
     graph = question_graph(second, chat, settings=settings)
     ways: dict[str, tuple[Toolbox, Callable[[Case, str], Answer]]] = {
         "one-shot": (first, lambda case, image: one_shot(first, case, image)),
+        "one-shot, propose": (
+            third, lambda case, image: one_shot(third, case, image, "propose")
+        ),
         "workflow": (
             second, lambda case, image: workflow(graph, second, case, image, chat is None)
         ),
     }  # fmt: skip
     tallies = {name: Tally() for name in ways}
     for number, case in enumerate(cases):
-        # The first way to see a picture pays for reading it, so the two take turns.
-        for name in sorted(ways, reverse=bool(number % 2)):
+        # The first to see a picture pays for reading it, so they take turns at being first.
+        names = list(ways)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
             toolbox, answer = ways[name]
             image_id = toolbox.workspace.open_image(case.open_image().pil).image_id
             _answer(tallies[name], case, partial(answer, case, image_id), counter)
@@ -207,6 +213,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--adapter")
     parser.add_argument("--segmenter", default="embedded")
     parser.add_argument("--chat", help="provider:model of a LangChain chat model")
+    parser.add_argument("--proposer", default="mllm", help="as the option of sam4mllm-tool")
+    parser.add_argument("--candidates", type=int, default=0, help="proposed by the workflow")
     parser.add_argument("--attempts", type=int, default=QuestionSettings.max_attempts)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
@@ -220,8 +228,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.reasonseg
         else scene_questions(args.seed, args.limit)
     )
-    model = load(args.mllm, adapter=args.adapter, segmenter=args.segmenter)
-    rows = report(run(model, cases, chat, QuestionSettings(max_attempts=args.attempts)))
+    model = load(args.mllm, adapter=args.adapter, segmenter=args.segmenter, proposer=args.proposer)
+    settings = QuestionSettings(max_attempts=args.attempts, candidates=args.candidates)
+    rows = report(run(model, cases, chat, settings))
     if args.json:
         json.dump(rows, sys.stdout, indent=1)
     else:

@@ -114,6 +114,10 @@ _SEGMENTERS = (
     Part("facebook/sam2.1-hiera-large", 216_924_865, SAM_BYTES, 898_000_000, _APACHE),
     Part("facebook/sam3", 458_260_369, SAM_BYTES, 3_440_000_000, "SAM License, access on request"),
 )
+PROPOSERS = (
+    "facebook/sam3", "IDEA-Research/grounding-dino-base", "google/owlv2-base-patch16-ensemble",
+)  # fmt: skip
+"""Hub ids of text-prompted models that find candidates for a phrase; none was run here."""
 _ZERO_SHOT = (
     Part("Qwen/Qwen2.5-VL-7B-Instruct", 8_292_166_656, MLLM_BYTES, 16_580_000_000, _APACHE),
     Part("Qwen/Qwen3-VL-8B-Instruct", 8_767_123_696, MLLM_BYTES, 17_540_000_000, _APACHE),
@@ -134,6 +138,7 @@ def nearest_checkpoint(name: str) -> str:
     """
     known = [embedded.NAME]
     known += [part.name for part in (LLAVA_NEXT, QWEN_VL, *_ZERO_SHOT, *_SEGMENTERS)]
+    known += PROPOSERS
     folder = Path(name).expanduser().parent
     beside = [one.name for one in folder.iterdir()] if folder.is_dir() else []
     similar = get_close_matches(name, known, n=1)

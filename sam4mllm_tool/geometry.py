@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from sam4mllm_tool.types import Box
 
@@ -45,6 +45,25 @@ def box_iou(a: Box, b: Box) -> float:
     shared = overlap.area if overlap else 0.0
     union = a.area + b.area - shared
     return shared / union if union > 0 else 0.0
+
+
+def different_boxes(boxes: Sequence[Box], limit: int, most_iou: float = 0.7) -> list[int]:
+    """Positions of up to ``limit`` boxes, in order, none of which repeats an earlier one.
+
+    Greedy non-maximum suppression, for boxes in the order of belief.
+
+    Args:
+        boxes: the best first.
+        limit: how many to keep at most.
+        most_iou: with an IoU above this, a box repeats the one it overlaps.
+    """
+    kept: list[int] = []
+    for position, box in enumerate(boxes):
+        if len(kept) == limit:
+            break
+        if all(box_iou(box, boxes[other]) <= most_iou for other in kept):
+            kept.append(position)
+    return kept
 
 
 def union_box(boxes: Iterable[Box]) -> Box:

@@ -25,6 +25,8 @@ __all__ = [
     "Dialogue",
     "MaskCandidate",
     "Mllm",
+    "Proposal",
+    "Proposer",
     "Reply",
     "SegmentPrompt",
     "Segmenter",
@@ -180,12 +182,14 @@ class MaskCandidate:
     Attributes:
         mask: at the size of the image.
         logits: low-resolution ``float32`` logits (a quarter of the model's input side), 0 = edge,
-            in the model's padded frame; fit to go back as ``SegmentPrompt.mask_logits``.
-        predicted_iou: the segmenter's own estimate of the mask's IoU with the truth.
+            in the model's padded frame; fit to go back as ``SegmentPrompt.mask_logits``. ``None``
+            for a mask that a proposer drew.
+        predicted_iou: the segmenter's own estimate of the mask's IoU with the truth; of a
+            proposer's mask, its confidence.
     """
 
     mask: Mask
-    logits: NDArray[np.float32]
+    logits: NDArray[np.float32] | None
     predicted_iou: float
 
 
@@ -213,3 +217,37 @@ class Segmenter(Protocol):
         self, image: RgbImage, logits: NDArray[np.float32]
     ) -> NDArray[np.float32]:
         """Low-resolution logits brought to the image: ``float32`` of shape (height, width)."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One candidate for a phrase.
+
+    Attributes:
+        box: pixels of the image, inside it.
+        confidence: how much the proposer believes in it, 0 to 1: orders the candidates of one
+            phrase, and is not calibrated. ``None`` where a backend does not say.
+        mask: at the size of the image; ``None`` from proposers that find boxes only.
+    """
+
+    box: Box
+    confidence: float | None = None
+    mask: Mask | None = None
+
+
+@runtime_checkable
+class Proposer(Protocol):
+    """Finds what a short phrase may mean, every instance of it."""
+
+    @property
+    def name(self) -> str:
+        """Checkpoint behind it, for traces."""
+
+    def propose(self, image: RgbImage, phrase: str, limit: int) -> list[Proposal]:
+        """Up to ``limit`` different candidates, the most confident first; none is a result.
+
+        Raises:
+            ExpressionError: the phrase is longer than the model reads.
+            BackendError: the model's output is not finite, as with damaged weights.
+            DeviceOutOfMemory: the device is too small.
+        """

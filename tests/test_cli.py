@@ -59,7 +59,7 @@ def test_segment_prints_one_json_document_whose_mask_reads_back(tmp_path):
     }  # nothing is overwritten  # fmt: skip
 
 
-@pytest.mark.parametrize("strategy", ["pqpp", "ppg", "adaptive", "box_only"])
+@pytest.mark.parametrize("strategy", ["pqpp", "ppg", "adaptive", "box_only", "propose"])
 def test_every_strategy_runs(strategy):
     document = json.loads(run("segment", DEMO, "the tree", "--strategy", strategy, "--json"))
     assert document["status"] == "found"

@@ -292,7 +292,7 @@ def test_the_evaluation_compares_both_ways(truth, blocks):
     for row in rows.values():
         assert row["questions"] == 3
         assert row["gIoU"][0] == row["cIoU"][0] == 1.0
-    assert rows["one-shot"]["tool_calls"] == 1
+    assert rows["one-shot"]["tool_calls"] == rows["one-shot, propose"]["tool_calls"] == 1
     assert rows["workflow"]["tool_calls"] == (5 + 5 + 7) / 3
     # A round of boxes is 4 tokens, nine points an object are 9; the workflow also asks for other
     # boxes, names what to look for, and has each object verified.

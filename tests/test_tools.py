@@ -34,6 +34,7 @@ from sam4mllm_tool.types import Box, TargetCount
 TOOLS = [
     "segment_object",
     "locate_object",
+    "propose_objects",
     "is_point_inside_object",
     "segment_with_prompts",
     "compare_objects",
@@ -52,7 +53,7 @@ def segment(box, path, expression="the red block", **more):
     return box.call("segment_object", arguments)
 
 
-def test_the_registry_holds_the_seven_tools_with_closed_schemas():
+def test_the_registry_holds_the_eight_tools_with_closed_schemas():
     assert [spec.name for spec in BUILTIN_TOOLS] == TOOLS
     for spec in BUILTIN_TOOLS:
         schema = spec.arguments.model_json_schema()
@@ -65,7 +66,7 @@ def test_listing_tools_loads_no_model():
     def never() -> Sam4MLLM:
         raise AssertionError("loaded")
 
-    assert len(Toolbox(never).specs()) == 7
+    assert len(Toolbox(never).specs()) == 8
 
 
 def test_segment_object_gives_handles_text_and_the_exact_mask(box, blocks_file, truth):

@@ -3,6 +3,10 @@
     understand → locate → probe points → segment → look and judge → accept
                    ↑___________ retry ___________________|          (→ ask a human → save)
 
+With ``QuestionSettings(candidates=8)`` every candidate is proposed and drawn at once instead::
+
+    understand → propose → look and judge → accept
+
     graph = question_graph(toolbox, chat_model)
     graph.invoke({"question": "What would you cut paper with?", "image": "desk.jpg"})
 
@@ -19,12 +23,14 @@ from typing import Annotated, Any, Literal, TypedDict
 from sam4mllm_integrations._shared import Picture, bounded_picture
 from sam4mllm_tool.concurrency import CallContext, call_context
 from sam4mllm_tool.errors import DialogueError
+from sam4mllm_tool.pipeline.candidates import ACCEPTED, noun_phrase
 from sam4mllm_tool.tools.builtin.is_point_inside_object import PointsResult
 from sam4mllm_tool.tools.builtin.locate_object import LocateResult
+from sam4mllm_tool.tools.builtin.propose_objects import ProposeResult
 from sam4mllm_tool.tools.builtin.save_objects import SaveResult
 from sam4mllm_tool.tools.builtin.view_objects import ViewResult
 from sam4mllm_tool.tools.registry import ToolOutput
-from sam4mllm_tool.tools.schemas import ObjectsResult
+from sam4mllm_tool.tools.schemas import ObjectsResult, ToolResult
 from sam4mllm_tool.tools.toolbox import Toolbox
 from sam4mllm_tool.types import TargetCount
 
@@ -99,6 +105,9 @@ class QuestionSettings:
         alternates: other boxes to try for an expression whose box was judged wrong.
         max_objects: objects of one attempt that are looked at.
         count: how many objects an expression may mean.
+        candidates: with more than 0, so many candidates are proposed for an expression
+            (``propose_objects``) instead of locating it. A judge that sees is shown all of them,
+            any other those that the MLLM takes to be meant.
         keep_best_above: confidence from which the best objects are the answer though none were
             accepted; above 1 = never.
     """
@@ -107,6 +116,7 @@ class QuestionSettings:
     alternates: int = 1
     max_objects: int = 6
     count: TargetCount = TargetCount.ZERO_OR_MORE
+    candidates: int = 0
     keep_best_above: float = 0.25
 
 
@@ -195,8 +205,7 @@ class _Flow:
             boxes = [Attempt(expression=attempt["expression"], box=a.box)
                      for a in output.result.alternates]  # fmt: skip
             queue = boxes + queue
-        assert isinstance(output.result, ObjectsResult)
-        found = [one.object_id for one in output.result.objects]
+        found = self._found(output.result)
         return {
             **update,
             "queue": queue,
@@ -207,13 +216,32 @@ class _Flow:
     def _try(self, image_id: str, attempt: Attempt) -> ToolOutput:
         if attempt["box"] is not None:
             return self._call("segment_with_prompts", image=image_id, box=attempt["box"])
+        expression = attempt["expression"]
+        if self.settings.candidates:
+            text_prompted = self.toolbox.model.proposer is not None
+            return self._call(
+                "propose_objects",
+                image=image_id,
+                phrase=noun_phrase(expression) if text_prompted else expression,
+                expression=expression,
+                limit=self.settings.candidates,
+            )
         return self._call(
             "locate_object",
             image=image_id,
-            expression=attempt["expression"],
+            expression=expression,
             count=self.settings.count.value,
             alternates=self.settings.alternates,
         )
+
+    def _found(self, result: ToolResult) -> list[str]:
+        """What is to be judged, the likeliest first."""
+        if not isinstance(result, ProposeResult):
+            assert isinstance(result, ObjectsResult)
+            return [one.object_id for one in result.objects]
+        every = [one.object_id for one in result.candidates]
+        meant = [o.object_id for o in result.candidates if (o.is_meant or 0.0) >= ACCEPTED]
+        return every if getattr(self.thinker, "vision", False) else meant
 
     def probe(self, state: QuestionState) -> QuestionState:
         """Ask about points on each object; the answers guide the masks."""
@@ -310,10 +338,11 @@ class _Flow:
         return "locate" if left else "conclude"
 
     def after_locate(self, state: QuestionState) -> str:
-        """On to the points; a drawn box goes to the judge."""
+        """On to the points; what is drawn goes to the judge."""
         if not state["object_ids"]:
             return self.go_on(state)
-        return "probe" if state["attempt"]["box"] is None else "judge"
+        drawn = state["attempt"]["box"] is not None or self.settings.candidates
+        return "judge" if drawn else "probe"
 
     def after_judge(self, state: QuestionState) -> str:
         """Done, or another attempt."""

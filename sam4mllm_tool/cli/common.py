@@ -74,6 +74,13 @@ SamDtypeOption = Annotated[
         help="Of the segmenter's image encoder: auto (float32), float32 or bfloat16.",
     ),
 ]
+ProposerOption = Annotated[
+    str,
+    typer.Option(
+        help="Finds candidates for a phrase: 'mllm' (its own boxes), or a directory or hub id of "
+        "SAM 3, Grounding DINO or OWLv2."
+    ),
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 
 
@@ -151,6 +158,7 @@ def load_models(
     device: str,
     *,
     sam_dtype: str = "auto",
+    proposer: str = "mllm",
     settings: Settings | None = None,
     quiet: bool = False,
 ) -> Sam4MLLM:
@@ -162,7 +170,8 @@ def load_models(
         BackendError: see :meth:`~sam4mllm_tool.Sam4MLLM.from_pretrained`. A missing file is
             reported before the model libraries are imported, which takes seconds.
     """
-    places = {"--mllm": mllm, "--adapter": adapter, "--sam": sam, "--sam-decoder": sam_decoder}
+    places = {"--mllm": mllm, "--adapter": adapter, "--sam": sam, "--sam-decoder": sam_decoder,
+              "--proposer": proposer}  # fmt: skip
     for option, place in places.items():
         _check_place(option, place)
     if format:
@@ -175,6 +184,7 @@ def load_models(
             adapter=adapter or None,
             format=format or None,
             segmenter=sam,
+            proposer=proposer or "mllm",
             device=device,
             settings=settings,
             segmenter_options={"decoder": sam_decoder or None, "dtype": sam_dtype or "auto"},

@@ -20,6 +20,7 @@ from sam4mllm_tool.cli.common import (
     FormatOption,
     JsonOption,
     MllmOption,
+    ProposerOption,
     SamDecoderOption,
     SamDtypeOption,
     SamOption,
@@ -123,6 +124,7 @@ def scenes_command(
     sam: SamOption = "embedded",
     sam_decoder: SamDecoderOption = None,
     sam_dtype: SamDtypeOption = "auto",
+    proposer: ProposerOption = "mllm",
     device: DeviceOption = "auto",
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run, to keep and resume it; default: none.")
@@ -143,6 +145,7 @@ def scenes_command(
         sam_decoder,
         device,
         sam_dtype=sam_dtype,
+        proposer=proposer,
         settings=_settings(points, candidates),
         quiet=as_json,
     )
@@ -180,6 +183,7 @@ def _benchmark_command(known: str, splits: tuple[str, ...]) -> Callable[..., Non
         sam: SamOption = "embedded",
         sam_decoder: SamDecoderOption = None,
         sam_dtype: SamDtypeOption = "auto",
+        proposer: ProposerOption = "mllm",
         device: DeviceOption = "auto",
         out: Annotated[
             Path | None, typer.Option(help="Folder of the run; default runs/NAME-SPLIT-PROTOCOL.")
@@ -202,6 +206,7 @@ def _benchmark_command(known: str, splits: tuple[str, ...]) -> Callable[..., Non
             sam_decoder,
             device,
             sam_dtype=sam_dtype,
+            proposer=proposer,
             settings=_settings(points, candidates),
             quiet=as_json,
         )

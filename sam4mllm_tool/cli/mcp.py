@@ -14,6 +14,7 @@ from sam4mllm_tool.cli.common import (
     DeviceOption,
     FormatOption,
     MllmOption,
+    ProposerOption,
     SamDecoderOption,
     SamDtypeOption,
     SamOption,
@@ -101,6 +102,7 @@ def mcp(
     sam: SamOption = "embedded",
     sam_decoder: SamDecoderOption = None,
     sam_dtype: SamDtypeOption = "auto",
+    proposer: ProposerOption = "mllm",
     device: DeviceOption = "auto",
 ) -> None:
     """Serve the tools to MCP clients (needs the extra 'mcp')."""
@@ -115,8 +117,16 @@ def mcp(
 
     mcp_server.serve(
         lambda: load_models(
-            mllm, adapter, format, sam, sam_decoder, device, sam_dtype=sam_dtype, quiet=True
-        ),
+            mllm,
+            adapter,
+            format,
+            sam,
+            sam_decoder,
+            device,
+            sam_dtype=sam_dtype,
+            proposer=proposer,
+            quiet=True,
+        ),  # fmt: skip
         transport=transport.value,
         http=mcp_server.HttpSettings(
             host=host,

@@ -21,6 +21,7 @@ from sam4mllm_tool.cli.common import (
     MaxBytesOption,
     MaxPixelsOption,
     MllmOption,
+    ProposerOption,
     SamDecoderOption,
     SamDtypeOption,
     SamOption,
@@ -68,6 +69,7 @@ def segment(
     sam: SamOption = "embedded",
     sam_decoder: SamDecoderOption = None,
     sam_dtype: SamDtypeOption = "auto",
+    proposer: ProposerOption = "mllm",
     device: DeviceOption = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder for masks and overlay.")] = None,
     formats: Annotated[
@@ -105,6 +107,7 @@ def segment(
         sam_decoder,
         device,
         sam_dtype=sam_dtype,
+        proposer=proposer,
         settings=settings,
         quiet=as_json,
     )

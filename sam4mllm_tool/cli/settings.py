@@ -38,6 +38,7 @@ class Defaults(BaseSettings):
     sam: str | None = None
     sam_decoder: str | None = None
     sam_dtype: str | None = None
+    proposer: str | None = None
     device: str | None = None
     network: bool | None = None
     max_pixels: int | None = None

@@ -22,11 +22,14 @@ from sam4mllm_tool.pipeline.strategies import STRATEGIES, Strategy, get_strategy
 from sam4mllm_tool.pipeline.trace import (
     Recorder,
     RecordingMllm,
+    RecordingProposer,
     RecordingSegmenter,
     ReplayMllm,
+    ReplayProposer,
     Trace,
 )
 from sam4mllm_tool.pipeline.validation import check_count
+from sam4mllm_tool.proposer import NAME, load_proposer
 from sam4mllm_tool.protocols import CheckpointNotes, Segmenter
 from sam4mllm_tool.segmenter import load_segmenter
 from sam4mllm_tool.types import RgbImage, TargetCount
@@ -53,6 +56,7 @@ class Sam4MLLM(DialogueSteps):
         *,
         adapter: str | None = None,
         segmenter: str = embedded.NAME,
+        proposer: str = NAME,
         device: str = "auto",
         dtype: str = "auto",
         format: str | None = None,
@@ -69,6 +73,8 @@ class Sam4MLLM(DialogueSteps):
             adapter: directory or hub id of a PEFT adapter over it.
             segmenter: ``"embedded"``, a checkpoint file of segment-anything or
                 EfficientViT-SAM, or a directory or hub id of a transformers SAM family.
+            proposer: what finds candidates for a phrase: ``"mllm"`` (its own boxes), or a
+                directory or hub id of a transformers checkpoint of SAM 3, Grounding DINO or OWLv2.
             device: ``"auto"`` (CUDA, then MPS, then CPU), or a torch device.
             dtype: ``"auto"`` (bfloat16 on CUDA, else float32), or a torch dtype name.
             format: name of a dialogue format, if the checkpoint's own should not be used.
@@ -84,7 +90,8 @@ class Sam4MLLM(DialogueSteps):
             EndpointError: the server cannot be reached.
         """
         check_options(segmenter_options or {}, load_segmenter)
-        # First the segmenter: what the MLLM's check of memory finds is what is left beside it.
+        finder = load_proposer(proposer, device=device)
+        # First the others: what the MLLM's check of memory finds is what is left beside it.
         drawer = load_segmenter(segmenter, device=device, **(segmenter_options or {}))
         if not is_address(mllm):
             reserve = {"reserve_bytes": ROOM_FOR_SEGMENTER}
@@ -95,6 +102,7 @@ class Sam4MLLM(DialogueSteps):
             segmenter=drawer,
             settings=settings or Settings(),
             format=get_format(format) if format else talker.own_format,
+            proposer=finder,
         )
 
     def segment(
@@ -132,6 +140,7 @@ class Sam4MLLM(DialogueSteps):
             self,
             mllm=RecordingMllm(self.mllm, recorder),
             segmenter=RecordingSegmenter(self.segmenter, recorder),
+            proposer=RecordingProposer(self.proposer, recorder) if self.proposer else None,
         )
         location, drawn = chosen.run(recorded, picture, expression, check_count(count))
         objects = tuple(replace(one, image=picture) for one in drawn)
@@ -172,7 +181,13 @@ def replay(
             f"the trace was made with the strategy {trace.strategy!r}",
             hint="Pass that strategy to replay(strategy=…).",
         )
-    model = Sam4MLLM(ReplayMllm(trace, format_name, notes), segmenter, Settings(**recorded), format)
+    model = Sam4MLLM(
+        ReplayMllm(trace, format_name, notes),
+        segmenter,
+        Settings(**recorded),
+        format,
+        ReplayProposer(trace) if "proposer" in trace.models else None,
+    )
     return model.segment(
         image, trace.expression, count=trace.count, strategy=strategy or trace.strategy
     )
@@ -187,6 +202,9 @@ def _trace(
     location: Location,
     objects: Sequence[SegmentedObject],
 ) -> Trace:
+    names = {"mllm": model.mllm.name, "segmenter": model.segmenter.name}
+    if model.proposer is not None:
+        names["proposer"] = model.proposer.name
     return Trace(
         expression=location.expression,
         count=location.count.value,
@@ -198,7 +216,7 @@ def _trace(
             "digest": image.digest,
             "source": source,
         },
-        models={"mllm": model.mllm.name, "segmenter": model.segmenter.name},
+        models=names,
         settings={
             **asdict(model.settings),
             "format": model.speech.name,
@@ -206,6 +224,7 @@ def _trace(
         },
         exchanges=recorder.exchanges,
         mask_calls=recorder.mask_calls,
+        proposal_calls=recorder.proposal_calls,
         objects=[one.data(f"obj_{number}") for number, one in enumerate(objects, 1)],
         timings=recorder.timings,
         notes=list(location.notes),

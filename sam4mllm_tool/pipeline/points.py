@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,3 +137,54 @@ def uncertain_points(
         points.append(Point(x0 + float(column) + 0.5, y0 + float(row) + 0.5))
         window[(rows - row) ** 2 + (columns - column) ** 2 < spacing**2] = 0
     return points
+
+
+_FINE_ENOUGH = 256
+
+
+def inner_points(
+    regions: NDArray[np.integer], count: int, asked: Sequence[Point] = (), least: float = 0.5
+) -> list[Point]:
+    """Up to ``count`` pixel centres deep inside regions and far from each other, deepest first.
+
+    A place is as deep as the largest circle around it that lies in one region and holds no point
+    that was asked about; after each choice the depths are measured anew.
+
+    Args:
+        regions: shape (height, width), the number of the region a pixel belongs to; 0 = none.
+        count: how many points at most.
+        asked: earlier points, pixels.
+        least: depth in pixels from which a place counts.
+    """
+    rows, columns = (np.flatnonzero(regions.any(axis=axis)) for axis in (1, 0))
+    points: list[Point] = []
+    if not rows.size:
+        return points
+    top, left = int(rows[0]), int(columns[0])
+    window = regions[top : rows[-1] + 1, left : columns[-1] + 1]
+    step = -(-max(window.shape) // _FINE_ENOUGH)  # measured on every step-th pixel
+    window = window[::step, ::step]
+    free = window > 0
+    for point in asked:
+        row, column = int(point.y - top) // step, int(point.x - left) // step
+        if point.y >= top and point.x >= left and row < free.shape[0] and column < free.shape[1]:
+            free[row, column] = False
+    for _ in range(count):
+        depth = step * _depth(window, free)
+        row, column = np.unravel_index(int(depth.argmax()), depth.shape)
+        if depth[row, column] < least:
+            break
+        free[row, column] = False
+        points.append(Point(left + step * float(column) + 0.5, top + step * float(row) + 0.5))
+    return points
+
+
+def _depth(regions: NDArray[np.integer], free: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Each free pixel's distance to the nearest one that is not free or in another region."""
+    from scipy.ndimage import distance_transform_edt  # slow to import
+
+    depth = np.zeros(regions.shape)
+    for number in np.unique(regions[free]):
+        region = np.pad(free & (regions == number), 1)
+        depth = np.maximum(depth, distance_transform_edt(region)[1:-1, 1:-1])
+    return depth

@@ -28,6 +28,7 @@ from sam4mllm_tool.protocols import (
     Dialogue,
     MaskCandidate,
     Mllm,
+    Proposer,
     Reply,
     Segmenter,
     SegmentPrompt,
@@ -51,6 +52,7 @@ T = TypeVar("T")
 class DialogueSteps:
     """Two models and the steps of the dialogue between them.
 
+    With a ``proposer`` the strategy ``propose`` takes its candidates from that, else from the MLLM.
     Images are anything that :func:`~sam4mllm_tool.load_image` reads, or what it returns;
     coordinates are pixels of the upright image. Safe to share between threads as far as the two
     backends are (ours are).
@@ -60,6 +62,7 @@ class DialogueSteps:
     segmenter: Segmenter
     settings: Settings = field(default_factory=Settings)
     format: DialogueFormat | None = None
+    proposer: Proposer | None = None
 
     @property
     def speech(self) -> DialogueFormat:
@@ -129,13 +132,15 @@ class DialogueSteps:
         spoken = (*dialogue, Turn("assistant", reply.text))
         return Location(text, count, spoken, found, self._notes(text), image)
 
-    def stated(self, image: ImageLike, expression: str, box: Box) -> Location:
-        """A location as if the MLLM had answered with this box, so that round 2 can follow."""
+    def stated(self, image: ImageLike, expression: str, *boxes: Box) -> Location:
+        """A location as if the MLLM had answered with these boxes, so that round 2 can follow."""
         image, text = to_rgb_image(image), check_expression(expression)
-        question = self.speech.ask_boxes(self._wording(text), TargetCount.ONE, image.size)
-        reply = self.speech.write_boxes([box], image.size)
+        count = TargetCount.ONE if len(boxes) == 1 else TargetCount.ZERO_OR_MORE
+        question = self.speech.ask_boxes(self._wording(text), count, image.size)
+        reply = self.speech.write_boxes(boxes, image.size)
         dialogue = (*self._opening(question), Turn("assistant", reply))
-        return Location(text, TargetCount.ONE, dialogue, (LocatedObject(box),), image=image)
+        found = tuple(LocatedObject(box) for box in boxes)
+        return Location(text, count, dialogue, found, self._notes(text), image)
 
     def candidate_points(self, box: Box, image: ImageLike) -> list[Point]:
         """The points to ask about: spread over the part of the box inside the image.

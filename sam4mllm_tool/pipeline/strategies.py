@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -26,8 +26,9 @@ import numpy as np
 from sam4mllm_tool.concurrency import stage
 from sam4mllm_tool.errors import InputError, nearest
 from sam4mllm_tool.geometry import clip_box
+from sam4mllm_tool.pipeline.candidates import accept, judge, noun_phrase, propose
 from sam4mllm_tool.pipeline.points import uncertain_points
-from sam4mllm_tool.pipeline.results import LocatedObject, Location, SegmentedObject
+from sam4mllm_tool.pipeline.results import LocatedObject, Location, ScoredBox, SegmentedObject
 from sam4mllm_tool.pipeline.steps import DialogueSteps, agreement, choose_mask
 from sam4mllm_tool.protocols import MaskCandidate, SegmentPrompt
 from sam4mllm_tool.types import PromptPoint, RgbImage, TargetCount
@@ -109,8 +110,30 @@ class Adaptive:
         return location, tuple(_adapt(steps, image, location, one) for one in location.objects)
 
 
+@dataclass(frozen=True)
+class Propose:
+    """Candidates of the expression's noun phrase, of which the MLLM tells the right ones."""
+
+    name: str = "propose"
+
+    def run(
+        self, steps: DialogueSteps, image: RgbImage, expression: str, count: TargetCount
+    ) -> Found:
+        """Phrase → candidates with masks → points on each → those that are meant."""
+        phrase = noun_phrase(expression) if steps.proposer else expression
+        judged = judge(steps, image, expression, propose(steps, image, phrase))
+        chosen = accept(judged, count)
+        taken = {id(one) for one in chosen}
+        others = tuple(ScoredBox(one.box) for one in judged if id(one) not in taken)
+        stated = steps.stated(image, expression, *(one.box for one in chosen))
+        found = tuple(replace(one, alternates=others) for one in stated.objects)
+        location = replace(stated, count=count, objects=found)
+        pairs = zip(found, chosen, strict=True)
+        return location, tuple(SegmentedObject(at, one.points, one.drawn) for at, one in pairs)
+
+
 STRATEGIES: dict[str, Strategy] = {
-    strategy.name: strategy for strategy in (Pqpp(), Ppg(), Adaptive(), BoxOnly())
+    strategy.name: strategy for strategy in (Pqpp(), Ppg(), Adaptive(), BoxOnly(), Propose())
 }
 """The built-in strategies by name, the default first."""
 
@@ -185,6 +208,7 @@ def _draw_with_doubt(
     (candidates,) = steps.draw_all(image, [prompt])
     drawn = choose_mask(candidates, prompt.points, steps.settings.choose_by)
     votes = np.mean([c.mask.pixels for c in candidates], axis=0, dtype=np.float32)
+    assert drawn.logits is not None  # a segmenter's
     logits = steps.segmenter.logits_at_image_size(image, drawn.logits)
     disagreement = 4 * votes * (1 - votes)  # 1 where the masks are split evenly
     return drawn, (disagreement + np.exp(-np.abs(logits))).astype(np.float32)

@@ -22,12 +22,14 @@ from sam4mllm_tool.protocols import (
     Dialogue,
     MaskCandidate,
     Mllm,
+    Proposal,
+    Proposer,
     Reply,
     Segmenter,
     SegmentPrompt,
     YesNoWords,
 )
-from sam4mllm_tool.types import RgbImage, YesNo
+from sam4mllm_tool.types import Box, Mask, RgbImage, YesNo
 
 T = TypeVar("T")
 
@@ -54,6 +56,16 @@ class MaskCall(BaseModel):
     seconds: float
 
 
+class ProposalCall(BaseModel):
+    """One phrase put to the proposer: boxes in pixels, masks as COCO RLE."""
+
+    image: str = Field(description="digest of the picture that was asked about")
+    phrase: str
+    limit: int
+    proposals: list[dict[str, Any]]
+    seconds: float
+
+
 class Trace(BaseModel):
     """A whole run. ``objects`` hold masks as COCO RLE; coordinates are pixels."""
 
@@ -67,6 +79,7 @@ class Trace(BaseModel):
     settings: dict[str, Any] = {}
     exchanges: list[Exchange] = []
     mask_calls: list[MaskCall] = []
+    proposal_calls: list[ProposalCall] = []
     objects: list[dict[str, Any]] = []
     timings: dict[str, float] = {}
     notes: list[str] = []
@@ -143,7 +156,7 @@ class Trace(BaseModel):
 
     def page_data(self) -> dict[str, Any]:
         """The plain dictionary that :func:`sam4mllm_tool.drawing.overlay.trace_page` draws."""
-        data = self.model_dump(mode="json", exclude={"exchanges", "mask_calls"})
+        data = self.model_dump(mode="json", exclude={"exchanges", "mask_calls", "proposal_calls"})
         data["dialogue"] = self.conversation()
         data["numbers"] = self.numbers
         data["events"] = [
@@ -178,6 +191,7 @@ class Recorder:
     def __init__(self) -> None:
         self.exchanges: list[Exchange] = []
         self.mask_calls: list[MaskCall] = []
+        self.proposal_calls: list[ProposalCall] = []
         self.timings: dict[str, float] = {}
 
     def timed(self, name: str, call: Callable[[], T]) -> tuple[T, float]:
@@ -294,6 +308,35 @@ class RecordingSegmenter:
         return self._segmenter.logits_at_image_size(image, logits)
 
 
+class RecordingProposer:
+    """A proposer that notes what passes through it."""
+
+    def __init__(self, proposer: Proposer, recorder: Recorder) -> None:
+        self._proposer, self._recorder = proposer, recorder
+        self.name = proposer.name
+
+    def propose(self, image: RgbImage, phrase: str, limit: int) -> list[Proposal]:
+        """As the wrapped proposer, noted as stage *propose*."""
+        found, seconds = self._recorder.timed(
+            "propose", lambda: self._proposer.propose(image, phrase, limit)
+        )
+        self._recorder.proposal_calls.append(
+            ProposalCall(
+                image=image.digest,
+                phrase=phrase,
+                limit=limit,
+                proposals=[_proposal_data(one) for one in found],
+                seconds=seconds,
+            )
+        )
+        return found
+
+
+def _proposal_data(one: Proposal) -> dict[str, Any]:
+    mask = None if one.mask is None else one.mask.to_rle()
+    return {"box": list(one.box), "confidence": one.confidence, "mask": mask}
+
+
 def _prompt_data(prompt: SegmentPrompt) -> dict[str, Any]:
     return {
         "box": list(prompt.box) if prompt.box else None,
@@ -341,8 +384,34 @@ class ReplayMllm:
         turns = tuple((turn.role, turn.text) for turn in dialogue)
         found = self._exchanges.get((kind, image.digest, turns, count))  # type: ignore[arg-type]
         if found is None:
-            raise InputError(
-                "the trace does not hold this question",
-                hint="Replay with the picture, settings and masks model of the recorded run.",
-            )
+            raise _not_recorded()
         return found
+
+
+class ReplayProposer:
+    """Proposes from a trace: the same phrase on the same picture gets the recorded candidates."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.name = trace.models.get("proposer", "replay")
+        self._calls = {(c.image, c.phrase, c.limit): c for c in trace.proposal_calls}
+
+    def propose(self, image: RgbImage, phrase: str, limit: int) -> list[Proposal]:
+        """The recorded candidates."""
+        found = self._calls.get((image.digest, phrase, limit))
+        if found is None:
+            raise _not_recorded()
+        return [
+            Proposal(
+                Box(*one["box"]),
+                one["confidence"],
+                None if one["mask"] is None else Mask.from_rle(one["mask"]),
+            )
+            for one in found.proposals
+        ]
+
+
+def _not_recorded() -> InputError:
+    return InputError(
+        "the trace does not hold this question",
+        hint="Replay with the picture, settings and masks model of the recorded run.",
+    )

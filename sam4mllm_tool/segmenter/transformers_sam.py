@@ -7,7 +7,6 @@ stretched) and in what an image embedding consists of; ``FAMILIES`` lists the di
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForMaskGeneration
-from transformers.utils import logging as transformers_logging
 
 from sam4mllm_tool.catalogue import nearest_checkpoint
 from sam4mllm_tool.devices import choose_device
-from sam4mllm_tool.errors import CheckpointError, DeviceOutOfMemory
+from sam4mllm_tool.errors import CheckpointError
+from sam4mllm_tool.pretrained import load_whole, loading
 from sam4mllm_tool.protocols import SegmentPrompt
 from sam4mllm_tool.segmenter.base import (
     DEFAULT_CACHE_BYTES,
@@ -120,7 +118,7 @@ class TransformersSegmenter(EmbeddingSegmenter[Any]):
             DeviceOutOfMemory: the device is too small for it.
         """
         target, kind = choose_device(device), choose_dtype(dtype)
-        with _loading(str(name)):
+        with loading("segmenter", str(name), _hint(str(name))):
             model = _load_model(str(name), target)
             model.vision_encoder.to(kind)
             processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
@@ -197,46 +195,12 @@ def _in_float32(tree: Any) -> Any:
 
 
 def _load_model(name: str, device: torch.device) -> Any:
-    """In float32, each weight loaded directly onto the device."""
-    model, report = AutoModelForMaskGeneration.from_pretrained(
-        name,
-        dtype=torch.float32,
-        device_map=device,
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+    model = load_whole(AutoModelForMaskGeneration, name, device)
     if model.base_model_prefix not in FAMILIES:
         raise CheckpointError(f"{name!r} is not of a known SAM family", hint=_HINT)
-    lacking = sorted([*report["missing_keys"], *map(str, report["mismatched_keys"])])
-    if lacking:
-        raise CheckpointError(
-            f"{name!r} lacks weights of its model: {', '.join(lacking[:3])} …",
-            hint="The checkpoint is incomplete or of another architecture; download it again.",
-        )
     return model
 
 
-@contextmanager
-def _loading(name: str) -> Iterator[None]:
-    """Convert loading errors to ours, and keep transformers from printing to the terminal."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise DeviceOutOfMemory(
-            f"the device has too little memory for {name!r}: {error}",
-            hint="Use a smaller checkpoint, dtype='bfloat16', or device='cpu'.",
-        ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise CheckpointError(
-            f"the segmenter {name!r} cannot be loaded: {str(error)[:300]}",
-            hint=f"{'' if Path(name).is_dir() else nearest_checkpoint(name)}{_HINT}",
-        ) from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if shown:
-            transformers_logging.enable_progress_bar()
+def _hint(name: str) -> str:
+    """What could be given instead; a misspelt hub id gets the nearest known one."""
+    return f"{'' if Path(name).is_dir() else nearest_checkpoint(name)}{_HINT}"

@@ -250,7 +250,7 @@ class WorkspaceState:
     def write_object(self, record: ObjectRecord, numbers: dict[str, int]) -> None:
         """Keep an object, or its new value."""
         data, blobs = _object_data(record), []
-        if record.drawn is not None:
+        if record.drawn is not None and record.drawn.logits is not None:
             buffer = BytesIO()
             np.save(buffer, record.drawn.logits, allow_pickle=False)
             blobs = [buffer.getvalue()]

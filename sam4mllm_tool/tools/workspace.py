@@ -237,5 +237,5 @@ def _image_bytes(record: ImageRecord) -> int:
 
 def _object_bytes(record: ObjectRecord) -> int:
     mask = record.mask.pixels.nbytes if record.mask else 0
-    logits = record.drawn.logits.nbytes if record.drawn else 0
-    return mask + logits + _OVERHEAD
+    logits = record.drawn.logits if record.drawn else None
+    return mask + (0 if logits is None else logits.nbytes) + _OVERHEAD

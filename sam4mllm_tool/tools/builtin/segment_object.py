@@ -33,11 +33,11 @@ class SegmentObjectArguments(ToolArguments):
     image: ImageSource
     expression: Expression
     count: Count = TargetCount.ZERO_OR_MORE
-    strategy: Literal["pqpp", "ppg", "adaptive", "box_only"] | None = Field(
+    strategy: Literal["pqpp", "ppg", "adaptive", "box_only", "propose"] | None = Field(
         None,
         description="'pqpp' asks for a box, then whether points lie on the object (the default); "
         "'ppg' asks for box and points at once; 'adaptive' asks where the mask is unsure; "
-        "'box_only' is fastest.",
+        "'box_only' is fastest; 'propose' finds every candidate first, then asks which are meant.",
     )
     points: int | None = Field(
         None, ge=1, le=100, description="How many points to ask about (default 9)."
@@ -67,7 +67,7 @@ def segment_object(context: ToolContext, arguments: SegmentObjectArguments) -> T
             replace(
                 located_record(record, found.location, one.located),
                 points=one.points,
-                drawn=one.drawn,
+                drawn=one.drawn if one.drawn.logits is not None else None,
                 mask=one.mask,
             )
         )
