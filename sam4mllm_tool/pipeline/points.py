@@ -171,12 +171,26 @@ def inner_points(
             free[row, column] = False
     for _ in range(count):
         depth = step * _depth(window, free)
-        row, column = np.unravel_index(int(depth.argmax()), depth.shape)
-        if depth[row, column] < least:
+        if depth.max() < least:
             break
+        row, column = _central(depth, np.argwhere((window > 0) & ~free))
         free[row, column] = False
-        points.append(Point(left + step * float(column) + 0.5, top + step * float(row) + 0.5))
+        points.append(Point(left + step * column + 0.5, top + step * row + 0.5))
     return points
+
+
+def _central(depth: NDArray[np.float64], taken: NDArray[np.intp]) -> tuple[int, int]:
+    """Of the places about as deep as the deepest the one farthest from those that are taken.
+
+    Without any, the one nearest to their middle: an elongated region has many deepest places.
+    """
+    deepest = np.argwhere(depth >= 0.9 * depth.max())
+    if len(taken):
+        best = np.linalg.norm(deepest[:, None] - taken[None], axis=2).min(axis=1).argmax()
+    else:
+        best = np.linalg.norm(deepest - deepest.mean(axis=0), axis=1).argmin()
+    row, column = deepest[best]
+    return int(row), int(column)
 
 
 def _depth(regions: NDArray[np.integer], free: NDArray[np.bool_]) -> NDArray[np.float64]:
