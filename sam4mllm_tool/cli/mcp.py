@@ -126,7 +126,7 @@ def mcp(
             sam_dtype=sam_dtype,
             proposer=proposer,
             quiet=True,
-        ),  # fmt: skip
+        ),
         transport=transport.value,
         http=mcp_server.HttpSettings(
             host=host,
