@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from sam4mllm_tool.display import MAX_SIDE
 from sam4mllm_tool.drawing.overlay import colour_of, small_overlay
@@ -102,10 +103,34 @@ def test_other_libraries_values_are_methods(model, blocks, truth):
     document = found.to_coco()
     assert [one["area"] for one in document["annotations"]] == [3600, 2400]
     assert document["images"][0]["file_name"] == "blocks.png"
+    blue = found.objects[1].to_coco("blocks.png")
+    assert blue["images"] == document["images"] and blue["categories"] == document["categories"]
+    (of_blue,) = blue["annotations"]
+    assert of_blue["bbox"] == [10, 54, 40, 60]
+    polygons = found.objects[1].to_coco(polygons=True)["annotations"][0]["segmentation"]
+    rle = coco_mask.merge(coco_mask.frPyObjects(polygons, 120, 200))
+    assert np.array_equal(coco_mask.decode(rle).astype(bool), truth["the blue block"][0].pixels)
     supervision = pytest.importorskip("supervision")
     detections = found.to_supervision()
     assert isinstance(detections, supervision.Detections)
     assert np.array_equal(detections.mask, [m.pixels for m in truth["all blocks"]])
+    alone = found.objects[1].to_supervision()
+    assert alone.xyxy.tolist() == [[10, 54, 50, 114]]
+    assert alone["class_name"].tolist() == ["all blocks"]
+
+
+def test_everything_shows_itself_in_the_viewer(model, blocks, monkeypatch):
+    """Outside of a notebook; large pictures are shown small."""
+    seen: list[Image.Image] = []
+    monkeypatch.setattr(Image.Image, "show", lambda picture: seen.append(picture))
+    found = model.segment(blocks, "the blue block")
+    for value in (found, found.objects[0], found.location, found.objects[0].mask):
+        value.show()
+    found.trace.show(blocks)
+    found.trace.show()
+    assert [one.size for one in seen] == [blocks.size] * 6
+    assert np.array_equal(np.asarray(seen[0]), np.asarray(seen[4]))
+    assert near(seen[5].getpixel((190, 10)), (128, 128, 128))
 
 
 def test_the_workspace_keeps_no_second_hold_on_a_picture(model, blocks_file):

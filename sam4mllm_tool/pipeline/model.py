@@ -143,7 +143,9 @@ class Sam4MLLM(DialogueSteps):
             proposer=RecordingProposer(self.proposer, recorder) if self.proposer else None,
         )
         location, drawn = chosen.run(recorded, picture, expression, check_count(count))
-        objects = tuple(replace(one, image=picture) for one in drawn)
+        objects = tuple(
+            replace(one, image=picture, expression=location.expression) for one in drawn
+        )
         trace = _trace(self, recorder, chosen, picture, source, location, objects)
         return Segmentation(location, objects, trace, picture)
 

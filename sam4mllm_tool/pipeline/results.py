@@ -140,12 +140,14 @@ class SegmentedObject:
 
     Attributes:
         image: the picture that it is part of, for display.
+        expression: what was asked for; its name in other libraries' values.
     """
 
     located: LocatedObject
     points: tuple[PromptPoint, ...]
     drawn: MaskCandidate
     image: RgbImage | None = field(default=None, repr=False, compare=False)
+    expression: str = "object"
 
     @property
     def mask(self) -> Mask:
@@ -173,6 +175,29 @@ class SegmentedObject:
         """
         return overlay(_known(self.image), [self.data()])
 
+    def to_coco(self, file_name: str = "", *, polygons: bool = False) -> dict[str, Any]:
+        """A COCO document of the picture with this object alone.
+
+        Args:
+            file_name: what it calls the picture.
+            polygons: the mask as polygons instead of RLE.
+
+        Raises:
+            InputError: the object was made without its picture.
+        """
+        return masks_to_coco([self._labelled()], _known(self.image), file_name, polygons=polygons)
+
+    def to_supervision(self) -> supervision.Detections:
+        """``supervision.Detections`` of length 1: mask, box, score and ``class_name``.
+
+        Raises:
+            ImportError: the extra ``supervision`` is not installed.
+        """
+        return to_detections([self._labelled()])
+
+    def _labelled(self) -> LabelledMask:
+        return LabelledMask(self.expression, self.mask, self.located.score, "obj_1")
+
     def show(self) -> None:
         """In a notebook as the cell's output, else in the desktop's viewer."""
         display.show(self, self._small())
@@ -181,7 +206,9 @@ class SegmentedObject:
         return small_picture(self.image, (self.mask.width, self.mask.height), [self.data()])
 
     def _repr_html_(self) -> str:
-        return result_html("object", f"{self.mask.area} pixels", self._small(), [self.data()])
+        return result_html(
+            self.expression, f"{self.mask.area} pixels", self._small(), [self.data()]
+        )
 
 
 @dataclass(frozen=True)

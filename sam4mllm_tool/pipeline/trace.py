@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
+from sam4mllm_tool import display
 from sam4mllm_tool.errors import InputError
 from sam4mllm_tool.formats import describe_numbers
 from sam4mllm_tool.grammar import Grammar
@@ -145,6 +146,17 @@ class Trace(BaseModel):
             numbers=self.numbers,
             notes=self.notes,
         )
+
+    def show(self, image: RgbImage | None = None) -> None:
+        """In a notebook as the cell's output, else its picture in the desktop's viewer.
+
+        Args:
+            image: the picture that was asked about; without it, masks stand on plain grey.
+        """
+        from sam4mllm_tool.drawing.notebook import small_picture
+
+        size = self.image["width"], self.image["height"]
+        display.show(self, small_picture(image, size, self.objects))
 
     def _repr_html_(self) -> str:
         return self.html()
