@@ -16,6 +16,7 @@ from typing import Any
 
 from sam4mllm_tool.disk import exclusive, write_whole
 from sam4mllm_tool.errors import DeviceOutOfMemory, DialogueError, InputError
+from sam4mllm_tool.images.access import ImagePolicy
 from sam4mllm_tool.images.loading import load_image
 from sam4mllm_tool.images.sources import pictures_below
 from sam4mllm_tool.journal import open_journal, read_journal
@@ -46,6 +47,7 @@ def annotate(
     out: Path,
     *,
     count: TargetCount = TargetCount.ZERO_OR_MORE,
+    policy: ImagePolicy | None = None,
     on_picture: Callable[[str], None] = lambda _: None,
 ) -> Annotated:
     """Annotate every picture below ``folder`` and write the COCO document to ``out``.
@@ -53,6 +55,7 @@ def annotate(
     Args:
         expressions: for every picture, or by picture (path below the folder).
         count: number of objects per expression that is stated in the question.
+        policy: limits on the pictures; one beyond them is a failure of its own.
         on_picture: called with each picture's path once it is done.
 
     Raises:
@@ -62,7 +65,7 @@ def annotate(
             full (:class:`StorageError`): what was done before is kept.
     """
     with exclusive(out.with_name(out.name + ".lock"), str(out)):
-        return _annotate(model, folder, expressions, out, count, on_picture)
+        return _annotate(model, folder, expressions, out, count, policy, on_picture)
 
 
 def _annotate(
@@ -71,6 +74,7 @@ def _annotate(
     expressions: Mapping[str, Sequence[str]] | Sequence[str],
     out: Path,
     count: TargetCount,
+    policy: ImagePolicy | None,
     on_picture: Callable[[str], None],
 ) -> Annotated:
     wanted = plan(folder, expressions)
@@ -83,7 +87,7 @@ def _annotate(
     with open_journal(journal) as lines:
         for name, texts in wanted.items():
             if name not in done:
-                done[name] = entry = _annotate_picture(model, folder, name, texts, count)
+                done[name] = entry = _annotate_picture(model, folder, name, texts, count, policy)
                 lines.add(entry)
             on_picture(name)
     document = _coco(done, wanted)
@@ -142,12 +146,17 @@ def _texts(content: Any, file: Path) -> list[str]:
 
 
 def _annotate_picture(
-    model: Sam4MLLM, folder: Path, name: str, texts: Sequence[str], count: TargetCount
+    model: Sam4MLLM,
+    folder: Path,
+    name: str,
+    texts: Sequence[str],
+    count: TargetCount,
+    policy: ImagePolicy | None,
 ) -> dict[str, Any]:
     """The journal's entry of a picture: its size, what was found, what failed."""
     entry: dict[str, Any] = {"picture": name, "size": None, "found": [], "failures": {}}
     try:
-        image = load_image(folder / name).image
+        image = load_image(folder / name, policy).image
     except InputError as error:
         return entry | {"failures": {name: str(error)}}
     entry["size"] = list(image.size)

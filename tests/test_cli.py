@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 import sam4mllm_tool
 from sam4mllm_tool import embedded
-from sam4mllm_tool.cli import app, main
+from sam4mllm_tool.cli import app, evaluate, main
 from sam4mllm_tool.errors import (
     CheckpointError,
     ImageError,
@@ -25,7 +26,10 @@ from sam4mllm_tool.errors import (
     PromptError,
     Sam4MllmError,
 )
+from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.pipeline.results import Settings
+from sam4mllm_tool.testing import ColourSegmenter, TruthfulMllm
+from sam4mllm_tool.types import Mask
 
 DEMO = str(embedded.DEMO / "demo.png")
 RUNNER = CliRunner()
@@ -116,13 +120,21 @@ def test_doctor_checks_itself():
 
 
 @pytest.fixture
-def loads(monkeypatch, embedded_model) -> list[str]:
+def stand_in() -> Sam4MLLM:
+    """A model that finds the same tree in every picture of the demo's size."""
+    tree = np.zeros((320, 320), bool)
+    tree[40:220, 150:260] = True
+    return Sam4MLLM(TruthfulMllm({"the tree": [Mask(tree)]}), ColourSegmenter())
+
+
+@pytest.fixture
+def loads(monkeypatch, stand_in) -> list[str]:
     """The MLLMs that were loaded, in place of loading them."""
     loaded: list[str] = []
 
     def load(mllm: str = "embedded", **options: object):
         loaded.append(mllm)
-        return replace(embedded_model, settings=options.get("settings") or Settings())
+        return replace(stand_in, settings=options.get("settings") or Settings())
 
     monkeypatch.setattr("sam4mllm_tool.pipeline.model.load", load)
     return loaded
@@ -202,22 +214,48 @@ def user_file(tmp_path, monkeypatch) -> Path:
 
 def test_settings_stand_in_for_options_the_nearest_first(user_file, monkeypatch, loads):
     user_file.write_text('mllm = "of-the-user"\nsam = "of-the-user"\nmax_pixels = 100\n')
-    Path("sam4mllm.toml").write_text('mllm = "of-the-folder"\nmax_pixels = 1000000\n')
+    named = Path("project.toml")
+    named.write_text('mllm = "of-the-project"\nmax_pixels = 1000000\n')
 
     def asked(*more: str) -> str:
-        run("segment", DEMO, "the tree", "--json", *more)
+        run("--settings", named, "segment", DEMO, "the tree", "--json", *more)
         return loads[-1]
 
-    assert asked() == "of-the-folder"
+    assert asked() == "of-the-project"
     monkeypatch.setenv("SAM4MLLM_MLLM", "of-the-environment")
     assert asked() == "of-the-environment"
     assert asked("--mllm", "as-typed") == "as-typed"
-    shown = json.loads(run("doctor", "--json"))["settings"]["values"]
-    assert shown == {
+    monkeypatch.setenv("SAM4MLLM_SETTINGS", str(named))
+    shown = json.loads(RUNNER.invoke(app, ["doctor", "--json"]).stdout)["settings"]
+    assert shown["values"] == {
         "mllm": {"value": "of-the-environment", "from": "SAM4MLLM_MLLM"},
+        "max_pixels": {"value": 1000000, "from": "project.toml"},
         "sam": {"value": "of-the-user", "from": str(user_file)},
-        "max_pixels": {"value": 1000000, "from": str(Path("sam4mllm.toml").resolve())},
     }
+    assert shown["files"] == ["project.toml", str(user_file)]
+
+
+def test_the_folder_one_works_in_chooses_nothing(user_file, loads):
+    """Whoever made it could otherwise send the pictures to a server of theirs."""
+    Path("sam4mllm.toml").write_text('mllm = "http://elsewhere.example/v1"\nmax_pixels = 1\n')
+    found = RUNNER.invoke(app, ["segment", DEMO, "the tree", "--json"], catch_exceptions=False)
+    assert loads == ["embedded"]
+    assert "--settings sam4mllm.toml" in found.stderr
+    assert json.loads(found.stdout)["status"] == "found"
+
+
+def test_where_defaults_come_from_is_told_beside_the_output(user_file, monkeypatch, loads):
+    user_file.write_text('mllm = "of-the-user"\nallow_dir = ["pictures"]\n')
+    monkeypatch.setenv("SAM4MLLM_DEVICE", "cpu")
+    found = RUNNER.invoke(app, ["segment", DEMO, "the tree", "--json"], catch_exceptions=False)
+    assert found.stderr.splitlines() == [
+        "defaults from SAM4MLLM_DEVICE: device",
+        f"defaults from {user_file}: mllm",  # segment has no --allow-dir
+    ]
+    assert json.loads(found.stdout)["status"] == "found"
+    assert RUNNER.invoke(app, ["tools"]).stderr == ""
+    evaluated = RUNNER.invoke(app, ["eval", "scenes", "--world", "none"])
+    assert f"defaults from {user_file}: mllm" in evaluated.stderr
 
 
 def test_a_setting_that_means_another_option_elsewhere_is_left_alone(user_file, tmp_path):
@@ -231,6 +269,63 @@ def test_settings_that_cannot_be_read_are_typed_errors(user_file, text):
     with pytest.raises(InputError) as caught:
         RUNNER.invoke(app, ["tools"], catch_exceptions=False)
     assert str(user_file) in str(caught.value)
+
+
+def test_a_settings_file_that_is_not_there_is_a_typed_error(user_file):
+    with pytest.raises(InputError, match=r"nowhere\.toml") as caught:
+        RUNNER.invoke(app, ["--settings", "nowhere.toml", "tools"], catch_exceptions=False)
+    assert caught.value.hint
+
+
+def commands_with_json() -> set[str]:
+    """Every command that has ``--json``, as it is typed."""
+
+    def of(command, name: str) -> set[str]:
+        if hasattr(command, "commands"):
+            return set().union(*(of(one, f"{name} {n}") for n, one in command.commands.items()))
+        return {name.strip()} if any("--json" in p.opts for p in command.params) else set()
+
+    return of(typer.main.get_command(app), "")
+
+
+JSON_COMMANDS = {
+    "segment": [DEMO, "the tree"],
+    "probe": [DEMO, "the tree", "--point", "200,240"],
+    "models": [],
+    "doctor": [],
+    "check": ["--scenes", "1"],
+    "annotate": ["PICTURES", "--expressions", "EXPRESSIONS", "--out", "OUT"],
+    "eval sam": ["--objects", "2"],
+    "eval scenes": ["--limit", "2"],
+    **{
+        f"eval {name}": ["--data", "coco=nowhere", "--split", "val"]
+        for name in ("run", *evaluate.BENCHMARKS)
+    },
+}
+
+
+def test_every_command_with_json_is_tried():
+    assert commands_with_json() == set(JSON_COMMANDS)
+
+
+@pytest.mark.parametrize("command", JSON_COMMANDS)
+def test_json_is_one_document_and_nothing_else(command, tmp_path, stand_in, monkeypatch):
+    """An error leaves standard output empty; what there is to say of it goes to standard error."""
+    monkeypatch.setattr("sam4mllm_tool.pipeline.model.load", lambda *_, **__: stand_in)
+    monkeypatch.setattr(
+        "sam4mllm_tool.segmenter.load_segmenter", lambda *_, **__: stand_in.segmenter
+    )
+    shutil.copy(DEMO, tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("the tree\n")
+    files = {"PICTURES": tmp_path, "EXPRESSIONS": tmp_path / "a.txt", "OUT": tmp_path / "o.json"}
+    arguments = [str(files.get(one, one)) for one in JSON_COMMANDS[command]]
+    found = RUNNER.invoke(app, [*command.split(), *arguments, "--json"])
+    if "nowhere" in " ".join(arguments):
+        assert isinstance(found.exception, InputError) and found.stdout == ""
+        return
+    assert found.exit_code in (0, 4), found.output  # 4: a check or self-check failed
+    assert json.loads(found.stdout)
+    assert found.stderr == ""
 
 
 def test_version_and_completion():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,8 +26,14 @@ from sam4mllm_tool.cli import (
     segment,
     train,
 )
-from sam4mllm_tool.cli.common import fail, quiet_libraries
-from sam4mllm_tool.cli.settings import default_map, read_defaults
+from sam4mllm_tool.cli.common import fail, quiet_libraries, remark
+from sam4mllm_tool.cli.settings import (
+    FILE_NAME,
+    FILE_VARIABLE,
+    default_map,
+    origins,
+    read_defaults,
+)
 from sam4mllm_tool.errors import Sam4MllmError
 
 app = typer.Typer(
@@ -46,6 +53,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _set_up(
     context: typer.Context,
+    settings: Annotated[
+        Path | None,
+        typer.Option(envvar=FILE_VARIABLE, help="TOML file with defaults of the options."),
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
     ] = False,
@@ -54,8 +65,14 @@ def _set_up(
     # Warnings are for those who call the libraries; -W or PYTHONWARNINGS brings them back.
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    found = {one.name: one.value for one in read_defaults()}
-    context.default_map = default_map(context.command, found)
+    context.obj = settings
+    found = read_defaults(settings)
+    defaults = default_map(context.command, {one.name: one.value for one in found})
+    context.default_map = defaults
+    for line in origins(found, defaults.get(context.invoked_subcommand or "", {})):
+        remark(line)
+    if settings is None and Path(FILE_NAME).exists():
+        remark(f"./{FILE_NAME} is not read by itself; name it: --settings {FILE_NAME}")
 
 
 app.command("segment")(segment.segment)

@@ -12,6 +12,8 @@ from sam4mllm_tool.cli.common import (
     DeviceOption,
     FormatOption,
     JsonOption,
+    MaxBytesOption,
+    MaxPixelsOption,
     MllmOption,
     SamDecoderOption,
     SamDtypeOption,
@@ -22,6 +24,7 @@ from sam4mllm_tool.cli.common import (
     print_json,
     show_failures,
 )
+from sam4mllm_tool.images.access import ImagePolicy
 from sam4mllm_tool.types import TargetCount
 
 
@@ -45,6 +48,8 @@ def annotate(
     sam_decoder: SamDecoderOption = None,
     sam_dtype: SamDtypeOption = "auto",
     device: DeviceOption = "auto",
+    max_pixels: MaxPixelsOption = ImagePolicy.max_pixels,
+    max_bytes: MaxBytesOption = ImagePolicy.max_bytes,
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Annotate a folder of pictures; run it again to continue after a stop."""
@@ -53,11 +58,12 @@ def annotate(
 
     texts = read_expressions(expressions)
     total = len(plan(folder, texts))
+    policy = ImagePolicy(max_pixels=max_pixels, max_bytes=max_bytes)
     model = load_models(
         mllm, adapter, format, sam, sam_decoder, device, sam_dtype=sam_dtype, quiet=as_json
     )
     with counted("pictures", total, quiet=as_json) as advance:
-        done = run(model, folder, texts, out, count=count, on_picture=advance)
+        done = run(model, folder, texts, out, count=count, policy=policy, on_picture=advance)
     number = len(done.document["annotations"])
     if as_json:
         print_json({"pictures": total, "done_before": done.done_before, "annotations": number,

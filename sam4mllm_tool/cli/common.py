@@ -222,6 +222,11 @@ def counted(what: str, total: int | None, *, quiet: bool) -> Iterator[Callable[[
         yield lambda _: bar.advance(task)
 
 
+def remark(text: str) -> None:
+    """A line on standard error."""
+    _errors.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
 def print_json(document: Any) -> None:
     """One JSON document on standard output."""
     print(json.dumps(document, indent=1))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
+from pathlib import Path
 from typing import Any
 
+import typer
 from rich.table import Table
 
 from sam4mllm_tool.cli.common import EXIT_BACKEND, JsonOption, alive, console, print_json
@@ -21,12 +23,12 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def doctor(as_json: JsonOption = False) -> None:
+def doctor(context: typer.Context, as_json: JsonOption = False) -> None:
     """Report packages, devices and embedded checkpoints, and segment a test picture."""
     report: dict[str, Any] = {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "settings": _settings(),
+        "settings": _settings(context.obj),
         "devices": _devices(),
         "checkpoints": _checkpoints(),
     }
@@ -47,10 +49,10 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _settings() -> dict[str, Any]:
+def _settings(named: Path | None) -> dict[str, Any]:
     """Defaults of the options that are set somewhere, and the files looked for."""
-    values = {one.name: {"value": one.value, "from": one.source} for one in read_defaults()}
-    return {"files": [str(path) for path in files_read()], "values": values}
+    values = {one.name: {"value": one.value, "from": one.source} for one in read_defaults(named)}
+    return {"files": [str(path) for path in files_read(named)], "values": values}
 
 
 def _devices() -> list[str]:

@@ -237,7 +237,7 @@ def _named(data: str, known: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-_BENCHMARKS = {
+BENCHMARKS = {
     "refcoco": ("train", "val", "testA", "testB"),
     "refcoco+": ("train", "val", "testA", "testB"),
     "refcocog": ("train", "val", "test"),
@@ -246,7 +246,7 @@ _BENCHMARKS = {
     "reasonseg": ("train", "val", "test"),
 }
 app.command("run")(_benchmark_command("", ()))
-for _name, _splits in _BENCHMARKS.items():
+for _name, _splits in BENCHMARKS.items():
     app.command(_name)(_benchmark_command(_name, _splits))
 
 

@@ -13,6 +13,8 @@ from sam4mllm_tool.cli.common import (
     AdapterOption,
     DeviceOption,
     FormatOption,
+    MaxBytesOption,
+    MaxPixelsOption,
     MllmOption,
     ProposerOption,
     SamDecoderOption,
@@ -21,6 +23,7 @@ from sam4mllm_tool.cli.common import (
     load_models,
 )
 from sam4mllm_tool.errors import InputError
+from sam4mllm_tool.images.access import ImagePolicy
 
 if TYPE_CHECKING:
     from sam4mllm_tool.tools.registry import ToolSpec
@@ -90,6 +93,8 @@ def mcp(
     ] = None,
     read_only: Annotated[bool, typer.Option(help="Leave out tools that write files.")] = False,
     network: Annotated[bool, typer.Option(help="Let tools open http(s) URLs.")] = False,
+    max_pixels: MaxPixelsOption = ImagePolicy.max_pixels,
+    max_bytes: MaxBytesOption = ImagePolicy.max_bytes,
     coordinates: Annotated[CoordinatesOption, typer.Option(help="What numbers mean.")] = (
         CoordinatesOption.PIXELS
     ),
@@ -112,8 +117,6 @@ def mcp(
         raise InputError(
             "the MCP server is not installed", hint='Run: pip install "sam4mllm-tool[mcp]"'
         ) from error
-
-    from sam4mllm_tool.images.access import ImagePolicy
 
     mcp_server.serve(
         lambda: load_models(
@@ -143,7 +146,12 @@ def mcp(
             clients=max_clients, memory_bytes=int(memory * 1024**3), call_seconds=deadline
         ),
         allow_dirs=tuple(allow_dir or ()),
-        policy=ImagePolicy(output_dirs=tuple(output_dir or ()), allow_network=network),
+        policy=ImagePolicy(
+            output_dirs=tuple(output_dir or ()),
+            allow_network=network,
+            max_pixels=max_pixels,
+            max_bytes=max_bytes,
+        ),
         coordinates=coordinates.value,
         mask_links=links,
         tools=None if tools is None else named_tools(tools),

@@ -1,13 +1,15 @@
-"""Defaults of the options: environment variables, ``./sam4mllm.toml``, the user's own file.
+"""Defaults of the options: environment variables, a settings file that is named, the user's own.
 
-What is typed on the command line goes first, then a variable such as ``SAM4MLLM_MLLM``, then
-``sam4mllm.toml`` in the working folder, then ``sam4mllm.toml`` in the user's configuration folder.
+What is typed on the command line goes first, then a variable such as ``SAM4MLLM_MLLM``, then the
+file named by ``--settings`` or ``SAM4MLLM_SETTINGS``, then ``sam4mllm.toml`` in the user's
+configuration folder. A ``sam4mllm.toml`` that just lies in the working folder is not read: whoever
+made that folder would choose the checkpoints, servers and limits of whoever works in it.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ from pydantic_settings import (
 from sam4mllm_tool.errors import InputError, nearest
 
 FILE_NAME = "sam4mllm.toml"
+FILE_VARIABLE = "SAM4MLLM_SETTINGS"
 
 
 class Defaults(BaseSettings):
@@ -48,11 +51,14 @@ class Defaults(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], *_: Any, **__: Any
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        *_: PydanticBaseSettingsSource,
+        **__: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The environment, then the files, the nearest first."""
-        files = [TomlConfigSettingsSource(settings_cls, path) for path in files_read()]
-        return EnvSettingsSource(settings_cls), *files
+        """What :func:`read_defaults` has collected, so that it knows where each value is from."""
+        return (init_settings,)
 
 
 class Setting(NamedTuple):
@@ -63,32 +69,72 @@ class Setting(NamedTuple):
     source: str
 
 
-def files_read() -> list[Path]:
-    """Where configuration files are looked for, the nearest first."""
-    return [Path.cwd() / FILE_NAME, Path(typer.get_app_dir("sam4mllm-tool")) / FILE_NAME]
+def files_read(named: Path | None = None) -> list[Path]:
+    """The files that settings are read from, the nearest first.
+
+    Args:
+        named: the file of ``--settings``.
+    """
+    own = Path(typer.get_app_dir("sam4mllm-tool")) / FILE_NAME
+    return [own] if named is None else [named, own]
 
 
-def read_defaults() -> list[Setting]:
+def read_defaults(named: Path | None = None) -> list[Setting]:
     """What is set, and where.
 
+    Args:
+        named: the file of ``--settings``.
+
     Raises:
-        InputError: a file or variable that cannot be read, or a setting that there is not.
+        InputError: a file that is not there or cannot be read, or a setting that there is not.
     """
+    if named is not None and not named.is_file():
+        raise InputError(f"there is no settings file {named}", hint="Check --settings.")
+    found: dict[str, Setting] = {}
     try:
-        values = Defaults().model_dump(mode="json", exclude_unset=True)
-        return [Setting(name, value, _source_of(name)) for name, value in values.items()]
+        for one in _all_settings(named):
+            found.setdefault(one.name, one)
+        values = Defaults(**{name: one.value for name, one in found.items()})
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
         raise InputError(
-            f"the setting {name!r} of {_source_of(name)}: {first['msg']}",
+            f"the setting {name!r} of {found[name].source}: {first['msg']}",
             hint=nearest(name, Defaults.model_fields, "Settings"),
         ) from error
     except (tomllib.TOMLDecodeError, SettingsError, OSError) as error:
         raise InputError(
             f"the settings cannot be read: {error}",
-            hint=f"Files: {', '.join(str(path) for path in files_read())}.",
+            hint=f"Files: {', '.join(str(path) for path in files_read(named))}.",
         ) from error
+    checked = values.model_dump(mode="json", exclude_unset=True)
+    return [one._replace(value=checked[name]) for name, one in found.items()]
+
+
+def _all_settings(named: Path | None) -> Iterator[Setting]:
+    """Each setting of each source, the nearest source first."""
+    for name, value in EnvSettingsSource(Defaults)().items():
+        yield Setting(name, value, f"SAM4MLLM_{name.upper()}")
+    for path in files_read(named):
+        for name, value in TomlConfigSettingsSource(Defaults, path)().items():
+            yield Setting(name, value, str(path))
+
+
+def origins(found: Sequence[Setting], options: Mapping[str, Any]) -> list[str]:
+    """Where defaults come from, for people: a line per source, ``defaults from FILE: mllm, sam``.
+
+    Args:
+        found: of :func:`read_defaults`.
+        options: of :func:`default_map`, of one command or a group; others are left out.
+    """
+    nested = [one for one in options.values() if isinstance(one, dict)]
+    names = set(options).union(*nested)
+    sources = dict.fromkeys(one.source for one in found if one.name in names)
+    return [
+        f"defaults from {source}: "
+        + ", ".join(one.name for one in found if one.source == source and one.name in names)
+        for source in sources
+    ]
 
 
 def default_map(command: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,13 +150,3 @@ def default_map(command: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
     # Of a command without an MLLM, --format is something else.
     unlike = set() if "mllm" in options else {"format"}
     return {name: value for name, value in defaults.items() if name in options - unlike}
-
-
-def _source_of(name: str) -> str:
-    """Where a setting comes from, in words."""
-    if name in EnvSettingsSource(Defaults)():
-        return f"SAM4MLLM_{name.upper()}"
-    for path in files_read():
-        if name in TomlConfigSettingsSource(Defaults, path)():
-            return str(path)
-    return "the settings"
