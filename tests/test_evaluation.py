@@ -300,18 +300,25 @@ def test_the_position_baseline_finds_position_and_nothing_else():
 # --- pictures of cases ----------------------------------------------------------------------------
 
 
-def test_the_comparison_tints_right_missed_and_superfluous_pixels():
-    image = RgbImage.from_pil(Image.new("RGB", (8, 4), (100, 100, 100)))
-    truth, said = np.zeros((4, 8), bool), np.zeros((4, 8), bool)
-    truth[:, 1:5], said[:, 3:7] = True, True
-    pixels = np.asarray(compared(image, [Mask(truth)], [Mask(said)]))[0].tolist()
-
-    def tinted(colour):
-        return [round(0.45 * 100 + 0.55 * c) for c in colour]
-
-    grey = [100, 100, 100]
-    assert pixels == [grey, tinted(MISSED), tinted(MISSED), tinted(HIT), tinted(HIT),
-                      tinted(EXTRA), tinted(EXTRA), grey]  # fmt: skip
+def test_the_comparison_outlines_what_is_right_and_stripes_what_is_wrong():
+    image = RgbImage.from_pil(Image.new("RGB", (60, 20), (100, 100, 100)))
+    truth, said = np.zeros((20, 60), bool), np.zeros((20, 60), bool)
+    truth[2:18, 4:40], said[2:18, 20:56] = True, True
+    pixels = np.asarray(compared(image, [Mask(truth)], [Mask(said)]))
+    # 20…40 is right: its colours are kept within an outline of two lines
+    assert (pixels[4:16, 22:38] == 100).all()
+    assert (pixels[2:18, 20] == HIT).all() and (pixels[17, 20:40] == HIT).all()
+    assert (pixels[3:17, 21] == 255).all()
+    for left, colour, slope in ((4, MISSED, -1), (40, EXTRA, 1)):
+        inner = pixels[3:17, left + 1 : left + 15]
+        striped, white = (inner == colour).all(axis=2), (inner == 255).all(axis=2)
+        assert 0.3 < striped.mean() < 0.5
+        assert 0.08 < white.mean() < 0.2
+        assert (inner[~striped & ~white] == 100).all()
+        # a row further down, the stripes lie one pixel to the left (/) or to the right (\\)
+        assert (np.roll(striped[0], slope)[1:-1] == striped[1][1:-1]).all()
+    outside = ~(truth | said)
+    assert (pixels[outside] == 100).all()
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 7, 40])
@@ -328,6 +335,27 @@ def test_worst_median_and_best_never_share_a_case(number):
     assert groups["worst"][0].case == "0"
     if number > 1:
         assert groups["best"][0].case == str(number - 1)
+
+
+def test_worst_median_and_best_are_of_different_pictures():
+    from sam4mllm_tool.evaluation.judge import Judged
+
+    lines = [  # picture 0 has the five worst and the five best cases
+        Line(
+            "pqpp", Judged(Outcome(f"{n:02}", str(0 if n < 5 or n > 24 else n), n, 99, n), "x", ())
+        )
+        for n in range(30)
+    ]
+    groups = choose_lines(lines, each=3)
+    assert {name: [line.case for line in group] for name, group in groups.items()} == {
+        "worst": ["00", "05", "06"],
+        "median": ["15", "14", "16"],
+        "best": ["24", "23", "22"],
+    }
+    alone = choose_lines(lines[:5])
+    assert {name: len(group) for name, group in alone.items()} == {
+        "worst": 1, "median": 0, "best": 0,
+    }  # fmt: skip
 
 
 # --- annotation -----------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
-from rich.markdown import Markdown
 from rich.table import Table
 
 from sam4mllm_tool.cli.common import (
@@ -294,6 +293,8 @@ def _show_report(report: dict[str, Any], folder: Path | None, as_json: bool) -> 
     if as_json:
         print_json(report)
         return
+    from rich.markdown import Markdown  # slow to import
+
     console.print(Markdown(to_markdown(report)))
     if folder is not None:
         console.print(f"wrote {folder.resolve()}/report.html", highlight=False, soft_wrap=True)

@@ -1,23 +1,35 @@
-"""A trace as one self-contained HTML page: nothing is loaded from anywhere."""
+"""Self-contained HTML pages, nothing is loaded from anywhere; and the page of a trace."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
-from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from typing import TYPE_CHECKING, Any
 
 from sam4mllm_tool.display import data_uri
 from sam4mllm_tool.drawing.overlay import POINT_COLOURS, Colour, colour_of, is_bright, mask_layer
 from sam4mllm_tool.types import Mask, RgbImage
 
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
 MAX_SIDE = 1600
-ENVIRONMENT = Environment(
-    loader=FileSystemLoader(Path(__file__).parent / "templates"),
-    autoescape=True,
-    undefined=StrictUndefined,
-)
-"""Templates of the pages; inserted values are escaped."""
+
+
+def render(template: str, **values: Any) -> str:
+    """A file of ``templates/`` with the values filled in, which are escaped."""
+    return _environment().get_template(template).render(**values)
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # most calls draw no page
+
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+    )
 
 
 def trace_page(data: dict[str, Any], image: RgbImage) -> str:
@@ -42,6 +54,7 @@ def trace_page(data: dict[str, Any], image: RgbImage) -> str:
     total = sum(data["timings"].values())
     stages = [
         {
+            "number": number,
             "name": name,
             "seconds": seconds,
             "share": 100 * seconds / total if total else 0,
@@ -49,7 +62,8 @@ def trace_page(data: dict[str, Any], image: RgbImage) -> str:
         }
         for number, (name, seconds) in enumerate(data["timings"].items(), 1)
     ]
-    return ENVIRONMENT.get_template("trace.html.j2").render(
+    return render(
+        "trace.html.j2",
         trace=data,
         objects=objects,
         stages=stages,

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from sam4mllm_tool.display import MAX_SIDE, data_uri
-from sam4mllm_tool.drawing.html import ENVIRONMENT, as_hex
+from sam4mllm_tool.drawing.html import as_hex, render
 from sam4mllm_tool.drawing.overlay import colour_of, small_overlay
 from sam4mllm_tool.types import RgbImage
 
@@ -44,7 +44,8 @@ def result_html(
         {**one, "colour": as_hex(colour_of(number)), "points": _counts(one.get("points", ()))}
         for number, one in enumerate(objects, 1)
     ]
-    return ENVIRONMENT.get_template("notebook.html.j2").render(
+    return render(
+        "notebook.html.j2",
         title=title,
         status=status,
         picture=data_uri(picture, "JPEG"),

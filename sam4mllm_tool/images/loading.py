@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import unquote_to_bytes, urlsplit
-from urllib.request import url2pathname
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,6 +119,8 @@ def _path_of_file_url(url: str) -> Path:
             f"A file URL of another host cannot be opened: {parts.netloc[:80]!r}.",
             hint="Give a path on this machine.",
         )
+    from urllib.request import url2pathname  # slow to import: it brings http and ssl
+
     return Path(url2pathname(parts.path))
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import TrainerCallback
 
 from sam4mllm_tool.disk import write_whole
+from sam4mllm_tool.drawing.html import render
 
 PANELS: tuple[tuple[str, Mapping[str, str]], ...] = (
     ("Loss", {"loss": "training", "eval_loss": "held out"}),
@@ -22,7 +22,6 @@ PANELS: tuple[tuple[str, Mapping[str, str]], ...] = (
 WIDTH, HEIGHT, MARGIN = 360, 190, 46
 # Okabe and Ito's palette.
 COLOURS = ("#0072b2", "#d55e00")
-_TEMPLATES = Path(__file__).parents[1] / "drawing" / "templates"
 
 Curve = list[tuple[int, float]]
 
@@ -34,10 +33,8 @@ def convergence_page(history: Sequence[Mapping[str, Any]], title: str) -> str:
         history: ``TrainerState.log_history``; a figure that was never logged has no panel.
     """
     panels = [_panel(name, _curves(history, keys)) for name, keys in PANELS]
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined
-    )
-    return environment.get_template("convergence.html.j2").render(
+    return render(
+        "convergence.html.j2",
         title=title,
         steps=max((line["step"] for line in history), default=0),
         panels=[panel for panel in panels if panel],
