@@ -1,6 +1,8 @@
 """Workspaces on disk: everything comes back as it was, also after ``kill -9``."""
 
+import errno
 from dataclasses import replace
+from pathlib import Path
 
 import anyio
 import numpy as np
@@ -114,6 +116,88 @@ def test_one_process_at_a_time_and_damage_is_a_storage_error(store, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError):
         StateStore(tmp_path / "file")
+
+
+def test_the_clock_may_be_set_back(store, monkeypatch):
+    """What was written last is kept, not what has the highest time."""
+    now = iter(range(2_000_000_000, 0, -1_000_000))
+    monkeypatch.setattr("sam4mllm_tool.tools.state.time.time", lambda: next(now))
+    for number in range(4):
+        kept(store, number)
+    size = max(file.stat().st_size for file in store.folder.glob("blobs/*/*"))
+    store = reopened(store, max_bytes=2 * size)
+    workspace = Workspace(state=store.workspace("a"))
+    assert {workspace.image(f"img_{n}").image_id for n in (3, 4)} == {"img_3", "img_4"}
+    with pytest.raises(UnknownHandle):
+        workspace.image("img_1")
+    # A time in the future does not keep a record for ever.
+    monkeypatch.setattr("sam4mllm_tool.tools.state.time.time", lambda: 1000.0)
+    store.prune()
+    monkeypatch.setattr("sam4mllm_tool.tools.state.time.time", lambda: 1000.0 + 8 * 86_400)
+    store.prune()
+    assert Workspace(state=store.workspace("a")).objects() == []
+    store.close()
+
+
+def test_a_new_value_leaves_nothing_of_the_former_one(store, model, blocks_file):
+    tools = Toolbox(model, Workspace(state=store.workspace("a")))
+    tools.call("segment_object", {"image": str(blocks_file), "expression": "the red block"})
+    before = {path.name for path in store.folder.glob("blobs/*/*")}
+    refined = {"object_id": "obj_1", "box": [10, 54, 50, 114]}
+    tools.call("segment_with_prompts", refined)
+    after = {path.name for path in store.folder.glob("blobs/*/*")}
+    assert len(before) == len(after) == 2 and before != after
+    assert Workspace(state=store.workspace("a")).object("obj_1").drawn is not None
+
+
+def test_a_folder_that_is_removed_while_it_is_used_is_said(store):
+    kept(store, 1)
+    store.folder.rename(store.folder.with_name("elsewhere"))
+    with pytest.raises(StorageError, match="removed") as caught:
+        kept(store, 2)
+    assert caught.value.hint
+    store.folder.mkdir()
+    (store.folder / "state.sqlite").write_bytes(b"")
+    with pytest.raises(StorageError, match="removed"):
+        kept(store, 2)
+
+
+@pytest.mark.parametrize("full", ["database", "files"])
+def test_a_full_disk_is_a_storage_error_and_what_was_kept_stays(store, full, monkeypatch):
+    kept(store, 1)
+    if full == "database":  # SQLite's own bound: the same error as a full disk
+        (pages,) = store._database.execute("PRAGMA page_count").fetchone()
+        store._database.execute(f"PRAGMA max_page_count={pages}")
+    else:
+
+        def write_half(path, data):
+            with path.open("wb") as file:
+                file.write(data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_bytes", write_half)
+    with pytest.raises(StorageError) as caught:
+        for number in range(2, 100):
+            kept(store, number)
+    assert caught.value.retryable and "room" in caught.value.hint
+    assert not list(store.folder.glob("blobs/*/*.part"))
+    monkeypatch.undo()
+    store._database.execute("PRAGMA max_page_count=1000000")
+    kept(store, 200)  # there is room again
+    store = reopened(store)
+    found = Workspace(state=store.workspace("a")).objects()
+    assert found[0].object_id == "obj_1" and len(found) >= 2
+    store.close()
+
+
+def test_a_secret_that_was_cut_short_is_made_anew(store):
+    first = store.secret("cookie_key")
+    assert len(first) == 32 and store.secret("cookie_key") == first
+    assert (store.folder / "cookie_key").stat().st_mode & 0o777 == 0o600
+    for broken in (b"", first[:5]):
+        (store.folder / "cookie_key").write_bytes(broken)
+        again = store.secret("cookie_key")
+        assert len(again) == 32 and again != first
 
 
 def test_a_toolbox_with_state(model, blocks_file, tmp_path):

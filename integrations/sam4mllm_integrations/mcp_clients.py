@@ -16,6 +16,7 @@ from mcp.shared.message import ServerMessageMetadata
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 
 from sam4mllm_integrations.mcp_work import Limits
+from sam4mllm_tool.concurrency import run_in_thread
 from sam4mllm_tool.errors import Busy
 from sam4mllm_tool.images.access import ImagePolicy
 from sam4mllm_tool.tools.state import StateStore
@@ -89,17 +90,22 @@ class Clients:
         """What all workspaces take."""
         return sum(one.toolbox.workspace.bytes_kept for one in list(self._known.values()))
 
-    def of(self, ctx: _Context) -> Client:
+    async def of(self, ctx: _Context) -> Client:
         """The client behind a request.
 
         Raises:
             Busy: it is new, and there are as many as there may be.
+            StorageError: what is kept of it cannot be read.
         """
         self._forget_idle()
         key, returns = _client_key(ctx)
-        client = self._known.get(key)
-        if client is None:
-            client = self._known[key] = self._new(key, returns)
+        if key not in self._known:
+            self._check_number()
+            workspace = await run_in_thread(self._workspace, key, returns)
+            if key not in self._known:  # another call of the same client may have come first
+                self._check_number()
+                self._known[key] = Client(key, self._model.for_workspace(workspace))
+        client = self._known[key]
         client.last_call = time.monotonic()
         return client
 
@@ -109,10 +115,13 @@ class Clients:
         if client is not None:
             self._last_number = max(self._last_number, client.toolbox.workspace.last_number)
 
-    def _new(self, key: str, returns: bool) -> Client:
+    def _check_number(self) -> None:
         if len(self._known) >= self._limits.clients:
             raise Busy(f"{len(self._known)} clients are being served", retry_after=60)
-        workspace = Workspace(
+
+    def _workspace(self, key: str, returns: bool) -> Workspace:
+        """A client's workspace; its state is read from disk."""
+        return Workspace(
             self._policy,
             max_bytes=self._limits.client_bytes,
             room=lambda: self._limits.memory_bytes - self.bytes_kept,
@@ -120,7 +129,6 @@ class Clients:
             last_number=self._last_number if returns else 0,
             state=self._state.workspace(key) if self._state and returns else None,
         )
-        return Client(key, self._model.for_workspace(workspace))
 
     def _forget_idle(self) -> None:
         now = time.monotonic()
@@ -164,7 +172,7 @@ class Clients:
 
     async def forget_roots(self, ctx: _Context, params: Any) -> None:
         """The client's roots have changed: ask again at the next call."""
-        self.of(ctx).asked = False
+        (await self.of(ctx)).asked = False
 
 
 def session_key(session_id: str) -> str:
@@ -192,7 +200,8 @@ def _client_key(ctx: _Context) -> tuple[str, bool]:
 def _folders(roots: Sequence[types.Root]) -> tuple[Path, ...]:
     """The roots that are folders of this machine."""
     parts = [urlsplit(str(root.uri)) for root in roots]
-    return tuple(Path(url2pathname(part.path)) for part in parts if part.scheme == "file")
+    paths = [url2pathname(part.path) for part in parts if part.scheme == "file"]
+    return tuple(Path(path) for path in paths if "\0" not in path)
 
 
 def _bounded(

@@ -8,9 +8,7 @@ in the background. Each client has a workspace of its own. Results are typed
 from __future__ import annotations
 
 import asyncio
-import base64
 import itertools
-import json
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +16,6 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,15 +29,13 @@ from sam4mllm_integrations._shared import (
     without_titles,
 )
 from sam4mllm_tool.concurrency import CallContext, call_context, run_in_thread
-from sam4mllm_tool.errors import BackendError, Busy, InputError
+from sam4mllm_tool.errors import Busy, InputError
 from sam4mllm_tool.images.access import ImagePolicy
 from sam4mllm_tool.images.isolation import warm_up
-from sam4mllm_tool.masks.files import masks_to_coco
 from sam4mllm_tool.tools.coordinates import Coordinates
 from sam4mllm_tool.tools.registry import ToolSpec
 from sam4mllm_tool.tools.state import StateStore
 from sam4mllm_tool.tools.toolbox import Toolbox
-from sam4mllm_tool.tools.workspace import ObjectRecord, Workspace, labelled_masks
 
 try:
     import mcp_types as types
@@ -49,6 +44,8 @@ try:
     from mcp.shared.exceptions import MCPError
 
     from sam4mllm_integrations.mcp_clients import Client, Clients
+    from sam4mllm_integrations.mcp_masks import mask_list, mask_templates, read_mask
+    from sam4mllm_integrations.mcp_results import protocol_errors, tool_result
     from sam4mllm_integrations.mcp_watch import CallWatch, Watch
     from sam4mllm_integrations.mcp_work import Limits, ModelQueue, deadline
 except ImportError as error:
@@ -57,7 +54,6 @@ except ImportError as error:
 if TYPE_CHECKING:
     from sam4mllm_tool.pipeline.model import Sam4MLLM
 
-MASK_URI = "sam4mllm://masks/"
 _LOAD_AFTER_SECONDS = 0.2
 
 INSTRUCTIONS = (
@@ -177,17 +173,17 @@ class ToolServer:
             MCPError: no such tool, too much asked at once, or the system failed.
         """
         self._check_name(params.name)
-        with _protocol_errors():
-            client = self._admitted(ctx)
+        with protocol_errors():
+            client = await self._admitted(ctx)
         with self.watch.call(params.name, client.key) as call, self._counted(client):
-            with _protocol_errors(call.request_id), deadline(self.limits.call_seconds):
+            with protocol_errors(call.request_id), deadline(self.limits.call_seconds):
                 question = await self._clients.learn_roots(ctx, client, params.input_responses)
                 if question is not None:
                     call.outcome = "question"
                     return question
                 reply = await self._run(ctx, client, params.name, params.arguments, call)
             call.outcome = "tool_error" if reply.is_error else "ok"
-        return _tool_result(reply, self.mask_links)
+        return tool_result(reply, self.mask_links, params.meta)
 
     def forget(self, key: str) -> None:
         """A client has left."""
@@ -202,10 +198,10 @@ class ToolServer:
         finally:
             self.answers -= counts
 
-    def _admitted(self, ctx: _Context) -> Client:
+    async def _admitted(self, ctx: _Context) -> Client:
         if self.draining:
             raise Busy("the server is shutting down", retry_after=self.limits.drain_seconds)
-        return self._clients.of(ctx)
+        return await self._clients.of(ctx)
 
     @contextmanager
     def _counted(self, client: Client) -> Iterator[None]:
@@ -305,26 +301,16 @@ class ToolServer:
 
     async def list_masks(self, ctx: _Context, params: Any) -> types.ListResourcesResult:
         """The masks of the client's objects."""
-        with _protocol_errors():
-            objects = self._admitted(ctx).toolbox.workspace.objects()
-        masks = [link for one in objects if one.mask is not None for link in _mask_links(one)]
-        plain = [types.Resource(**link.model_dump(exclude={"type"})) for link in masks]
-        return types.ListResourcesResult(resources=plain)
+        with protocol_errors():
+            workspace = (await self._admitted(ctx)).toolbox.workspace
+            objects = await run_in_thread(workspace.objects)
+        return mask_list(objects)
 
     async def list_mask_templates(
         self, ctx: _Context, params: Any
     ) -> types.ListResourceTemplatesResult:
         """How the address of a mask is made from an object_id."""
-        templates = [
-            types.ResourceTemplate(
-                name=f"mask_{kind}",
-                uri_template=f"{MASK_URI}{{object_id}}.{kind}",
-                description=f"Mask of an object as {text}.",
-                mime_type=mime,
-            )
-            for kind, (mime, text) in _MASK_KINDS.items()
-        ]
-        return types.ListResourceTemplatesResult(resource_templates=templates)
+        return mask_templates()
 
     async def read_mask(
         self, ctx: _Context, params: types.ReadResourceRequestParams
@@ -334,76 +320,7 @@ class ToolServer:
         Raises:
             MCPError: no such object, or it has no mask.
         """
-        uri = str(params.uri)
-        object_id, _, kind = uri.removeprefix(MASK_URI).rpartition(".")
-        if not uri.startswith(MASK_URI) or kind not in _MASK_KINDS:
-            raise MCPError(types.INVALID_PARAMS, f"there is no resource {uri[:120]!r}")
-        with _protocol_errors():
-            workspace = self._admitted(ctx).toolbox.workspace
-            content = await run_in_thread(_mask_content, workspace, object_id, kind, uri)
+        with protocol_errors():
+            workspace = (await self._admitted(ctx)).toolbox.workspace
+            content = await run_in_thread(read_mask, workspace, str(params.uri))
         return types.ReadResourceResult(contents=[content])
-
-
-@contextmanager
-def _protocol_errors(request_id: str = "") -> Iterator[None]:
-    """What a tool's result cannot say, as an error of the protocol."""
-    try:
-        yield
-    except InputError as error:
-        raise MCPError(types.INVALID_PARAMS, str(error)) from error
-    except BackendError as error:
-        data: dict[str, Any] = {"error": type(error).__name__, "retryable": error.retryable}
-        if isinstance(error, Busy):
-            data["retry_after"] = round(error.retry_after, 1)
-        if request_id:
-            data["request_id"] = request_id
-        raise MCPError(types.INTERNAL_ERROR, str(error), data) from error
-
-
-def _mask_content(
-    workspace: Workspace, object_id: str, kind: str, uri: str
-) -> types.TextResourceContents | types.BlobResourceContents:
-    one = workspace.object(object_id)
-    record = workspace.image(one.image_id)
-    if one.mask is None:
-        raise InputError(f"{object_id} has no mask yet")
-    mime = _MASK_KINDS[kind][0]
-    if kind == "json":
-        text = json.dumps(masks_to_coco(labelled_masks([one]), record.image, record.file_name))
-        return types.TextResourceContents(uri=uri, mime_type=mime, text=text)
-    png = BytesIO()
-    one.mask.to_pil().save(png, "PNG")
-    blob = base64.b64encode(png.getvalue()).decode("ascii")
-    return types.BlobResourceContents(uri=uri, mime_type=mime, blob=blob)
-
-
-_MASK_KINDS = {
-    "png": ("image/png", "a PNG picture: 255 on the object, 0 elsewhere"),
-    "json": ("application/json", "a COCO JSON document with an RLE mask"),
-}
-
-
-def _tool_result(reply: ToolReply, links: bool) -> types.CallToolResult:
-    content: list[types.ContentBlock] = [types.TextContent(text=reply.text)]
-    if reply.output is None:
-        return types.CallToolResult(content=content, is_error=True)
-    if reply.picture is not None:
-        picture = reply.picture
-        content.append(types.ImageContent(data=picture.base64, mime_type=picture.mime_type))
-    for object_id in reply.output.masks if links else ():
-        content += _mask_links(object_id)
-    structured = reply.output.result.model_dump(mode="json")
-    return types.CallToolResult(content=content, structured_content=structured)
-
-
-def _mask_links(one: ObjectRecord | str) -> list[types.ResourceLink]:
-    object_id, name = (one, "") if isinstance(one, str) else (one.object_id, f" ({one.name[:60]})")
-    return [
-        types.ResourceLink(
-            name=f"{object_id}.{kind}",
-            uri=f"{MASK_URI}{object_id}.{kind}",
-            description=f"Mask of {object_id}{name} as {text}.",
-            mime_type=mime,
-        )
-        for kind, (mime, text) in _MASK_KINDS.items()
-    ]

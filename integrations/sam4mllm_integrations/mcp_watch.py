@@ -28,15 +28,18 @@ class CallWatch:
         request_id: names the call in the log and in errors.
         outcome: ``"ok"``, ``"tool_error"``, or the name of the error that ended it.
         stages: names and beginnings (Unix time in ns), the last one's end added when it is over.
+        clock_offset: from the monotonic clock to Unix time, so that setting the clock changes no
+            duration.
     """
 
     request_id: str = field(default_factory=lambda: secrets.token_hex(8))
     outcome: str = "ok"
     stages: list[tuple[str, int]] = field(default_factory=list)
+    clock_offset: int = field(default_factory=lambda: time.time_ns() - time.monotonic_ns())
 
     def stage(self, name: str) -> None:
         """A stage begins, and the one before it ends."""
-        self.stages.append((name, time.time_ns()))
+        self.stages.append((name, time.monotonic_ns() + self.clock_offset))
 
 
 class Watch:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,9 +20,10 @@ from sam4mllm_tool.catalogue import nearest_checkpoint
 from sam4mllm_tool.errors import BackendError, CheckpointError, DialogueError, Sam4MllmError
 from sam4mllm_tool.formats import get_format
 from sam4mllm_tool.pipeline.points import PATTERNS, candidate_points
-from sam4mllm_tool.pipeline.results import Segmentation, Settings
+from sam4mllm_tool.pipeline.results import Settings
 from sam4mllm_tool.pipeline.strategies import STRATEGIES, get_strategy
-from sam4mllm_tool.types import Box, PromptPoint, TargetCount
+from sam4mllm_tool.pipeline.trace import Trace
+from sam4mllm_tool.types import Box, TargetCount
 
 if TYPE_CHECKING:
     from sam4mllm_tool.pipeline.model import Sam4MLLM
@@ -232,12 +233,11 @@ def print_json(document: Any) -> None:
     print(json.dumps(document, indent=1))
 
 
-def segmentation_document(found: Segmentation) -> dict[str, Any]:
+def segmentation_document(trace: Trace) -> dict[str, Any]:
     """The ``--json`` document of a query."""
-    trace = found.trace
     return {
         "image_size": [trace.image["width"], trace.image["height"]],
-        "status": found.status.value,
+        "status": trace.status,
         "expression": trace.expression,
         "objects": [
             {key: one[key] for key in ("box", "score", "area", "points", "mask", "predicted_iou")}
@@ -248,51 +248,51 @@ def segmentation_document(found: Segmentation) -> dict[str, Any]:
     }
 
 
-def show_dialogue(found: Segmentation) -> None:
+def show_dialogue(trace: Trace) -> None:
     """The conversation, and every point with its answer."""
-    for turn in found.trace.conversation():
+    for turn in trace.conversation():
         style = {"user": "cyan", "assistant": "green"}.get(turn["role"], "dim")
         console.print(f"[{style}]{turn['role']:>9}[/] ", end="")
         console.print(turn["text"].strip(), markup=False, highlight=False)
-    for number, one in enumerate(found.objects, 1):
-        if one.points:
-            console.print(points_table(one.points, f"object {number}: answers"))
+    for number, one in enumerate(trace.objects, 1):
+        if one["points"]:
+            console.print(points_table(one["points"], f"object {number}: answers"))
 
 
-def points_table(points: tuple[PromptPoint, ...], title: str) -> Table:
-    """Points with label and probabilities."""
+def points_table(points: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """Points with label and probabilities, as a trace holds them."""
     table = Table(title=title, title_justify="left")
     for column in ("x", "y", "label", "p_yes", "p_no"):
         table.add_column(column, justify="right" if column != "label" else "left")
     colours = {"foreground": "green", "background": "red"}
     for p in points:
-        colour = colours.get(p.label.value, "dim")
+        colour = colours.get(p["label"], "dim")
         table.add_row(
-            f"{p.x:.1f}",
-            f"{p.y:.1f}",
-            f"[{colour}]{p.label.value}[/]",
-            "" if p.p_yes is None else f"{p.p_yes:.3f}",
-            "" if p.p_no is None else f"{p.p_no:.3f}",
+            f"{p['x']:.1f}",
+            f"{p['y']:.1f}",
+            f"[{colour}]{p['label']}[/]",
+            "" if p["p_yes"] is None else f"{p['p_yes']:.3f}",
+            "" if p["p_no"] is None else f"{p['p_no']:.3f}",
         )
     return table
 
 
-def show_outcome(found: Segmentation, files: list[Path]) -> None:
+def show_outcome(trace: Trace, files: list[Path]) -> None:
     """Status, objects, notes, times and the files written."""
-    if not found.objects:
+    if not trace.objects:
         console.print(
             "[yellow]not found[/]: according to the model, nothing in the picture matches."
         )
-    for number, one in enumerate(found.objects, 1):
-        box = ", ".join(f"{value:.0f}" for value in one.located.box)
+    for number, one in enumerate(trace.objects, 1):
+        box = ", ".join(f"{value:.0f}" for value in one["box"])
         console.print(
-            f"object {number}: box ({box}), mask {one.mask.area} pixels, "
-            f"predicted IoU {one.drawn.predicted_iou:.2f}",
+            f"object {number}: box ({box}), mask {one['area']} pixels, "
+            f"predicted IoU {one['predicted_iou']:.2f}",
             highlight=False,
         )
-    for note in found.notes:
+    for note in trace.notes:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
-    times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in found.trace.timings.items())
+    times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in trace.timings.items())
     console.print(f"[dim]{times}[/]", highlight=False)
     for path in files:
         console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)

@@ -29,10 +29,10 @@ def demo(
     console.print(f"Segmenting [bold]{expression!r}[/] in {question['picture']} …")
     with alive("loading the embedded models …"):
         model = load()
-    found = model.segment(picture, expression, source=question["picture"])
+    found = model.segment(picture, expression, source=question["picture"]).trace
     files = Files(out, file_formats(DEFAULT_FORMATS), None, ImagePolicy(output_dirs=None))
-    written = files.write(found)
-    written += [write_trace(found, out / name) for name in ("trace.html", "trace.json")]
+    written = files.write(found, picture)
+    written += [write_trace(found, picture, out / name) for name in ("trace.html", "trace.json")]
     show_dialogue(found)
     show_outcome(found, [path.resolve() for path in written])
     console.print(

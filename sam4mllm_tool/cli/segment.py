@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -35,20 +35,27 @@ from sam4mllm_tool.cli.common import (
     show_failures,
     show_outcome,
 )
+from sam4mllm_tool.cli.remote import ServerOption, TokenOption, remote_tools
+from sam4mllm_tool.drawing.overlay import overlay
 from sam4mllm_tool.errors import DialogueError, InputError, nearest
 from sam4mllm_tool.images.access import ImagePolicy
-from sam4mllm_tool.images.loading import LoadedImage, load_image
+from sam4mllm_tool.images.loading import LoadedImage, load_image, read_picture
 from sam4mllm_tool.images.sources import expand_sources
 from sam4mllm_tool.masks.files import FILE_FORMATS, FileFormat, save_masks
 from sam4mllm_tool.pipeline.model import Sam4MLLM
-from sam4mllm_tool.pipeline.results import Segmentation, Settings
+from sam4mllm_tool.pipeline.results import Settings
+from sam4mllm_tool.pipeline.trace import Trace
 from sam4mllm_tool.pipeline.validation import check_expression
-from sam4mllm_tool.types import TargetCount
+from sam4mllm_tool.types import RgbImage, TargetCount
+
+if TYPE_CHECKING:
+    from sam4mllm_integrations.mcp_remote import RemoteTools
 
 DEFAULT_FORMATS = "png,coco_rle,overlay"
 
 
 def segment(
+    context: typer.Context,
     images: Annotated[
         list[str],
         typer.Argument(
@@ -71,6 +78,8 @@ def segment(
     sam_dtype: SamDtypeOption = "auto",
     proposer: ProposerOption = "mllm",
     device: DeviceOption = "auto",
+    server: ServerOption = None,
+    token: TokenOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder for masks and overlay.")] = None,
     formats: Annotated[
         str, typer.Option(help=f"What --out gets, separated by commas: {', '.join(FILE_FORMATS)}.")
@@ -86,6 +95,8 @@ def segment(
 ) -> None:
     """Segment what EXPRESSION describes in one picture or many.
 
+    With --server a running 'sam4mllm-tool mcp' is asked, and no models are loaded here.
+
     Of several pictures, --json prints {"pictures": [...], "failures": {...}}; one that cannot be
     read stops nothing.
     """
@@ -97,30 +108,64 @@ def segment(
         output_dirs=None, allow_network=network, max_pixels=max_pixels, max_bytes=max_bytes
     )
     files = Files(out, file_formats(formats), trace, policy)
-    only = load_image(sources[0], policy) if len(sources) == 1 else None
-    settings = Settings(strategy=strategy, points=points, candidates=candidates, budget=points)
-    model = load_models(
-        mllm,
-        adapter,
-        format,
-        sam,
-        sam_decoder,
-        device,
-        sam_dtype=sam_dtype,
-        proposer=proposer,
-        settings=settings,
-        quiet=as_json,
-    )
-    ask = partial(_segment, model, expression, count, files)
+    remote = remote_tools(context, server, token)
+    only = Picture.of(sources[0], policy) if len(sources) == 1 else None
+    if remote is None:
+        settings = Settings(strategy=strategy, points=points, candidates=candidates, budget=points)
+        model = load_models(
+            mllm,
+            adapter,
+            format,
+            sam,
+            sam_decoder,
+            device,
+            sam_dtype=sam_dtype,
+            proposer=proposer,
+            settings=settings,
+            quiet=as_json,
+        )
+        run = partial(_run_here, model, expression, count)
+    else:
+        run = partial(_run_there, remote, expression, count, strategy=strategy, points=points)
+    ask = partial(_answer, run, files)
     if only is None:
         _segment_many(sources, ask, policy, as_json)
         return
-    found = ask(sources[0], only)
+    found = ask(only)
     if as_json:
         print_json(found.document)
     else:
-        show_dialogue(found.result)
-        show_outcome(found.result, found.files)
+        show_dialogue(found.trace)
+        show_outcome(found.trace, found.files)
+
+
+class Picture(NamedTuple):
+    """A picture to segment.
+
+    Attributes:
+        source: as the user wrote it.
+        data: the encoded file.
+        loaded: the same, decoded.
+    """
+
+    source: str
+    data: bytes
+    loaded: LoadedImage
+
+    @classmethod
+    def of(cls, source: str, policy: ImagePolicy) -> Picture:
+        """Read and decode it.
+
+        Raises:
+            ImageError, AccessDenied: see :func:`sam4mllm_tool.load_image`.
+        """
+        data = read_picture(source, policy)
+        return cls(source, data, load_image(data, policy))
+
+    @property
+    def name(self) -> str:
+        """What documents call it."""
+        return "data URI" if self.source.startswith("data:") else Path(self.source).name[:200]
 
 
 @dataclass(frozen=True)
@@ -139,52 +184,58 @@ class Files:
     trace: Path | None
     policy: ImagePolicy
 
-    def write(self, found: Segmentation) -> list[Path]:
+    def write(self, trace: Trace, image: RgbImage) -> list[Path]:
         """Write them; returns their paths. No file in the folder is overwritten."""
-        written = [] if self.folder is None else self._masks(found, self.folder)
-        return written if self.trace is None else [*written, write_trace(found, self.trace)]
+        written = [] if self.folder is None else self._masks(trace, image, self.folder)
+        return written if self.trace is None else [*written, write_trace(trace, image, self.trace)]
 
-    def _masks(self, found: Segmentation, folder: Path) -> list[Path]:
-        source = found.trace.image["source"]
+    def _masks(self, trace: Trace, image: RgbImage, folder: Path) -> list[Path]:
+        source = trace.image["source"]
         return save_masks(
-            found.to_masks(),
-            found.image,
+            trace.to_masks(),
+            image,
             folder,
             self.kinds,
             self.policy,
             stem=_stem(source),
             file_name=source,
-            overlay=found.to_pil() if "overlay" in self.kinds else None,
+            overlay=overlay(image, trace.objects) if "overlay" in self.kinds else None,
         )
 
 
 class Answer(NamedTuple):
-    """A picture's result, what ``--json`` prints of it, and the files written."""
+    """A picture's run, what ``--json`` prints of it, and the files written."""
 
-    result: Segmentation
+    trace: Trace
     document: dict[str, Any]
     files: list[Path]
 
 
-def _segment(
-    model: Sam4MLLM,
-    expression: str,
-    count: TargetCount,
-    files: Files,
-    source: str,
-    picture: LoadedImage,
-) -> Answer:
-    name = "data URI" if source.startswith("data:") else Path(source).name[:200]
-    found = model.segment(picture.image, expression, count=count, source=name)
-    written = files.write(found)
-    document = {"source": name, **segmentation_document(found)}
-    document["notes"] = [*picture.notes, *document["notes"]]
-    return Answer(found, {**document, "files": [str(path) for path in written]}, written)
+def _run_here(
+    model: Sam4MLLM, expression: str, count: TargetCount, picture: Picture
+) -> Trace:  # fmt: skip
+    image = picture.loaded.image
+    return model.segment(image, expression, count=count, source=picture.name).trace
+
+
+def _run_there(
+    remote: RemoteTools, expression: str, count: TargetCount, picture: Picture, **options: Any
+) -> Trace:
+    trace = remote.segment(picture.data, expression, count=count, **options)
+    return trace.model_copy(update={"image": {**trace.image, "source": picture.name}})
+
+
+def _answer(run: Callable[[Picture], Trace], files: Files, picture: Picture) -> Answer:
+    trace = run(picture)
+    written = files.write(trace, picture.loaded.image)
+    document = {"source": picture.name, **segmentation_document(trace)}
+    document["notes"] = [*picture.loaded.notes, *document["notes"]]
+    return Answer(trace, {**document, "files": [str(path) for path in written]}, written)
 
 
 def _segment_many(
     sources: Sequence[str],
-    ask: Callable[[str, LoadedImage], Answer],
+    ask: Callable[[Picture], Answer],
     policy: ImagePolicy,
     as_json: bool,
 ) -> None:
@@ -198,14 +249,14 @@ def _segment_many(
     with counted("pictures", len(sources), quiet=as_json) as advance:
         for source in sources:
             try:
-                found = ask(source, load_image(source, policy))
+                found = ask(Picture.of(source, policy))
             except (InputError, DialogueError) as error:
                 failures[source[:200]] = str(error)
             else:
                 documents.append({**found.document, "source": source[:200]})
                 if not as_json:
                     console.print(source[:200], style="bold", markup=False, highlight=False)
-                    show_outcome(found.result, found.files)
+                    show_outcome(found.trace, found.files)
             advance(source)
     if as_json:
         print_json({"pictures": documents, "failures": failures})
@@ -247,7 +298,7 @@ def check_trace(path: Path, pictures: int) -> None:
         )
 
 
-def write_trace(found: Segmentation, path: Path) -> Path:
+def write_trace(trace: Trace, image: RgbImage, path: Path) -> Path:
     """The run as a self-contained page, or as JSON.
 
     Raises:
@@ -255,7 +306,7 @@ def write_trace(found: Segmentation, path: Path) -> Path:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return found.trace.save(path, found.image)
+        return trace.save(path, image)
     except OSError as error:
         raise InputError(
             f"cannot write {path}: {error.strerror}", hint="Choose another file."

@@ -43,6 +43,7 @@ class Defaults(BaseSettings):
     sam_dtype: str | None = None
     proposer: str | None = None
     device: str | None = None
+    server: str | None = None
     network: bool | None = None
     max_pixels: int | None = None
     max_bytes: int | None = None

@@ -69,12 +69,22 @@ def load_image(source: ImageSource, policy: ImagePolicy | None = None) -> Loaded
         return _from_array(source, policy)
     if isinstance(source, Image.Image):
         return _loaded(*upright_rgb(lambda: source, policy.max_pixels))
+    data = read_picture(source, policy)
+    decoder = decode_isolated if policy.isolated else decode
+    return _loaded(*decoder(data, policy.max_pixels))
+
+
+def read_picture(source: str | Path | bytes, policy: ImagePolicy) -> bytes:
+    """The encoded picture behind a path, URL or data URI.
+
+    Raises:
+        ImageError, AccessDenied: as :func:`load_image`.
+    """
     data = source if isinstance(source, bytes) else _read(source, policy)
     if not data:
         raise ImageError("The picture is empty (zero bytes).", hint="Give a complete picture file.")
     check_bytes(len(data), policy)
-    decoder = decode_isolated if policy.isolated else decode
-    return _loaded(*decoder(data, policy.max_pixels))
+    return data
 
 
 def _loaded(image: Image.Image, notes: tuple[str, ...]) -> LoadedImage:

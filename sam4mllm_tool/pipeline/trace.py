@@ -18,6 +18,7 @@ from sam4mllm_tool import display
 from sam4mllm_tool.errors import InputError
 from sam4mllm_tool.formats import describe_numbers
 from sam4mllm_tool.grammar import Grammar
+from sam4mllm_tool.masks.interop import LabelledMask
 from sam4mllm_tool.protocols import (
     CheckpointNotes,
     Dialogue,
@@ -131,6 +132,15 @@ class Trace(BaseModel):
             raise InputError(
                 f"{path} is not a trace: {error}", hint="Give a file written by --trace or save()."
             ) from error
+
+    def to_masks(self) -> list[LabelledMask]:
+        """The masks with the expression as their name, for :mod:`sam4mllm_tool.masks.interop`."""
+        return [
+            LabelledMask(
+                self.expression, Mask.from_rle(one["mask"]), one["score"], one["object_id"]
+            )
+            for one in self.objects
+        ]
 
     def html(self, image: RgbImage | None = None) -> str:
         """A notebook's view of the run; without the picture, masks stand on plain grey."""

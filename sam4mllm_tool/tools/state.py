@@ -44,6 +44,7 @@ CREATE TABLE IF NOT EXISTS blobs (
 CREATE INDEX IF NOT EXISTS blobs_name ON blobs (name);
 """
 _PRUNE_EVERY = 200
+_SECRET_BYTES = 32
 
 
 class StateStore:
@@ -75,13 +76,19 @@ class StateStore:
         self._held.enter_context(exclusive(self.folder / "lock", f"the state in {self.folder}"))
         with self._typed():
             self._database = sqlite3.connect(
-                self.folder / "state.sqlite", check_same_thread=False, isolation_level=None
+                self._database_file, check_same_thread=False, isolation_level=None
             )
             self._held.callback(self._database.close)
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("PRAGMA synchronous=NORMAL")
             self._database.executescript(_SCHEMA)
+            self._inode = self._database_file.stat().st_ino
         self.prune()
+        self._sweep()
+
+    @property
+    def _database_file(self) -> Path:
+        return self.folder / "state.sqlite"
 
     def close(self) -> None:
         """Let another process use the folder."""
@@ -95,30 +102,57 @@ class StateStore:
         """32 random bytes that stay the same as long as the folder does."""
         path = self.folder / name
         with self._typed():
-            if not path.exists():
-                path.touch(0o600)
-                path.write_bytes(secrets.token_bytes(32))
-            return path.read_bytes()
+            known = path.read_bytes() if path.exists() else b""
+            if len(known) == _SECRET_BYTES:
+                return known
+            path.unlink(missing_ok=True)  # cut short by a full disk
+            fresh = secrets.token_bytes(_SECRET_BYTES)
+            path.touch(0o600)
+            path.write_bytes(fresh)
+            return fresh
 
     def prune(self) -> None:
         """Drop records that are too old or too many, and files that no record needs."""
-        with self._transaction() as run:
-            run("DELETE FROM records WHERE used < ?", time.time() - self._max_age_seconds)
-            (total,) = run("SELECT COALESCE(SUM(bytes), 0) FROM blobs").fetchone()
-            oldest = run(
-                "SELECT r.workspace, r.handle, COALESCE(SUM(b.bytes), 0) FROM records r "
-                "LEFT JOIN blobs b USING (workspace, handle) GROUP BY 1, 2 ORDER BY r.used"
-            ).fetchall()
-            for workspace, handle, size in oldest:
-                if total <= self._max_bytes:
-                    break
-                run("DELETE FROM records WHERE workspace = ? AND handle = ?", workspace, handle)
-                total -= size
-            run(
-                "DELETE FROM blobs WHERE NOT EXISTS (SELECT 1 FROM records r WHERE "
-                "r.workspace = blobs.workspace AND r.handle = blobs.handle)"
-            )
-            needed = {name for (name,) in run("SELECT DISTINCT name FROM blobs")}
+        now = time.time()
+        with self._lock:
+            with self._transaction() as run:
+                # Times from before the clock was set back would keep a record for too long.
+                run("UPDATE records SET used = ?1 WHERE used > ?1", now)
+                run("DELETE FROM records WHERE used < ?", now - self._max_age_seconds)
+                self._drop_oldest(run)
+                unneeded = (
+                    "FROM blobs WHERE NOT EXISTS (SELECT 1 FROM records r WHERE "
+                    "r.workspace = blobs.workspace AND r.handle = blobs.handle)"
+                )
+                names = [name for (name,) in run(f"SELECT DISTINCT name {unneeded}")]
+                run(f"DELETE {unneeded}")
+            self._remove_unneeded(names)
+
+    def _drop_oldest(self, run: Any) -> None:
+        (total,) = run("SELECT COALESCE(SUM(bytes), 0) FROM blobs").fetchone()
+        oldest = run(  # rows are numbered as they are written, whatever the clock does
+            "SELECT r.workspace, r.handle, COALESCE(SUM(b.bytes), 0) FROM records r "
+            "LEFT JOIN blobs b USING (workspace, handle) GROUP BY 1, 2 ORDER BY r.rowid"
+        ).fetchall()
+        for workspace, handle, size in oldest:
+            if total <= self._max_bytes:
+                break
+            run("DELETE FROM records WHERE workspace = ? AND handle = ?", workspace, handle)
+            total -= size
+
+    def _remove_unneeded(self, names: list[str]) -> None:
+        """Remove those of the files that no record needs any more; after the commit."""
+        for name in names:
+            with self._typed():
+                if not self._database.execute(
+                    "SELECT 1 FROM blobs WHERE name = ?", (name,)
+                ).fetchone():
+                    self._blob_path(name).unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Remove files that a killed process wrote without their row."""
+        needed = {name for (name,) in self.rows("SELECT DISTINCT name FROM blobs")}
+        with self._typed():
             for path in self.folder.glob("blobs/*/*"):
                 if path.name not in needed:
                     path.unlink(missing_ok=True)
@@ -136,27 +170,36 @@ class StateStore:
         return data
 
     def write(self, row: _Row, numbers: dict[str, int], blobs: list[bytes]) -> None:
-        """Keep a record with the bytes it needs, all or nothing."""
-        with self._transaction() as run:  # its lock keeps prune() from files without a row yet
-            for blob in blobs:
-                self._write_blob(blob)
-            run(
-                "INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?, ?, ?, ?)",
-                *(row.workspace, row.handle, row.kind, row.number, row.image),
-                *(time.time(), row.data),
-            )
-            run("DELETE FROM blobs WHERE workspace = ? AND handle = ?", row.workspace, row.handle)
-            for blob in blobs:
-                values = row.workspace, row.handle, _blob_name(blob), len(blob)
-                run("INSERT INTO blobs VALUES (?, ?, ?, ?)", *values)
-            run(
-                "INSERT INTO workspaces VALUES (?1, ?2, ?3) ON CONFLICT (key) DO UPDATE SET "
-                "img = MAX(img, ?2), obj = MAX(obj, ?3)",
-                *(row.workspace, numbers["img"], numbers["obj"]),
-            )
+        """Keep a record with the bytes it needs, all or nothing.
+
+        Raises:
+            StorageError: the disk is full, or the folder was removed.
+        """
+        with self._lock:  # keeps prune() from files without a row yet
+            self._check_folder()
+            with self._transaction() as run:
+                for blob in blobs:
+                    self._write_blob(blob)
+                run(
+                    "INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    *(row.workspace, row.handle, row.kind, row.number, row.image),
+                    *(time.time(), row.data),
+                )
+                of_record = "FROM blobs WHERE workspace = ? AND handle = ?"
+                former = list(run(f"SELECT name {of_record}", row.workspace, row.handle))
+                run(f"DELETE {of_record}", row.workspace, row.handle)
+                for blob in blobs:
+                    values = row.workspace, row.handle, _blob_name(blob), len(blob)
+                    run("INSERT INTO blobs VALUES (?, ?, ?, ?)", *values)
+                run(
+                    "INSERT INTO workspaces VALUES (?1, ?2, ?3) ON CONFLICT (key) DO UPDATE SET "
+                    "img = MAX(img, ?2), obj = MAX(obj, ?3)",
+                    *(row.workspace, numbers["img"], numbers["obj"]),
+                )
+            self._remove_unneeded([name for (name,) in former])
             self._writes += 1
-        if self._writes % _PRUNE_EVERY == 0:
-            self.prune()
+            if self._writes % _PRUNE_EVERY == 0:
+                self.prune()
 
     def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """Answers to a query."""
@@ -168,8 +211,24 @@ class StateStore:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             scratch = path.with_suffix(".part")
-            scratch.write_bytes(data)
-            scratch.replace(path)
+            try:
+                scratch.write_bytes(data)
+                scratch.replace(path)
+            finally:
+                scratch.unlink(missing_ok=True)
+
+    def _check_folder(self) -> None:
+        """A database that was deleted can still be written to, but nobody will find it again."""
+        try:
+            there = self._database_file.stat().st_ino == self._inode
+        except OSError:
+            there = False
+        if not there:
+            raise StorageError(
+                f"the state in {self.folder} was removed while it was in use",
+                hint="Restart the server: its handles from before are lost.",
+                retryable=False,
+            )
 
     def _blob_path(self, name: str) -> Path:
         return self.folder / "blobs" / name[:2] / name
@@ -182,7 +241,8 @@ class StateStore:
                 yield lambda query, *values: self._database.execute(query, values)
                 self._database.execute("COMMIT")
             except BaseException:
-                self._database.execute("ROLLBACK")
+                if self._database.in_transaction:  # SQLite has rolled back if its disk is full
+                    self._database.execute("ROLLBACK")
                 raise
 
     @contextmanager
