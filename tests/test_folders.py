@@ -12,6 +12,8 @@ from sam4mllm_tool.errors import AccessDenied, ImageError, InputError, StorageEr
 from sam4mllm_tool.images import folders as module
 from sam4mllm_tool.images.access import ImagePolicy
 from sam4mllm_tool.images.folders import read_file, write_file
+from sam4mllm_tool.images.sources import expand_sources
+from sam4mllm_tool.tools.workspace import Workspace
 
 
 @pytest.fixture
@@ -129,6 +131,10 @@ def test_where_and_what_may_be_written(places):
         (inside, "a\\b.png"),
         (inside, "a\0.png"),
         (inside, "x" * 300),
+        (Path("~no such user/inside"), "m.png"),
+        (inside / "a\0b", "m.png"),
+        (inside / "\ud800", "m.png"),
+        (inside / ("x" * 300), "m.png"),
         (inside / "sub" / "a.png", "m.png"),
     ]:
         with pytest.raises(InputError) as caught:
@@ -136,6 +142,20 @@ def test_where_and_what_may_be_written(places):
         assert caught.value.hint
     anywhere = ImagePolicy(output_dirs=None)
     assert write_file(outside / "deep" / "er", "m.png", b"y", anywhere).read_bytes() == b"y"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["~no such user/a.png", "a\0.png", "\ud800.png", "x" * 300, "../outside/a.png", "x/" * 3000],
+)
+def test_paths_that_are_none_are_typed_errors(places, name):
+    inside, _ = places
+    policy = ImagePolicy(allowed_dirs=(inside,))
+    for path in (name, f"{inside}/{name}", f"file://{inside}/{name}"):
+        with pytest.raises(InputError) as caught:
+            Workspace(policy).open_image(path)
+        assert caught.value.hint
+    assert expand_sources([name, "x" * 5000]) == [name, "x" * 5000]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

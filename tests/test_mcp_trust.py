@@ -25,7 +25,8 @@ from sam4mllm_tool.errors import Busy, CallTimeout, InputError
 from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.testing import ColourSegmenter, TruthfulMllm
 
-ROOT = Path(__file__).parents[1]
+HERE = Path(__file__).parent
+ROOT = HERE.parent
 
 
 @asynccontextmanager
@@ -358,6 +359,57 @@ async def test_requests_that_dawdle_are_ended():
     finally:
         running.should_exit = True
         await asyncio.to_thread(thread.join)
+
+
+def test_the_client_library_gives_up_idle_connections_before_the_server_does():
+    """Else the server closes a connection just as a request is sent on it, and the call is lost."""
+    from sam4mllm_integrations.mcp_http import HttpSettings
+    from sam4mllm_integrations.mcp_serving import HttpServer
+    from sam4mllm_integrations.mcp_tools import ToolServer
+
+    served = HttpServer(ToolServer(lambda: None), HttpSettings())
+    assert served.config.timeout_keep_alive > 2 * httpx2.Limits().keepalive_expiry
+
+
+async def test_a_connection_without_a_token_is_not_kept(model):
+    with over_http(lambda: model, token="secret") as url:
+        received, _ = await _raw(url, HEAD + b"Content-Length: 2\r\n\r\n{}", 10)
+    assert received.startswith(b"HTTP/1.1 401")
+
+
+def test_stages_are_spans_of_the_call(model, blocks_file, tmp_path):
+    """With the SDK of OpenTelemetry, in a process of its own: a provider is set once."""
+    code = f"""
+import asyncio, json
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+exported = InMemorySpanExporter()
+provider = TracerProvider()
+provider.add_span_processor(SimpleSpanProcessor(exported))
+trace.set_tracer_provider(provider)
+from mcp import Client
+from blocks_stdio_server import load
+from sam4mllm_integrations.mcp_server import ToolServer
+async def main():
+    async with Client(ToolServer(load, [{str(tmp_path)!r}]).server) as client:
+        arguments = {{"image": {str(blocks_file)!r}, "expression": "the red block"}}
+        await client.call_tool("segment_object", arguments)
+asyncio.run(main())
+print(json.dumps([json.loads(span.to_json()) for span in exported.get_finished_spans()]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0, done.stderr
+    spans = json.loads(done.stdout)
+    stages = [span for span in spans if "sam4mllm.tool" in span["attributes"]]
+    assert [span["name"] for span in stages] == ["locate", "points", "image embedding", "mask"]
+    ends = [span["end_time"] for span in stages]
+    assert [span["start_time"] for span in stages][1:] == ends[:-1]  # one after the other
+    (call,) = [s for s in spans if s["context"]["span_id"] == stages[0]["parent_id"]]
+    assert "segment_object" in call["name"]
+    assert {span["parent_id"] for span in stages} == {call["context"]["span_id"]}
+    assert {span["attributes"]["sam4mllm.tool"] for span in stages} == {"segment_object"}
 
 
 async def test_health_readiness_metrics_and_the_log(model, blocks_file, caplog):

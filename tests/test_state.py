@@ -141,13 +141,18 @@ def test_the_clock_may_be_set_back(store, monkeypatch):
 
 def test_a_new_value_leaves_nothing_of_the_former_one(store, model, blocks_file):
     tools = Toolbox(model, Workspace(state=store.workspace("a")))
-    tools.call("segment_object", {"image": str(blocks_file), "expression": "the red block"})
+    for _ in range(2):  # two objects with the same logits share a file
+        tools.call("segment_object", {"image": str(blocks_file), "expression": "the red block"})
     before = {path.name for path in store.folder.glob("blobs/*/*")}
-    refined = {"object_id": "obj_1", "box": [10, 54, 50, 114]}
-    tools.call("segment_with_prompts", refined)
+    for handle, expected in (("obj_1", 3), ("obj_2", 2)):
+        record = tools.workspace.object(handle)
+        drawn = replace(record.drawn, logits=record.drawn.logits + 1)
+        tools.workspace.update_object(replace(record, drawn=drawn))
+        assert len(list(store.folder.glob("blobs/*/*"))) == expected
     after = {path.name for path in store.folder.glob("blobs/*/*")}
-    assert len(before) == len(after) == 2 and before != after
-    assert Workspace(state=store.workspace("a")).object("obj_1").drawn is not None
+    assert len(before) == 2 and len(before & after) == 1
+    kept_object = Workspace(state=store.workspace("a")).object("obj_1")
+    assert np.array_equal(kept_object.drawn.logits, drawn.logits)
 
 
 def test_a_folder_that_is_removed_while_it_is_used_is_said(store):

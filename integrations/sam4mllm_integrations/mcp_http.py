@@ -44,7 +44,12 @@ class HttpSettings:
         allowed_origins: web pages whose requests are served, as ``https://name[:port]``.
         max_body: bound on a request's body; by default a picture of ``max_bytes`` as a data URI.
         bodies_bytes: bound on the bodies of all requests together.
-        header_seconds, body_seconds: how long a request's headers and body may take.
+        header_seconds, body_seconds: how long a request's headers and body may take; the headers'
+            time begins with the connection, and a client that is short of time itself may take long
+            to send them.
+        keep_alive_seconds: how long a connection may be idle between requests. Clients give up idle
+            connections after 5 s (HTTPX); the server must not be first, or it closes one just as a
+            request is sent on it.
         connections: bound on connections, before anyone has shown a token.
     """
 
@@ -55,8 +60,9 @@ class HttpSettings:
     allowed_origins: Sequence[str] = ()
     max_body: int | None = None
     bodies_bytes: int = 1024**3
-    header_seconds: float = 10.0
+    header_seconds: float = 60.0
     body_seconds: float = 60.0
+    keep_alive_seconds: int = 30
     connections: int = 2048
 
 
@@ -132,7 +138,9 @@ class Gate:
         headers = Headers(scope=scope)
         if not self._admitted(scope, headers):
             refusal = PlainTextResponse(
-                "A bearer token is needed.", 401, {"WWW-Authenticate": "Bearer"}
+                "A bearer token is needed.",
+                401,
+                {"WWW-Authenticate": "Bearer", "Connection": "close"},
             )
             await refusal(scope, receive, send)
             return

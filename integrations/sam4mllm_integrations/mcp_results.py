@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mcp_types as types
 from mcp.shared.exceptions import MCPError
 
-from sam4mllm_integrations._shared import ToolReply
 from sam4mllm_integrations.mcp_masks import mask_links
 from sam4mllm_tool.errors import BackendError, Busy, InputError
+
+if TYPE_CHECKING:
+    from sam4mllm_integrations._shared import ToolReply
 
 TRACE = "sam4mllm/trace"
 """In a request's ``_meta``: ask for the trace. In the result's: the trace, masks as COCO RLE.

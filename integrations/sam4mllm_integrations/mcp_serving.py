@@ -62,6 +62,7 @@ class HttpServer(uvicorn.Server):
                 port=settings.port,
                 http=Connection,
                 limit_concurrency=settings.connections,
+                timeout_keep_alive=settings.keep_alive_seconds,
                 timeout_graceful_shutdown=_SECONDS_FOR_LAST_BYTES,
                 log_level="warning",
             )

@@ -81,7 +81,7 @@ class Watch:
             call.stage("")
             self._calls.labels(tool, call.outcome).inc()
             self._seconds.labels(tool).observe(seconds)
-            stages = self._note_stages(call)
+            stages = self._note_stages(tool, call)
             logger.info(
                 json.dumps(
                     {
@@ -101,10 +101,12 @@ class Watch:
         """All metrics in Prometheus' text format, and its media type."""
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
 
-    def _note_stages(self, call: CallWatch) -> dict[str, float]:
+    def _note_stages(self, tool: str, call: CallWatch) -> dict[str, float]:
         spent: dict[str, float] = {}
+        names = {"sam4mllm.tool": tool, "sam4mllm.request_id": call.request_id}
         for (name, begin), (_, end) in itertools.pairwise(call.stages):
-            _tracer.start_span(name, start_time=begin).end(end_time=end)
+            # Children of the SDK's span of the call, which is the current one here.
+            _tracer.start_span(name, attributes=names, start_time=begin).end(end_time=end)
             spent[name] = round(spent.get(name, 0.0) + (end - begin) / 1e9, 4)
         for name, seconds in spent.items():
             self._stage_seconds.labels(name).observe(seconds)

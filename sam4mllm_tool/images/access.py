@@ -50,14 +50,16 @@ def resolve_inside(
 ) -> tuple[Path, Path | None]:
     """``path`` without links, and the allowed folder it lies in (``None`` if any path is allowed).
 
+    ``~`` and ``~user`` at its beginning are home folders.
+
     Raises:
         AccessDenied: it lies in none of them.
         ImageError: no path at all.
     """
     try:
-        resolved = path.resolve()
+        resolved = path.expanduser().resolve()
         folders = None if allowed is None else [folder.resolve() for folder in allowed]
-    except (OSError, RuntimeError, ValueError) as error:  # symlink loop, NUL character
+    except (OSError, RuntimeError, ValueError) as error:  # NUL, no such user
         raise ImageError(
             f"Not a usable path: {str(path)[:120]!a}.", hint="Check the path."
         ) from error

@@ -37,7 +37,7 @@ def read_file(path: Path, policy: ImagePolicy) -> bytes:
     """
     shown = ascii(str(path)[:120])
     try:
-        resolved, root = resolve_inside(path.expanduser(), policy.allowed_dirs, "read")
+        resolved, root = resolve_inside(path, policy.allowed_dirs, "read")
         with _opened_folder(resolved.parent, root) as (folder, at):
             descriptor = os.open(folder / resolved.name, _READ, dir_fd=at)
         with os.fdopen(descriptor, "rb") as file:
@@ -46,10 +46,9 @@ def read_file(path: Path, policy: ImagePolicy) -> bytes:
                 raise ImageError(f"Not a file: {shown}.", hint="Give the path of a file.")
             check_bytes(status.st_size, policy)
             data = file.read(policy.max_bytes + 1)
-    except (OSError, RuntimeError) as error:  # no home folder is a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error)
+    except OSError as error:
         raise ImageError(
-            f"Cannot read {shown}: {reason}.",
+            f"Cannot read {shown}: {error.strerror or error}.",
             hint="Check that the path is right and the file can be read.",
         ) from error
     check_bytes(len(data), policy)
@@ -66,7 +65,7 @@ def write_file(folder: str | Path, name: str, data: bytes, policy: ImagePolicy) 
         StorageError: there is no room; nothing is left of the file.
     """
     _check_name(name)
-    target, root = resolve_inside(Path(folder).expanduser(), policy.output_dirs, "write")
+    target, root = resolve_inside(Path(folder), policy.output_dirs, "write")
     try:
         with _opened_folder(target, root, create=True) as (inside, at):
             for free in _names(name):

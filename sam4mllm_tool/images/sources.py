@@ -40,8 +40,8 @@ def expand_sources(sources: Iterable[str]) -> list[str]:
     """
     found: dict[str, None] = {}
     for source in sources:
-        if not _is_address(source) and Path(source).expanduser().is_dir():
-            found |= dict.fromkeys(map(str, pictures_below(Path(source).expanduser())))
+        if (folder := _folder(source)) is not None:
+            found |= dict.fromkeys(map(str, pictures_below(folder)))
         elif not _is_address(source) and glob.has_magic(source) and not Path(source).exists():
             found |= dict.fromkeys(_fitting(source))
         else:
@@ -59,6 +59,17 @@ def _fitting(pattern: str) -> list[str]:
     if not fitting:
         raise InputError(f"no picture matches {pattern!r}", hint="Check the pattern.")
     return fitting
+
+
+def _folder(source: str) -> Path | None:
+    """The folder of that name, if there is one."""
+    if _is_address(source):
+        return None
+    try:
+        path = Path(source).expanduser()
+        return path if path.is_dir() else None
+    except (OSError, RuntimeError):  # too long for a path, no such user
+        return None
 
 
 def _is_address(source: str) -> bool:

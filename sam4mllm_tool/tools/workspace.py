@@ -90,7 +90,7 @@ class Workspace:
                 return self._images[known]
         loaded = load_image(source, self.policy)
         label = str(source)[:200] if isinstance(source, str | Path) else type(source).__name__
-        label = "data URI" if label.startswith("data:") else label
+        label = "data URI" if label.lstrip()[:5].lower() == "data:" else label
         with self._lock:
             record = self._keep_image(loaded.image, label, loaded.notes)
             if key:
@@ -182,7 +182,7 @@ class Workspace:
             return None
         if not isinstance(source, str | Path):
             return None
-        path = readable_path(Path(source).expanduser(), self.policy)
+        path = readable_path(Path(source), self.policy)
         try:
             status = path.stat()
         except OSError:
