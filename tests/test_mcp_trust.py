@@ -319,6 +319,16 @@ async def test_the_largest_picture_fits_into_a_request(model, rng):
         assert answer.status_code == 413
 
 
+@pytest.mark.parametrize("version", [{}, {"mcp-protocol-version": "2026-07-28"}])
+def test_a_request_of_very_many_values_is_refused_before_it_is_parsed(model, version):
+    """80 MB of brackets would become 2 GB of lists, made while every other client waits."""
+    many = b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":[' + b"[]," * 150_000 + b"0]}}"
+    with over_http(lambda: model) as url:
+        answer = httpx2.post(url, content=many, headers=ACCEPT | version)
+        assert (answer.status_code, answer.text) == (413, "Too many values.")
+        assert httpx2.get(url.replace("/mcp", "/health")).text == "alive"
+
+
 async def _raw(url: str, sent: bytes, seconds: float) -> tuple[bytes, float]:
     """What comes back for some bytes, and after how long the connection is closed."""
     host, _, port = url.removeprefix("http://").removesuffix("/mcp").partition(":")

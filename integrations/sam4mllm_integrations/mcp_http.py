@@ -31,6 +31,12 @@ CLIENT_COOKIE = "sam4mllm_client"
 _COOKIE_RULES = f"Path={PATH}; HttpOnly; SameSite=Strict"
 _OPEN_PATHS = {"/health", "/ready"}
 
+_MOST_VALUES = 100_000
+"""Bound on what a request's JSON holds: parsed, a value takes 20 times its characters.
+
+Commas and brackets are counted; a picture's base64 has neither.
+"""
+
 
 @dataclass(frozen=True)
 class HttpSettings:
@@ -118,6 +124,10 @@ def http_app(tools: ToolServer, settings: HttpSettings | None = None) -> Starlet
     return app
 
 
+class _TooManyValues(Exception):
+    """A request's JSON would take too much time and memory to parse."""
+
+
 class Gate:
     """Everything that is settled before a request is read: who sends it, how much, how fast."""
 
@@ -200,18 +210,21 @@ class Gate:
         return send_with_cookie
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
-        """Pass the request on, with a bound on the time its body takes."""
-        status = 0
+        """Pass the request on, with bounds on the time its body takes and on what it holds."""
+        status = values = 0
         begun = anyio.current_time()
         complete = False
 
-        async def receive_in_time() -> Message:
-            nonlocal complete
+        async def receive_in_bounds() -> Message:
+            nonlocal complete, values
             if complete:
                 return await receive()
             with anyio.fail_after(begun + self._settings.body_seconds - anyio.current_time()):
                 message = await receive()
             complete = not message.get("more_body", False)
+            values += sum(map(message.get("body", b"").count, (b",", b"[", b"{")))
+            if values > _MOST_VALUES:
+                raise _TooManyValues
             return message
 
         async def send_noting(message: Message) -> None:
@@ -222,12 +235,14 @@ class Gate:
 
         try:
             with self._tools.answering(scope["method"] == "POST"):
-                await self.app(scope, receive_in_time, send_noting)
-        except TimeoutError:
-            if complete or status:
+                await self.app(scope, receive_in_bounds, send_noting)
+        except (TimeoutError, _TooManyValues) as error:
+            many = isinstance(error, _TooManyValues)
+            if status or (complete and not many):
                 raise
-            slow = PlainTextResponse("The body came too slowly.", 408, {"Connection": "close"})
-            await slow(scope, receive, send)
+            code, text = (413, "Too many values.") if many else (408, "The body came too slowly.")
+            refusal = PlainTextResponse(text, code, {"Connection": "close"})
+            await refusal(scope, receive, send)
         session = headers.get("mcp-session-id")
         if scope["method"] == "DELETE" and session and 200 <= status < 300:
             self._tools.forget(session_key(session))
