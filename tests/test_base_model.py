@@ -20,12 +20,14 @@ from recipes.embedded_mllm.model import BaseShape, build_model, build_tokenizer
 from recipes.embedded_mllm.packing import Packer
 from recipes.embedded_mllm.scenes import BaseScene, Reference, Thing
 from recipes.embedded_mllm.vision import FLAGS, fourier, patch_answers
-from recipes.embedded_mllm.world import questions_of, words_of
+from recipes.embedded_mllm.world import known_words, names_of, questions_of, words_of
 from sam4mllm_tool import embedded
 from sam4mllm_tool.evaluation.scenes import scene_cases
 from sam4mllm_tool.geometry import box_iou
 from sam4mllm_tool.mllm import load_mllm
 from sam4mllm_tool.pipeline.model import Sam4MLLM
+from sam4mllm_tool.scenes import wording
+from sam4mllm_tool.scenes.sprites import functions
 from sam4mllm_tool.scenes.world import ALIKE_WORLD, SMALL_WORLD
 from sam4mllm_tool.testing import ColourSegmenter
 from sam4mllm_tool.types import Box, TargetCount
@@ -72,6 +74,26 @@ def test_any_text_survives_the_tokenizer() -> None:
     inner = tokenizer("</s><image>", add_special_tokens=False, split_special_tokens=True)
     assert not set(inner["input_ids"]) & set(tokenizer.all_special_ids)
     assert tokenizer.decode(inner["input_ids"]) == "</s><image>"
+
+
+def test_held_out_wordings_are_new_sentences_of_known_words():
+    def of(value, wording):
+        if isinstance(value, dict):
+            return {text for part in value.values() for text in of(part, wording)}
+        return set(getattr(value, wording, ()))
+
+    constants = {k: v for k, v in vars(wording).items() if k.isupper() and k != "ABSENT"}
+    trained, held = (
+        {t for v in constants.values() for t in of(v, w)} for w in ("train", "held_out")
+    )
+    for name in names_of(SMALL_WORLD):
+        trained |= {*functions().get(name, ())}
+        held |= {*functions("held-out").get(name, ())}
+    assert len(held) > 100 and not trained & held
+    words = {*known_words(SMALL_WORLD), "t"}  # of "isn't"
+    for text in held:
+        told = re.sub(r"\{\w+\}", "", text).lower()
+        assert {*re.findall("[a-z]+", told)} <= words, text
 
 
 def test_numbers_and_answers_are_single_tokens() -> None:

@@ -185,7 +185,8 @@ def _other_than(scene: Scene, say: Speaker) -> Iterator[ReferringExpression]:
         noun = say.rng.choice([*kinds, "object", "thing"])
         left = tuple(n for n in classes.get(noun, everything) if n not in mine)
         words = {"n": name, "p": plurals()[name], "x": noun, "y": w.CLASSES[noun]}
-        wordings = w.OTHERS if len(left) > 1 else w.OTHER
+        one = w.OTHER if noun in classes else w.SOMETHING
+        wordings = w.OTHERS if len(left) > 1 else one
         yield say.say(wordings, "negation" if left else "contradicted", left, **words)
 
 

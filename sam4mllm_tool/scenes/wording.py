@@ -172,10 +172,13 @@ NOT_SEVERAL = Wordings(
 )  # fmt: skip
 OTHER = Wordings(
     ("the {x} that is not {an}", "the {x} that isn't {an}", "the {x} which is not {an}",
-     "something other than {an}", "the {x} that is not the {n}"),
-    ("the {x} which isn't {an}", "the only {x} that is not {an}", "the {x} other than {an}",
-     "something that is not {an}"),
+     "the {x} that is not the {n}"),
+    ("the {x} which isn't {an}", "the only {x} that is not {an}", "the {x} other than {an}"),
 )  # fmt: skip
+SOMETHING = Wordings(
+    (*OTHER.train, "something other than {an}"), (*OTHER.held_out, "something that is not {an}")
+)
+"""The same among things of all classes."""
 OTHERS = Wordings(
     ("the {y} that are not {p}", "all {y} that are not {p}", "every {x} that is not {an}",
      "the {y} which aren't {p}", "all {y} other than {p}"),
