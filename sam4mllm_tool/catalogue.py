@@ -125,6 +125,9 @@ _ZERO_SHOT = (
 )
 _TRY = 'sam4mllm-tool segment photo.jpg "the red apple" --out masks'
 
+FOR_PHOTOGRAPHS = f"--mllm {_ZERO_SHOT[0].name} --sam {_SEGMENTERS[0].name}"
+"""Options that name stock models, for photographs."""
+
 
 def is_hub_id(name: str) -> bool:
     """Whether a checkpoint's name can be ``OWNER/NAME`` on the hub, and not only a path."""

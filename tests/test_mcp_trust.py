@@ -291,11 +291,11 @@ def test_hosts_and_origins_can_be_allowed(model):
 def test_listening_everywhere_the_machines_names_are_good(model):
     import socket
 
-    from sam4mllm_integrations.mcp_http import HttpSettings, _names
+    from sam4mllm_integrations.hosts import served_names
 
-    names = _names(HttpSettings(host="0.0.0.0"))
+    names = served_names("0.0.0.0")
     assert {"127.0.0.1", "localhost", socket.gethostname()} <= set(names)
-    assert socket.gethostname() not in _names(HttpSettings())
+    assert socket.gethostname() not in served_names("127.0.0.1")
 
 
 async def test_the_largest_picture_fits_into_a_request(model, rng):

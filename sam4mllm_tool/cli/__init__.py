@@ -20,6 +20,7 @@ from sam4mllm_tool.cli import (
     evaluate,
     mcp,
     models,
+    playground,
     probe,
     scenes,
     schemas,
@@ -81,6 +82,7 @@ app.command("tools")(schemas.tools)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
 app.command("mcp")(mcp.mcp)
+app.command("playground")(playground.playground)
 app.command("models")(models.models)
 app.command("check")(check.check)
 app.command("scenes")(scenes.scenes)

@@ -73,10 +73,11 @@ class Workspace:
         """The highest number in a handle that was given out."""
         return max(self._numbers.values())
 
-    def open_image(self, source: Any) -> ImageRecord:
+    def open_image(self, source: Any, *, name: str = "") -> ImageRecord:
         """The image behind a handle, path, URL, data URI, bytes, PIL image or array.
 
-        The same pixels get the same handle, and an unchanged file is not decoded twice.
+        The same pixels get the same handle, and an unchanged file is not decoded twice. ``name``
+        is what a new image is called; by default its path or URL.
 
         Raises:
             ImageError, AccessDenied, UnknownHandle: as :func:`sam4mllm_tool.load_image`.
@@ -92,7 +93,7 @@ class Workspace:
         label = str(source)[:200] if isinstance(source, str | Path) else type(source).__name__
         label = "data URI" if label.lstrip()[:5].lower() == "data:" else label
         with self._lock:
-            record = self._keep_image(loaded.image, label, loaded.notes)
+            record = self._keep_image(loaded.image, name[:200] or label, loaded.notes)
             if key:
                 self._by_file[key] = record.image_id
         return record

@@ -1,0 +1,96 @@
+// The lists beside the picture: objects, relations, calls.
+
+import { describe } from "./stage.js";
+
+function element(name, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(name), properties);
+  made.append(...children);
+  return made;
+}
+
+export function drawObjects(place, objects, current, ticked, actions) {
+  const held = document.activeElement?.dataset?.key;
+  const fresh = row({ number: 0, panel: "a", name: "New object" }, current, ticked, actions);
+  place.replaceChildren(...objects.map((one) => row(one, current, ticked, actions)), fresh);
+  if (held) place.querySelector(`[data-key="${held}"]`)?.focus();
+}
+
+function row(one, current, ticked, actions) {
+  const chosen = one.number === current.number && one.panel === current.panel;
+  const made = element("div", { className: chosen ? "object chosen" : "object" });
+  const radio = element("input", { type: "radio", name: "current", checked: chosen });
+  radio.dataset.key = `choose ${one.panel}${one.number}`;
+  radio.addEventListener("change", () => actions.choose(one.number ? one : null));
+  const swatch = element("span", { className: "swatch", textContent: one.number || "+" });
+  if (one.colour) Object.assign(swatch.style, { background: one.colour, color: one.ink });
+  const name = element("span", { className: "name", textContent: one.name });
+  const head = element("div", { className: "head" }, element("label", {}, radio, swatch, name));
+  made.append(head);
+  if (!one.number) return made;
+  made.dataset.object = one.object_id;
+  const tick = element("input", { type: "checkbox", checked: ticked.has(one.object_id), disabled: !one.mask });
+  tick.dataset.key = `tick ${one.panel}${one.number}`;
+  tick.setAttribute("aria-label", `Relate object ${one.number}`);
+  tick.title = "Tick objects to compare or combine them";
+  tick.addEventListener("change", () => (tick.checked ? ticked.add(one.object_id) : ticked.delete(one.object_id)));
+  head.append(tick);
+  made.append(element("p", { className: "quiet", textContent: details(one) }));
+  if (chosen) made.append(buttons(one, actions), pointList(one));
+  return made;
+}
+
+function details(one) {
+  const parts = [one.object_id];
+  if (one.panel === "b") parts.push("side B");
+  if (one.strategy) parts.push(one.strategy);
+  if (one.score !== null) parts.push(`score ${one.score.toFixed(2)}`);
+  parts.push(one.area === null ? "no mask yet" : `${one.area} pixels`);
+  if (one.predicted_iou !== null) parts.push(`predicted IoU ${one.predicted_iou.toFixed(2)}`);
+  return parts.join(" · ");
+}
+
+function buttons(one, actions) {
+  const group = element("div", { className: "buttons" });
+  const add = (text, title, action, disabled = false) => {
+    const button = element("button", { type: "button", className: "small", textContent: text, title, disabled });
+    button.dataset.key = `${text} ${one.panel}${one.number}`;
+    button.addEventListener("click", () => action(one));
+    group.append(button);
+  };
+  add("Ask about a grid", "Ask about points spread evenly over the box", actions.ask, !one.can_be_asked);
+  add(one.mask ? "Refine" : "Draw the mask", "Draw the mask from the box and all answered points", actions.redraw);
+  add("Remove", "Take it off the page", actions.remove);
+  return group;
+}
+
+function pointList(one) {
+  const list = element("details", {}, element("summary", { textContent: `${one.points.length} points` }));
+  list.append(element("ul", {}, ...one.points.map((point) => element("li", { textContent: describe(point) }))));
+  list.hidden = !one.points.length;
+  return list;
+}
+
+export function drawRelations(place, relations, objects) {
+  const name = (id) => {
+    const one = objects.find((each) => each.object_id === id);
+    return one ? `${one.number}${one.panel === "b" ? " (B)" : ""}` : id;
+  };
+  place.replaceChildren(...relations.map((pair) => {
+    const where = pair.position.map((side) => side.replace("_", " ")).join(" and ") || "at the place of";
+    const share = (value) => `${Math.round(100 * value)} %`;
+    const gap = pair.distance === null ? "" : `, ${pair.distance} pixels apart`;
+    const text = `${name(pair.a)} is ${where} ${name(pair.b)}: IoU ${pair.iou.toFixed(2)}, ${share(pair.a_inside_b)} of it inside, ${share(pair.b_inside_a)} the other way round${gap}.`;
+    return element("li", { textContent: text });
+  }));
+}
+
+export function drawCalls(place, text) {
+  if (place.textContent !== text) place.textContent = text;
+}
+
+export function drawReplies(place, steps) {
+  place.replaceChildren(...steps.map((step) => element("li", {},
+    element("code", { textContent: step.tool }),
+    element("span", { className: "quiet", textContent: ` ${step.seconds.toFixed(2)} s` }),
+    element("p", { textContent: step.result.text }))));
+}

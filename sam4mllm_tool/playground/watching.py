@@ -1,0 +1,99 @@
+"""A pipeline that tells a listener what it finds while a call is still running."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, fields
+from typing import Any
+
+from sam4mllm_tool.concurrency import CallContext, call_context
+from sam4mllm_tool.images.loading import ImageLike
+from sam4mllm_tool.pipeline.model import Sam4MLLM
+from sam4mllm_tool.pipeline.points import Thresholds
+from sam4mllm_tool.pipeline.results import Location
+from sam4mllm_tool.types import Box, Point, PromptPoint, TargetCount
+
+Event = dict[str, Any]
+Listener = Callable[[Event], None]
+
+_listener: ContextVar[Listener | None] = ContextVar("sam4mllm_playground", default=None)
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Tell ``listener`` of stages, boxes, points and answers within the ``with`` block.
+
+    Events are ``{"event": "stage", "name"}``, ``{"event": "boxes", "boxes"}``, ``{"event":
+    "asking", "points"}`` and ``{"event": "answers", "points"}``; coordinates are pixels.
+    """
+    token = _listener.set(listener)
+    try:
+        with call_context(CallContext(lambda name: listener({"event": "stage", "name": name}))):
+            yield
+    finally:
+        _listener.reset(token)
+
+
+class WatchedModel(Sam4MLLM):
+    """The pipeline, with its steps reported to the current listener; results are the same."""
+
+    @classmethod
+    def over(cls, model: Sam4MLLM) -> WatchedModel:
+        """The same models and settings, watched."""
+        return cls(**{field.name: getattr(model, field.name) for field in fields(model)})
+
+    def locate(
+        self,
+        image: ImageLike,
+        expression: str,
+        count: TargetCount | str = TargetCount.ZERO_OR_MORE,
+        *,
+        alternates: int = 0,
+    ) -> Location:
+        """As the pipeline; the boxes are reported."""
+        return _boxes_told(super().locate(image, expression, count, alternates=alternates))
+
+    def locate_with_points(
+        self,
+        image: ImageLike,
+        expression: str,
+        count: TargetCount | str = TargetCount.ZERO_OR_MORE,
+    ) -> Location:
+        """As the pipeline; boxes and points are reported."""
+        found = _boxes_told(super().locate_with_points(image, expression, count))
+        for one in found.objects:
+            _tell({"event": "answers", "points": _points(one.points)})
+        return found
+
+    def check_points(
+        self,
+        image: ImageLike,
+        location: Location,
+        box: Box,
+        points: Sequence[Point] | None = None,
+        *,
+        thresholds: Thresholds | None = None,
+    ) -> tuple[PromptPoint, ...]:
+        """As the pipeline; the points are reported first, then the answers."""
+        asked = self.candidate_points(box, image) if points is None else points
+        _tell({"event": "asking", "points": [{"x": p.x, "y": p.y} for p in asked]})
+        answers = super().check_points(image, location, box, asked, thresholds=thresholds)
+        _tell({"event": "answers", "points": _points(answers)})
+        return answers
+
+
+def _boxes_told(found: Location) -> Location:
+    _tell({"event": "boxes", "boxes": [list(one.box) for one in found.objects]})
+    return found
+
+
+def _points(points: Sequence[PromptPoint]) -> list[dict[str, Any]]:
+    return [{**asdict(point), "label": point.label.value} for point in points]
+
+
+def _tell(event: Event) -> None:
+    listener = _listener.get()
+    if listener is not None:
+        listener(event)
