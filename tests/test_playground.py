@@ -27,6 +27,8 @@ from sam4mllm_tool.playground.gallery import gallery
 from sam4mllm_tool.playground.gate import Address
 from sam4mllm_tool.playground.view import About
 from sam4mllm_tool.playground.watching import WatchedModel
+from sam4mllm_tool.protocols import MaskCandidate
+from sam4mllm_tool.testing import ColourSegmenter
 from sam4mllm_tool.tools.toolbox import Toolbox
 from sam4mllm_tool.types import Mask
 
@@ -347,11 +349,25 @@ def exif_turned(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+class BoxFiller(ColourSegmenter):
+    """Draws the whole box: quick on large pictures."""
+
+    def predict(self, image, prompts):
+        return [(self._filled(image, prompt),) for prompt in prompts]
+
+    def _filled(self, image, prompt):
+        pixels = np.zeros((image.height, image.width), bool)
+        x0, y0, x1, y1 = map(round, prompt.box)
+        pixels[y0:y1, x0:x1] = True
+        return MaskCandidate(Mask(pixels), np.zeros((256, 256), np.float32), 0.9)
+
+
 def test_a_large_photograph_is_scaled_for_display_only(model, blocks, truth):
     """12 megapixels, stored on its side: points and boxes are pixels of the upright original."""
     big = blocks.pil.resize((4400, 2640), Image.Resampling.NEAREST)
     red = Mask((np.asarray(big) == (214, 40, 40)).all(axis=2))
-    model = replace(model, mllm=replace(model.mllm, truth={"the red block": [red]}))
+    mllm = replace(model.mllm, truth={"the red block": [red]})
+    model = replace(model, mllm=mllm, segmenter=BoxFiller())
     browser = TestClient(application(model), base_url=HERE)
     picture = upload(browser, exif_turned(big), "IMG_0001.JPG")["picture"]
     assert (picture["width"], picture["height"]) == (4400, 2640)
@@ -361,7 +377,14 @@ def test_a_large_photograph_is_scaled_for_display_only(model, blocks, truth):
     assert np.allclose(one["box"], np.array(RED_BOX) * 22, atol=5)
     assert pixels(browser, one["mask"]).shape[:2] == (1229, 2048)
     assert pixels(browser, "/save/obj_1.png").shape == (2640, 4400)
-    assert one["area"] == pytest.approx(red.area, rel=0.01)  # JPEG blurs the edges
+    width, height = one["box"][2] - one["box"][0], one["box"][3] - one["box"][1]
+    assert one["area"] == pytest.approx(width * height, rel=0.01)
+    point = {"object_id": "obj_1", "points": [{"x": 4399.5, "y": 2600}, {"x": 2000, "y": 500}]}
+    answers = call(browser, "is_point_inside_object", point)[-1]["result"]["points"]
+    assert [(p["x"], p["answer"], p["in_mask"]) for p in answers] == [
+        (4399.5, "outside", False),
+        (2000, "inside", True),
+    ]
 
 
 @pytest.mark.parametrize("kind", ["16 bit", "CMYK"])
@@ -410,7 +433,9 @@ def test_the_models_are_loaded_in_the_script_as_they_were_on_the_command_line():
 def test_the_embedded_models_say_what_photographs_need(model):
     from playground_server import playground
 
-    notes = replace(model.mllm.notes, caution="demo models: they know drawn scenes only")
+    notes = model.mllm.notes.model_copy(
+        update={"caution": "demo models: they know drawn scenes only"}
+    )
     cautious = replace(model, mllm=replace(model.mllm, notes=notes))
     with playground(cautious) as url:
         about = httpx.get(f"{url}settings").json()["about"]

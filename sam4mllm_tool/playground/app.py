@@ -6,7 +6,6 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +27,7 @@ from sam4mllm_tool.playground.gallery import Offer
 from sam4mllm_tool.playground.gate import SESSION, Address, Gate
 from sam4mllm_tool.playground.sessions import Session, Sessions
 from sam4mllm_tool.playground.view import About, page_state
-from sam4mllm_tool.playground.watching import listening
+from sam4mllm_tool.playground.watching import Event, listening
 from sam4mllm_tool.tools.toolbox import Toolbox
 
 STATIC = Path(__file__).parent / "static"
@@ -199,7 +198,7 @@ class Playground:
 
     async def _events(self, session: Session, key: str, call: Call) -> AsyncIterator[str]:
         """Events as the call goes on; a browser that goes away cancels it."""
-        queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        queue: asyncio.Queue[Event] = asyncio.Queue()
         task = asyncio.create_task(self._run(session, key, call, queue))
         try:
             while True:
@@ -211,10 +210,13 @@ class Playground:
             task.cancel()
 
     async def _run(
-        self, session: Session, key: str, call: Call, queue: asyncio.Queue[dict[str, Any]]
+        self, session: Session, key: str, call: Call, queue: asyncio.Queue[Event]
     ) -> None:
         loop = asyncio.get_running_loop()
-        tell = partial(loop.call_soon_threadsafe, queue.put_nowait)
+
+        def tell(event: Event) -> None:  # the models run in another thread
+            loop.call_soon_threadsafe(queue.put_nowait, event)
+
         tell({"event": "stage", "name": "waiting"})
         try:
             with deadline(self.limits.call_seconds), listening(tell):

@@ -64,7 +64,7 @@ class Board:
             shown = tuple(refined if one is former else one for one in self.shown)
             return replace(board, shown=shown, relations=())
         for object_id in new:
-            added = Shown(object_id, board._free_number(panel), panel, trace)
+            added = Shown(object_id, board._number_for(panel, trace), panel, trace)
             board = replace(board, shown=(*board.shown, added))
         return board
 
@@ -77,13 +77,20 @@ class Board:
         """The object of that handle, if it is on the page."""
         return next((one for one in self.shown if one.object_id == object_id), None)
 
-    def _free_number(self, panel: str) -> int:
-        """The first number, from 1, that no object of the panel has.
+    def _number_for(self, panel: str, trace: Trace | None) -> int:
+        """The first number that no object of the panel has.
 
-        Both panels begin with 1, so that what is compared has the same colour.
+        On the right side it is the number of the object on the left that the same expression
+        found, so that what is compared has the same colour.
         """
         used = {one.number for one in self.shown if one.panel == panel}
-        return next(n for n in range(1, len(used) + 2) if n not in used)
+        alike = [
+            one.number
+            for one in self.shown
+            if one.panel != panel and one.trace and trace
+            if one.trace.expression == trace.expression
+        ]
+        return next(n for n in (*alike, *range(1, len(used) + 2)) if n not in used)
 
 
 def named_handles(value: Any) -> Iterator[tuple[str, str]]:

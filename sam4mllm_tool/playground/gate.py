@@ -20,7 +20,7 @@ SESSION = "sam4mllm.session"
 
 _HEADERS = {
     # The page is ours alone: nothing from elsewhere, no frame around it.
-    "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; "
+    "content-security-policy": "default-src 'self'; img-src 'self'; "
     "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",

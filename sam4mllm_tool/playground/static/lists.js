@@ -76,10 +76,12 @@ export function drawRelations(place, relations, objects) {
     return one ? `${one.number}${one.panel === "b" ? " (B)" : ""}` : id;
   };
   place.replaceChildren(...relations.map((pair) => {
-    const where = pair.position.map((side) => side.replace("_", " ")).join(" and ") || "at the place of";
+    const [a, b] = [name(pair.a), name(pair.b)];
+    const where = pair.position.filter((side) => side !== "overlapping").map((side) => side.replace("_", " ")).join(" and ");
+    const relation = pair.position.includes("overlapping") || !where ? `${a} overlaps ${b}` : `${a} is ${where} ${b}`;
     const share = (value) => `${Math.round(100 * value)} %`;
-    const gap = pair.distance === null ? "" : `, ${pair.distance} pixels apart`;
-    const text = `${name(pair.a)} is ${where} ${name(pair.b)}: IoU ${pair.iou.toFixed(2)}, ${share(pair.a_inside_b)} of it inside, ${share(pair.b_inside_a)} the other way round${gap}.`;
+    const gap = pair.distance ? `, ${pair.distance} pixels apart` : "";
+    const text = `${relation}${gap}: IoU ${pair.iou.toFixed(3)}; ${share(pair.a_inside_b)} of ${a} lies in ${b}, ${share(pair.b_inside_a)} of ${b} in ${a}.`;
     return element("li", { textContent: text });
   }));
 }

@@ -52,6 +52,8 @@ function draw() {
   drawRelations($("relations"), state.relations, state.objects);
   drawCalls($("code"), state[form()]);
   drawReplies($("replies"), state.steps);
+  $("no-calls").hidden = state.steps.length > 0;
+  for (const id of ["reply-list", "code", "code-form"]) $(id).hidden = !state.steps.length;
   drawSaving(two);
   drawSuggestions();
   $("relate").hidden = state.objects.length < 2;
@@ -82,7 +84,7 @@ function drawSaving(two) {
   $("save").hidden = !links.length;
   $("save-links").replaceChildren(...links.map(([text, file]) => {
     const link = document.createElement("a");
-    link.className = "button";
+    link.className = "button small";
     link.href = `/save/${file}`;
     link.download = "";
     link.textContent = text;
@@ -118,6 +120,10 @@ function drawGallery() {
     button.addEventListener("click", () => openPicture(() => api.post("/choose", { name: String(number) })));
     return button;
   }));
+}
+
+function capitalised(text) {
+  return text.charAt(0).toUpperCase() + text.slice(1);
 }
 
 // -- what happens -------------------------------------------------------------------------------
@@ -243,6 +249,7 @@ function segment() {
   return attempt("question", async (signal) => {
     needPicture();
     const args = question();
+    if (matchMedia("(max-width: 48rem)").matches) $("stages").scrollIntoView();
     const panels = $("compare").checked ? ["a", "b"] : ["a"];
     const found = [];
     for (const panel of panels) {
@@ -454,7 +461,7 @@ async function start() {
     settings.b.choose("box_only");
     $("models").textContent = `${about.mllm} + ${about.segmenter}`;
     $("caution").hidden = !about.caution;
-    $("caution-text").textContent = `${about.caution.split(";")[0]}.`;
+    $("caution-text").textContent = capitalised(`${about.caution.split(";")[0]}.`);
     $("caution-command").textContent = about.command;
     $("address-form").hidden = !common.network;
     wire();

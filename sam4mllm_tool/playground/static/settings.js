@@ -21,7 +21,7 @@ export class Settings {
     this.strategy.value = defaults.strategy;
     fieldset.append(
       legend,
-      labelled("Strategy", this.strategy),
+      labelled("Strategy", this.strategy, "column"),
       labelled("Points to ask about", this.points),
       labelled("Inside above p_yes", this.inside),
       labelled("Outside above p_no", this.outside),
@@ -68,9 +68,9 @@ function number(attributes) {
   return input;
 }
 
-function labelled(text, input) {
+function labelled(text, input, kind = "line") {
   const label = document.createElement("label");
-  label.className = "line";
+  label.className = kind;
   label.append(text, input);
   return label;
 }
