@@ -18,6 +18,7 @@
         ├── DeviceOutOfMemory    the device is too small for the checkpoint or the picture
         ├── ProbabilitiesMissing an endpoint that does not return the logprobs we need
         ├── EndpointError        an endpoint that cannot be reached or answers with an error
+        ├── ClusterError         no Ray cluster, too small a one, or its workers keep dying
         ├── StorageError         a full disk, or a folder that cannot be written
         ├── Busy                 too many requests at once; carries ``retry_after``
         └── CallTimeout          a call took longer than its deadline
@@ -45,6 +46,10 @@ class Sam4MllmError(Exception):
         super().__init__(message)
         self.hint = hint
         self.retryable = self.retryable_by_default if retryable is None else retryable
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors go from process to process, whatever their constructors ask for."""
+        return _same_error, (type(self), self.args, self.__dict__)
 
     @property
     def message(self) -> str:
@@ -137,6 +142,10 @@ class EndpointError(BackendError):
     retryable_by_default = True
 
 
+class ClusterError(BackendError):
+    """A Ray cluster cannot be reached, is too small, or its workers keep dying."""
+
+
 class StorageError(BackendError):
     """A file cannot be written: the disk is full, or access is denied."""
 
@@ -161,6 +170,12 @@ class CallTimeout(BackendError):
     """A call took longer than its deadline and was stopped."""
 
     retryable_by_default = True
+
+
+def _same_error(kind: type[Sam4MllmError], args: tuple[Any, ...], state: dict[str, Any]) -> Any:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 def nearest(name: str, known: Iterable[str], what: str) -> str:

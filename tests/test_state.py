@@ -1,6 +1,7 @@
 """Workspaces on disk: everything comes back as it was, also after ``kill -9``."""
 
 import errno
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,9 +102,102 @@ def test_what_is_old_or_too_much_expires_and_its_handle_is_not_given_again(store
     store.close()
 
 
-def test_one_process_at_a_time_and_damage_is_a_storage_error(store, tmp_path):
-    with pytest.raises(InputError, match="another process"):
-        StateStore(store.folder)
+def test_processes_share_a_folder_and_see_each_others_changes(model, blocks_file, store):
+    ours, theirs = (
+        Toolbox(model, Workspace(state=StateStore(store.folder).workspace("a"))) for _ in range(2)
+    )
+    segment = {"image": str(blocks_file), "expression": "the red block"}
+    for number, box in enumerate([ours, theirs, theirs, ours], 1):
+        found = box.call("segment_object", segment).result
+        assert (found.image_id, found.objects[0].object_id) == ("img_1", f"obj_{number}")
+    assert len(ours.workspace.objects()) == len(theirs.workspace.objects()) == 4
+    # What one has in memory is not what the other has made of it since.
+    assert theirs.workspace.object("obj_1").points == ours.workspace.object("obj_1").points
+    ours.call("is_point_inside_object", {"object_id": "obj_1", "points": [{"x": 120, "y": 30}]})
+    asked = [(p.x, p.y) for p in theirs.workspace.object("obj_1").points]
+    assert (120, 30) in asked
+    with pytest.raises(UnknownHandle, match="there is no object 'obj_5'"):
+        theirs.workspace.object("obj_5")
+
+
+def test_threads_and_processes_never_get_one_handle_twice(store):
+    stores = [StateStore(store.folder) for _ in range(4)]
+    with ThreadPoolExecutor(8) as pool:
+        given = list(pool.map(lambda n: stores[n % 4].next_number("a", "obj", 0), range(80)))
+    assert sorted(given) == list(range(1, 81))
+
+
+def once(box: Toolbox, call_id: str, arguments: dict) -> str:
+    with box.workspace.once(call_id) as call:
+        if call.answer is None:
+            call.answer = box.call("segment_object", arguments).text
+    return call.answer
+
+
+@pytest.mark.parametrize("kept_on_disk", [True, False])
+def test_a_repeated_call_gets_the_first_answer_and_makes_nothing(
+    model, blocks_file, store, kept_on_disk
+):
+    state = store.workspace("a") if kept_on_disk else None
+    box = Toolbox(model, Workspace(state=state))
+    segment = {"image": str(blocks_file), "expression": "all blocks"}
+    first = once(box, "call 1", segment)
+    assert "obj_1" in first and "obj_2" in first
+    assert once(box, "call 1", segment) == first
+    assert len(box.workspace.objects()) == 2
+    assert "obj_3" in once(box, "call 2", segment)
+    if kept_on_disk:
+        later = Toolbox(model, Workspace(state=StateStore(store.folder).workspace("a")))
+        assert once(later, "call 1", segment) == first
+        assert len(later.workspace.objects()) == 4
+        other = Toolbox(model, Workspace(state=store.workspace("b")))
+        assert once(other, "call 1", segment) == first  # another client's, made anew
+        assert len(other.workspace.objects()) == 2
+
+
+@pytest.mark.parametrize("kept_on_disk", [True, False])
+def test_a_call_that_ends_in_the_middle_leaves_nothing(model, blocks_file, store, kept_on_disk):
+    box = Toolbox(model, Workspace(state=store.workspace("a") if kept_on_disk else None))
+    red = {"image": str(blocks_file), "expression": "the red block"}
+    box.call("segment_object", red)
+    before = box.workspace.object("obj_1")
+    with pytest.raises(KeyboardInterrupt), box.workspace.once("call"):
+        box.call("segment_object", red)
+        points = [{"x": 120, "y": 30}]
+        box.call("is_point_inside_object", {"object_id": "obj_1", "points": points})
+        # The call itself sees what it made.
+        assert [one.object_id for one in box.workspace.objects()] == ["obj_1", "obj_2"]
+        assert len(box.workspace.object("obj_1").points) == len(before.points) + 1
+        raise KeyboardInterrupt
+    (one,) = box.workspace.objects()
+    assert one.points == before.points
+    with pytest.raises(UnknownHandle):
+        box.workspace.object("obj_2")
+
+
+def test_of_two_processes_that_answer_one_call_the_first_counts(model, blocks_file, store):
+    ours, theirs = (
+        Toolbox(model, Workspace(state=StateStore(store.folder).workspace("a"))) for _ in range(2)
+    )
+    segment = {"image": str(blocks_file), "expression": "the red block"}
+    with ours.workspace.once("call") as call:
+        call.answer = ours.call("segment_object", segment).text
+        assert "obj_1" in call.answer
+        first = once(theirs, "call", segment)  # ends while ours is still at it
+        assert "obj_2" in first
+    assert call.answer == first
+    assert [one.object_id for one in ours.workspace.objects()] == ["obj_2"]
+
+
+def test_a_call_repeated_while_it_runs_waits_for_the_first(model, blocks_file):
+    box = Toolbox(model)
+    segment = {"image": str(blocks_file), "expression": "the red block"}
+    with ThreadPoolExecutor(8) as pool:
+        answers = set(pool.map(lambda _: once(box, "call", segment), range(8)))
+    assert len(answers) == len(box.workspace.objects()) == 1
+
+
+def test_damage_is_a_storage_error(store, tmp_path):
     kept(store, 1)
     for path in store.folder.glob("blobs/*/*"):
         path.write_bytes(b"rotten")

@@ -58,8 +58,7 @@ def serve(
         state: folder for what shall survive the process, see :class:`ToolServer`.
 
     Raises:
-        InputError: an unknown transport, an open address without a token, or a state folder that
-            another process uses.
+        InputError: an unknown transport, or an open address without a token.
     """
     store = StateStore(state) if state else None
     server = ToolServer(

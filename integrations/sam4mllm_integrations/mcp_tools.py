@@ -25,7 +25,7 @@ from sam4mllm_integrations._shared import (
     MAX_PICTURE_CHARACTERS,
     ToolReply,
     arguments_schema,
-    arun_tool,
+    run_tool,
     without_titles,
 )
 from sam4mllm_tool.concurrency import CallContext, call_context, run_in_thread
@@ -54,6 +54,9 @@ except ImportError as error:
 if TYPE_CHECKING:
     from sam4mllm_tool.pipeline.model import Sam4MLLM
 
+CALL_ID = "sam4mllm/call-id"
+"""Entry of a request's ``_meta``: a call repeated under the same id gets the first one's answer."""
+_MAX_CALL_ID = 200
 _LOAD_AFTER_SECONDS = 0.2
 
 INSTRUCTIONS = (
@@ -175,15 +178,16 @@ class ToolServer:
         self._check_name(params.name)
         with protocol_errors():
             client = await self._admitted(ctx)
+        call_id = _call_id(params)
         with self.watch.call(params.name, client.key) as call, self._counted(client):
             with protocol_errors(call.request_id), deadline(self.limits.call_seconds):
                 question = await self._clients.learn_roots(ctx, client, params.input_responses)
                 if question is not None:
                     call.outcome = "question"
                     return question
-                reply = await self._run(ctx, client, params.name, params.arguments, call)
-            call.outcome = "tool_error" if reply.is_error else "ok"
-        return tool_result(reply, self.mask_links, params.meta)
+                result = await self._run(ctx, client, params, call_id, call)
+            call.outcome = "tool_error" if result.is_error else "ok"
+        return result
 
     def forget(self, key: str) -> None:
         """A client has left."""
@@ -217,20 +221,21 @@ class ToolServer:
         self,
         ctx: _Context,
         client: Client,
-        name: str,
-        arguments: dict[str, Any] | None,
+        params: types.CallToolRequestParams,
+        call_id: str,
         call: CallWatch,
-    ) -> ToolReply:
+    ) -> types.CallToolResult:
         """Pictures are opened, and tools without a model run, beside the queue at the models."""
-        if not self._model.spec(name).needs_model:
+        if not self._model.spec(params.name).needs_model:
             async with self._others:
-                return await self._run_now(ctx, client, name, arguments, call)
+                return await self._run_now(ctx, client, params, call_id, call)
         try:
-            arguments = await self._with_image_opened(client, arguments)
+            arguments = await self._with_image_opened(client, params.arguments)
         except InputError as error:
-            return ToolReply(f"Error: {error}")
+            return tool_result(ToolReply(f"Error: {error}"), self.mask_links, params.meta)
+        params = params.model_copy(update={"arguments": arguments})
         async with self._queue.place(client.key):
-            return await self._run_now(ctx, client, name, arguments, call)
+            return await self._run_now(ctx, client, params, call_id, call)
 
     async def _with_image_opened(
         self, client: Client, arguments: dict[str, Any] | None
@@ -247,10 +252,10 @@ class ToolServer:
         self,
         ctx: _Context,
         client: Client,
-        name: str,
-        arguments: dict[str, Any] | None,
+        params: types.CallToolRequestParams,
+        call_id: str,
         call: CallWatch,
-    ) -> ToolReply:
+    ) -> types.CallToolResult:
         loop = asyncio.get_running_loop()
         numbers = itertools.count(1)
         told: list[Future[None]] = []
@@ -262,17 +267,35 @@ class ToolServer:
 
         try:
             with call_context(CallContext(on_stage=on_stage)):
-                reply = await arun_tool(
-                    client.toolbox,
-                    name,
-                    arguments,
-                    max_picture_characters=self.max_picture_characters,
-                )
+                result = await run_in_thread(self._result, client, params, call_id)
             await asyncio.gather(*map(asyncio.wrap_future, told))
         finally:
             for report in told:
                 report.cancel()
-        return reply
+        return result
+
+    def _result(
+        self, client: Client, params: types.CallToolRequestParams, call_id: str
+    ) -> types.CallToolResult:
+        """Run the tool; a call that was answered before is answered the same, and not run."""
+
+        def run() -> types.CallToolResult:
+            reply = run_tool(
+                client.toolbox,
+                params.name,
+                params.arguments,
+                max_picture_characters=self.max_picture_characters,
+            )
+            return tool_result(reply, self.mask_links, params.meta)
+
+        if not call_id:
+            return run()
+        with client.toolbox.workspace.once(call_id) as once:
+            if once.answer is None:
+                result = run()
+                if once.made or not self._model.spec(params.name).read_only:
+                    once.answer = result.model_dump_json(by_alias=True)
+        return types.CallToolResult.model_validate_json(once.answer) if once.answer else result
 
     def _check_name(self, name: str) -> None:
         try:
@@ -324,3 +347,17 @@ class ToolServer:
             workspace = (await self._admitted(ctx)).toolbox.workspace
             content = await run_in_thread(read_mask, workspace, str(params.uri))
         return types.ReadResourceResult(contents=[content])
+
+
+def _call_id(params: types.CallToolRequestParams) -> str:
+    """The id under which the client may repeat the call; "" if it gave none.
+
+    Raises:
+        MCPError: it is no short text.
+    """
+    call_id = (params.meta or {}).get(CALL_ID, "")
+    if not isinstance(call_id, str) or len(call_id) > _MAX_CALL_ID:
+        raise MCPError(
+            types.INVALID_PARAMS, f"{CALL_ID} is not a text of {_MAX_CALL_ID} characters"
+        )
+    return call_id

@@ -2,6 +2,10 @@
 
 A record (an image or an object) is a row of a SQLite database; pixels and logits are files named
 after their content, written before the row that refers to them. Nothing is pickled.
+
+Several processes of one machine may share a folder. (Of several machines they may not: SQLite's
+write-ahead log needs memory that all of them see.) Handles are numbered by the database, and a
+record that another process has changed is noticed by its version.
 """
 
 from __future__ import annotations
@@ -12,9 +16,9 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -42,21 +46,25 @@ CREATE TABLE IF NOT EXISTS blobs (
     workspace TEXT, handle TEXT, name TEXT, bytes INTEGER, PRIMARY KEY (workspace, handle, name)
 );
 CREATE INDEX IF NOT EXISTS blobs_name ON blobs (name);
+CREATE TABLE IF NOT EXISTS answers (
+    workspace TEXT, call TEXT, used REAL, answer TEXT, PRIMARY KEY (workspace, call)
+);
 """
+_ANSWER = "SELECT answer FROM answers WHERE workspace = ? AND call = ?"
+_SECONDS_FOR_OTHERS = 60.0
 _PRUNE_EVERY = 200
 _SECRET_BYTES = 32
 
 
 class StateStore:
-    """A folder that holds workspaces. One process at a time uses it.
+    """A folder that holds workspaces; processes of one machine may share it.
 
     Args:
         folder: is made if it does not exist.
         max_bytes: bound on pixels and logits; what was written longest ago is dropped first.
-        max_age_seconds: how long a record is kept after it was last written.
+        max_age_seconds: how long a record, or a call's answer, is kept after it was last written.
 
     Raises:
-        InputError: another process uses the folder.
         StorageError: the folder cannot be written, or its database is damaged.
     """
 
@@ -71,14 +79,15 @@ class StateStore:
         self._max_bytes = max_bytes
         self._max_age_seconds = max_age_seconds
         self._lock = threading.RLock()
-        self._held = ExitStack()
         self._writes = 0
-        self._held.enter_context(exclusive(self.folder / "lock", f"the state in {self.folder}"))
         with self._typed():
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(
-                self._database_file, check_same_thread=False, isolation_level=None
+                self._database_file,
+                check_same_thread=False,
+                isolation_level=None,
+                timeout=_SECONDS_FOR_OTHERS,
             )
-            self._held.callback(self._database.close)
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("PRAGMA synchronous=NORMAL")
             self._database.executescript(_SCHEMA)
@@ -91,8 +100,8 @@ class StateStore:
         return self.folder / "state.sqlite"
 
     def close(self) -> None:
-        """Let another process use the folder."""
-        self._held.close()
+        """Close the database."""
+        self._database.close()
 
     def workspace(self, key: str) -> WorkspaceState:
         """The part that belongs to one workspace."""
@@ -101,7 +110,8 @@ class StateStore:
     def secret(self, name: str) -> bytes:
         """32 random bytes that stay the same as long as the folder does."""
         path = self.folder / name
-        with self._typed():
+        lock = path.with_name(f"{name}.lock")
+        with self._typed(), exclusive(lock, str(path), wait=True):
             known = path.read_bytes() if path.exists() else b""
             if len(known) == _SECRET_BYTES:
                 return known
@@ -118,7 +128,8 @@ class StateStore:
             with self._transaction() as run:
                 # Times from before the clock was set back would keep a record for too long.
                 run("UPDATE records SET used = ?1 WHERE used > ?1", now)
-                run("DELETE FROM records WHERE used < ?", now - self._max_age_seconds)
+                for table in ("records", "answers"):
+                    run(f"DELETE FROM {table} WHERE used < ?", now - self._max_age_seconds)
                 self._drop_oldest(run)
                 unneeded = (
                     "FROM blobs WHERE NOT EXISTS (SELECT 1 FROM records r WHERE "
@@ -141,18 +152,21 @@ class StateStore:
             total -= size
 
     def _remove_unneeded(self, names: list[str]) -> None:
-        """Remove those of the files that no record needs any more; after the commit."""
-        for name in names:
-            with self._typed():
-                if not self._database.execute(
-                    "SELECT 1 FROM blobs WHERE name = ?", (name,)
-                ).fetchone():
+        """Remove those of the files that no record needs any more; after the commit.
+
+        In a transaction of its own, so that no other process begins to need one meanwhile.
+        """
+        if not names:
+            return
+        with self._transaction() as run:
+            for name in names:
+                if not run("SELECT 1 FROM blobs WHERE name = ?", name).fetchone():
                     self._blob_path(name).unlink(missing_ok=True)
 
     def _sweep(self) -> None:
         """Remove files that a killed process wrote without their row."""
-        needed = {name for (name,) in self.rows("SELECT DISTINCT name FROM blobs")}
-        with self._typed():
+        with self._transaction() as run:
+            needed = {name for (name,) in run("SELECT DISTINCT name FROM blobs")}
             for path in self.folder.glob("blobs/*/*"):
                 if path.name not in needed:
                     path.unlink(missing_ok=True)
@@ -169,42 +183,70 @@ class StateStore:
             raise StorageError(f"{self._blob_path(name)} is damaged", retryable=False)
         return data
 
-    def write(self, row: _Row, numbers: dict[str, int], blobs: list[bytes]) -> None:
-        """Keep a record with the bytes it needs, all or nothing.
+    def write(self, rows: Sequence[Row], answer: Answer | None = None) -> str | None:
+        """Keep records with the bytes they need, and the answer of the call that made them.
+
+        All is kept or nothing: nothing too if that call has an answer already, from a process that
+        was asked the same before.
+
+        Returns:
+            The answer the call had already; ``None`` if the records are kept.
 
         Raises:
             StorageError: the disk is full, or the folder was removed.
         """
-        with self._lock:  # keeps prune() from files without a row yet
+        with self._lock:
             self._check_folder()
-            with self._transaction() as run:
-                for blob in blobs:
-                    self._write_blob(blob)
-                run(
-                    "INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    *(row.workspace, row.handle, row.kind, row.number, row.image),
-                    *(time.time(), row.data),
-                )
-                of_record = "FROM blobs WHERE workspace = ? AND handle = ?"
-                former = list(run(f"SELECT name {of_record}", row.workspace, row.handle))
-                run(f"DELETE {of_record}", row.workspace, row.handle)
-                for blob in blobs:
-                    values = row.workspace, row.handle, _blob_name(blob), len(blob)
-                    run("INSERT INTO blobs VALUES (?, ?, ?, ?)", *values)
-                run(
-                    "INSERT INTO workspaces VALUES (?1, ?2, ?3) ON CONFLICT (key) DO UPDATE SET "
-                    "img = MAX(img, ?2), obj = MAX(obj, ?3)",
-                    *(row.workspace, numbers["img"], numbers["obj"]),
-                )
-            self._remove_unneeded([name for (name,) in former])
-            self._writes += 1
-            if self._writes % _PRUNE_EVERY == 0:
+            former: list[str] = []
+            with self._transaction() as run:  # keeps prune() from files without a row yet
+                if answer:
+                    known = run(_ANSWER, answer.workspace, answer.call).fetchone()
+                    if known:
+                        return str(known[0])
+                    run(
+                        "INSERT INTO answers VALUES (?, ?, ?, ?)",
+                        *(answer.workspace, answer.call, time.time(), answer.text),
+                    )
+                for row in rows:
+                    former += self._write_row(run, row)
+            self._remove_unneeded(former)
+            self._writes += len(rows)
+            if self._writes >= _PRUNE_EVERY:
+                self._writes = 0
                 self.prune()
+        return None
+
+    def next_number(self, workspace: str, kind: str, after: int) -> int:
+        """A number for a handle of ``kind`` that no process has given out, above ``after``."""
+        with self._transaction() as run:
+            run("INSERT OR IGNORE INTO workspaces VALUES (?, 0, 0)", workspace)
+            (number,) = run(
+                f"UPDATE workspaces SET {kind} = MAX({kind}, ?) + 1 WHERE key = ? RETURNING {kind}",
+                *(after, workspace),
+            ).fetchone()
+            return int(number)
 
     def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """Answers to a query."""
         with self._transaction() as run:
             return list(run(query, *values).fetchall())
+
+    def _write_row(self, run: Any, row: Row) -> list[str]:
+        """Write it, and give the names of the files that it no longer needs."""
+        for blob in row.blobs:
+            self._write_blob(blob)
+        run(
+            "INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?, ?, ?, ?)",
+            *(row.workspace, row.handle, row.kind, row.number, row.image),
+            *(row.version, row.data),
+        )
+        of_record = "FROM blobs WHERE workspace = ? AND handle = ?"
+        former = [name for (name,) in run(f"SELECT name {of_record}", row.workspace, row.handle)]
+        run(f"DELETE {of_record}", row.workspace, row.handle)
+        for blob in row.blobs:
+            values = row.workspace, row.handle, _blob_name(blob), len(blob)
+            run("INSERT INTO blobs VALUES (?, ?, ?, ?)", *values)
+        return former
 
     def _write_blob(self, data: bytes) -> None:
         path = self._blob_path(_blob_name(data))
@@ -258,13 +300,30 @@ class StateStore:
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
+    """A record as it is kept, with the bytes it needs.
+
+    Attributes:
+        version: when it was made (Unix time); tells its values apart.
+    """
+
     workspace: str
     handle: str
     kind: str
     number: int
     image: str
     data: str
+    blobs: tuple[bytes, ...] = ()
+    version: float = field(default_factory=lambda: time.time())
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a call was answered, as text."""
+
+    workspace: str
+    call: str
+    text: str
 
 
 class WorkspaceState:
@@ -297,30 +356,50 @@ class WorkspaceState:
         )
         return [handle for (handle,) in found]
 
-    def write_image(self, record: ImageRecord, numbers: dict[str, int]) -> None:
-        """Keep an image."""
+    def next_number(self, kind: str, after: int) -> int:
+        """A number for a handle, see :meth:`StateStore.next_number`."""
+        return self._store.next_number(self._key, kind, after)
+
+    def version(self, handle: str) -> float | None:
+        """Tells whether a record has changed; ``None`` if it is not kept."""
+        found = self._store.rows(
+            "SELECT used FROM records WHERE workspace = ? AND handle = ?", self._key, handle
+        )
+        return found[0][0] if found else None
+
+    def answer(self, call: str) -> str | None:
+        """What a call was answered before."""
+        found = self._store.rows(_ANSWER, self._key, call)
+        return found[0][0] if found else None
+
+    def write(self, rows: Sequence[Row], call: str = "", answer: str = "") -> str | None:
+        """Keep records, and a call's answer with them; see :meth:`StateStore.write`."""
+        return self._store.write(rows, Answer(self._key, call, answer) if call else None)
+
+    def image_row(self, record: ImageRecord) -> Row:
+        """An image as it is kept."""
         buffer = BytesIO()
         record.image.pil.save(buffer, "PNG", compress_level=1)
         png = buffer.getvalue()
         data = {"source": record.source, "notes": record.notes, "pixels": _blob_name(png)}
         number = int(record.image_id.partition("_")[2])
-        row = _Row(self._key, record.image_id, "img", number, record.image.digest, json.dumps(data))
-        self._store.write(row, numbers, [png])
+        text, digest = json.dumps(data), record.image.digest
+        return Row(self._key, record.image_id, "img", number, digest, text, (png,))
 
-    def write_object(self, record: ObjectRecord, numbers: dict[str, int]) -> None:
-        """Keep an object, or its new value."""
-        data, blobs = _object_data(record), []
+    def object_row(self, record: ObjectRecord) -> Row:
+        """An object, or its new value, as it is kept."""
+        data = _object_data(record)
+        blobs: tuple[bytes, ...] = ()
         if record.drawn is not None and record.drawn.logits is not None:
             buffer = BytesIO()
             np.save(buffer, record.drawn.logits, allow_pickle=False)
-            blobs = [buffer.getvalue()]
+            blobs = (buffer.getvalue(),)
             data["drawn"] = {
                 "predicted_iou": record.drawn.predicted_iou,
                 "logits": _blob_name(blobs[0]),
             }
         text = json.dumps(data)
-        row = _Row(self._key, record.object_id, "obj", record.number, record.image_id, text)
-        self._store.write(row, numbers, blobs)
+        return Row(self._key, record.object_id, "obj", record.number, record.image_id, text, blobs)
 
     def image(self, handle: str) -> ImageRecord | None:
         """The image of that handle, if it is kept."""

@@ -39,8 +39,8 @@ class Toolbox:
         state: folder in which the new workspace is kept, so that its handles outlive the process.
 
     Raises:
-        InputError: a name that no built-in tool has, two tools of one name, a workspace beside
-            ``state``, or a folder that another process uses.
+        InputError: a name that no built-in tool has, two tools of one name, or a workspace beside
+            ``state``.
     """
 
     def __init__(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from cachetools import LRUCache
 from sam4mllm_tool.errors import Busy, InputError, UnknownHandle
 from sam4mllm_tool.images.access import ImagePolicy, readable_path
 from sam4mllm_tool.images.loading import load_image
+from sam4mllm_tool.tools.calls import Call, Turns, current, made_by_current
 from sam4mllm_tool.tools.records import ImageRecord, ObjectRecord, labelled_masks
 from sam4mllm_tool.tools.state import WorkspaceState
 from sam4mllm_tool.types import RgbImage
@@ -29,6 +31,7 @@ R = TypeVar("R")
 
 DEFAULT_BYTES = 1024**3
 _OVERHEAD = 4096
+_ANSWER_CHARACTERS = 1024**2
 
 
 class Workspace:
@@ -60,8 +63,11 @@ class Workspace:
         self._by_digest: LRUCache[str, str] = LRUCache(4096)
         self._by_file: LRUCache[tuple[Any, ...], str] = LRUCache(4096)
         self._state = state
+        self._versions: dict[str, float] = {}
         kept = state.numbers() if state else {}
         self._numbers = {kind: max(last_number, kept.get(kind, 0)) for kind in ("img", "obj")}
+        self._turns = Turns()
+        self._answers: LRUCache[str, str] = LRUCache(_ANSWER_CHARACTERS, len)
 
     @property
     def bytes_kept(self) -> int:
@@ -119,12 +125,18 @@ class Workspace:
             UnknownHandle: never given out, or expired since.
         """
         with self._lock:
-            if object_id not in self._objects:
-                kept = self._state.object(object_id) if self._state else None
-                if kept is None:
-                    raise self._unknown("obj", object_id, list(self._objects))
-                self._keep(self._objects, object_id, kept)
-            return self._objects[object_id]
+            made = made_by_current(self) or {}
+            if object_id in made:
+                return made[object_id]
+            version = self._state.version(object_id) if self._state else None
+            if object_id in self._objects and version == self._versions.get(object_id):
+                return self._objects[object_id]
+            kept = self._state.object(object_id) if self._state else None
+            if kept is None:
+                raise self._unknown("obj", object_id, list(self._objects))
+            if version is not None:
+                self._versions[object_id] = version
+            return self._keep(self._objects, object_id, kept)
 
     def add_object(self, record: ObjectRecord) -> ObjectRecord:
         """Keep a new object; returns it with its handle.
@@ -155,8 +167,46 @@ class Workspace:
                 records = [self.object(handle) for handle in self._state.objects_of(image_id)]
             else:
                 records = list(self._objects.values())
+            made = made_by_current(self) or {}
+            records = [*(r for r in records if r.object_id not in made), *made.values()]
         kept = [r for r in records if image_id is None or r.image_id == image_id]
         return sorted(kept, key=lambda record: record.number)
+
+    @contextmanager
+    def once(self, call_id: str) -> Iterator[Call]:
+        """A call that may be repeated, see :mod:`sam4mllm_tool.tools.calls`.
+
+        The block sets the call's answer, unless it has one already. What it makes is kept with
+        that answer when it ends; a block that raises leaves nothing. With state, "when it ends" is
+        one transaction on disk, and of two processes that answer one call the first counts.
+        """
+        with self._turns.of(call_id):
+            known = self._answers.get(call_id)
+            if known is None and self._state:
+                known = self._state.answer(call_id)
+            with current(Call(self, call_id, known)) as call:
+                yield call
+            if known is None and (call.made or call.answer):
+                with self._lock:
+                    self._finish(call)
+
+    def _finish(self, call: Call) -> None:
+        answer = call.answer or ""
+        if self._state is None:
+            for record in call.made.values():
+                self._keep(self._objects, record.object_id, record)
+        else:
+            rows = [self._state.object_row(record) for record in call.made.values()]
+            earlier = self._state.write(rows, call.id, answer)
+            if earlier is not None:
+                call.answer = earlier
+                return
+            for row in rows:
+                self._versions[row.handle] = row.version
+                with suppress(InputError, Busy):  # where memory is full, it is read from disk
+                    self._keep(self._objects, row.handle, call.made[row.handle])
+        with suppress(ValueError):  # too long to be remembered
+            self._answers[call.id] = answer
 
     def _keep_image(self, image: RgbImage, source: str, notes: tuple[str, ...]) -> ImageRecord:
         image_id = self._by_digest.get(image.digest)
@@ -166,15 +216,21 @@ class Workspace:
         if image_id not in self._images:
             self._keep(self._images, image_id, ImageRecord(image_id, image, source, notes))
         if self._state and written is None:
-            self._state.write_image(self._images[image_id], self._numbers)
+            self._state.write([self._state.image_row(self._images[image_id])])
         return self._images[image_id]
 
     def _store_object(self, record: ObjectRecord) -> ObjectRecord:
         if record.location is not None:  # its picture is for display, and may be forgotten before
             record = replace(record, location=replace(record.location, image=None))
+        made = made_by_current(self)
+        if made is not None:
+            made[record.object_id] = record
+            return record
         self._keep(self._objects, record.object_id, record)
         if self._state:
-            self._state.write_object(record, self._numbers)
+            row = self._state.object_row(record)
+            self._state.write([row])
+            self._versions[row.handle] = row.version
         return record
 
     def _file_key(self, source: Any) -> tuple[Any, ...] | None:
@@ -213,7 +269,10 @@ class Workspace:
         listed = ", ".join(known[-8:]) or "none"
         what = {"img": "image", "obj": "object"}[kind]
         number = _number(handle, kind)
-        if number is not None and 0 < number <= self._numbers[kind]:
+        given = self._numbers[kind]
+        if self._state:  # by another process, perhaps
+            given = max(given, self._state.numbers()[kind])
+        if number is not None and 0 < number <= given:
             return UnknownHandle(
                 f"{handle} has expired", hint=f"Make the {what} again. Still known: {listed}."
             )
@@ -222,7 +281,8 @@ class Workspace:
         )
 
     def _next(self, kind: str) -> str:
-        self._numbers[kind] += 1
+        given = self._numbers[kind]
+        self._numbers[kind] = self._state.next_number(kind, given) if self._state else given + 1
         return f"{kind}_{self._numbers[kind]}"
 
 
