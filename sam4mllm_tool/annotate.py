@@ -1,4 +1,4 @@
-"""A folder of pictures and a list of expressions → COCO JSON.
+"""Pictures (a folder, a list, an object store) and expressions → COCO JSON.
 
 Each finished picture is one line of ``OUT.journal.jsonl``, written to disk at once; after a
 kill, the same command continues with the pictures that have no line. The COCO file is built from
@@ -9,16 +9,15 @@ and are tried again by the next run.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from sam4mllm_tool.disk import exclusive, write_whole
 from sam4mllm_tool.errors import DeviceOutOfMemory, DialogueError, InputError
 from sam4mllm_tool.images.access import ImagePolicy
-from sam4mllm_tool.images.loading import load_image
-from sam4mllm_tool.images.sources import pictures_below
+from sam4mllm_tool.images.batches import Batch, open_picture, read_batch
 from sam4mllm_tool.journal import open_journal, read_journal
 from sam4mllm_tool.masks.coco import CocoPicture, coco_annotation, coco_document
 from sam4mllm_tool.pipeline.model import Sam4MLLM
@@ -40,23 +39,70 @@ class Annotated:
     done_before: int
 
 
+@dataclass(frozen=True)
+class Job:
+    """One picture to annotate.
+
+    Attributes:
+        root, name: see :class:`~sam4mllm_tool.images.batches.Batch`.
+        texts: the expressions, each once.
+    """
+
+    root: str
+    name: str
+    texts: tuple[str, ...]
+
+
+class Engine(Protocol):
+    """Who does the work: this process, or others."""
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The MLLM's name and the segmenter's."""
+
+    def annotate(
+        self, jobs: Sequence[Job], count: TargetCount, policy: ImagePolicy | None
+    ) -> Iterator[dict[str, Any]]:
+        """The journal's entries of the pictures (:func:`annotate_picture`), in any order."""
+
+
+@dataclass(frozen=True)
+class InThisProcess:
+    """One picture after the other."""
+
+    model: Sam4MLLM
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The MLLM's name and the segmenter's."""
+        return self.model.mllm.name, self.model.segmenter.name
+
+    def annotate(
+        self, jobs: Sequence[Job], count: TargetCount, policy: ImagePolicy | None
+    ) -> Iterator[dict[str, Any]]:
+        """The entries, in the order of the jobs."""
+        return (annotate_picture(self.model, job, count, policy) for job in jobs)
+
+
 def annotate(
-    model: Sam4MLLM,
-    folder: Path,
-    expressions: Mapping[str, Sequence[str]] | Sequence[str],
+    model: Sam4MLLM | Engine,
+    source: str | Path,
+    expressions: Mapping[str, Sequence[str]] | Sequence[str] | None,
     out: Path,
     *,
     count: TargetCount = TargetCount.ZERO_OR_MORE,
     policy: ImagePolicy | None = None,
     on_picture: Callable[[str], None] = lambda _: None,
 ) -> Annotated:
-    """Annotate every picture below ``folder`` and write the COCO document to ``out``.
+    """Annotate pictures and write the COCO document to ``out``.
 
     Args:
-        expressions: for every picture, or by picture (path below the folder).
+        model: annotates in this process; or an engine that uses others.
+        source: of the pictures, see :func:`~sam4mllm_tool.images.batches.read_batch`.
+        expressions: for every picture, or by picture (its name); ``None``: those of the list.
         count: number of objects per expression that is stated in the question.
         policy: limits on the pictures; one beyond them is a failure of its own.
-        on_picture: called with each picture's path once it is done.
+        on_picture: called with each picture's name once it is done.
 
     Raises:
         InputError: no pictures, an expression for a picture that is not there, a journal of
@@ -64,32 +110,38 @@ def annotate(
         BackendError: a model failed in a way that concerns every picture, or the disk is
             full (:class:`StorageError`): what was done before is kept.
     """
+    engine = InThisProcess(model) if isinstance(model, Sam4MLLM) else model
     with exclusive(out.with_name(out.name + ".lock"), str(out)):
-        return _annotate(model, folder, expressions, out, count, policy, on_picture)
+        return _annotate(engine, str(source), expressions, out, count, policy, on_picture)
 
 
 def _annotate(
-    model: Sam4MLLM,
-    folder: Path,
-    expressions: Mapping[str, Sequence[str]] | Sequence[str],
+    engine: Engine,
+    source: str,
+    expressions: Mapping[str, Sequence[str]] | Sequence[str] | None,
     out: Path,
     count: TargetCount,
     policy: ImagePolicy | None,
     on_picture: Callable[[str], None],
 ) -> Annotated:
-    wanted = plan(folder, expressions)
+    batch = read_batch(source)
+    wanted = planned(batch, expressions)
     journal = out.with_name(out.name + ".journal.jsonl")
-    about = {"expressions": _plain(expressions), "count": count.value, "mllm": model.mllm.name,
-             "segmenter": model.segmenter.name}  # fmt: skip
+    mllm, segmenter = engine.names
+    stated = batch.expressions if expressions is None else expressions
+    about = {"expressions": _plain(stated or []), "count": count.value, "mllm": mllm,
+             "segmenter": segmenter}  # fmt: skip
     done = {name: entry for name, entry in _open(journal, about).items()
             if not entry["failures"]}  # fmt: skip
     done_before = len(done)
+    jobs = [Job(batch.root, n, tuple(texts)) for n, texts in wanted.items() if n not in done]
+    for name in wanted.keys() & done.keys():
+        on_picture(name)
     with open_journal(journal) as lines:
-        for name, texts in wanted.items():
-            if name not in done:
-                done[name] = entry = _annotate_picture(model, folder, name, texts, count, policy)
-                lines.add(entry)
-            on_picture(name)
+        for entry in engine.annotate(jobs, count, policy) if jobs else ():
+            lines.add(entry)
+            done[entry["picture"]] = entry
+            on_picture(entry["picture"])
     document = _coco(done, wanted)
     write_whole(out, json.dumps(document))
     failures = {k: v for name in wanted for k, v in done[name]["failures"].items()}
@@ -97,19 +149,33 @@ def _annotate(
 
 
 def plan(
-    folder: Path, expressions: Mapping[str, Sequence[str]] | Sequence[str]
+    source: str | Path, expressions: Mapping[str, Sequence[str]] | Sequence[str] | None
 ) -> dict[str, list[str]]:
-    """Picture → its expressions, each once, pictures in the order of their paths."""
-    pictures = [path.relative_to(folder).as_posix() for path in pictures_below(folder)]
+    """Picture → its expressions, each once, pictures in the order of their names."""
+    return planned(read_batch(str(source)), expressions)
+
+
+def planned(
+    batch: Batch, expressions: Mapping[str, Sequence[str]] | Sequence[str] | None
+) -> dict[str, list[str]]:
+    """:func:`plan` for pictures that have been listed.
+
+    Raises:
+        InputError: expressions for a picture that is not there, or none at all.
+    """
+    expressions = batch.expressions if expressions is None else expressions
+    if expressions is None:
+        raise InputError("no expressions are given", hint="Give --expressions, or put them into "
+                         "the list.")  # fmt: skip
     if not isinstance(expressions, Mapping):
-        return {name: list(dict.fromkeys(expressions)) for name in pictures}
-    strange = sorted(set(expressions) - set(pictures))
+        return {name: list(dict.fromkeys(expressions)) for name in batch.names}
+    strange = sorted(set(expressions) - set(batch.names))
     if strange:
         raise InputError(
-            f"there are expressions for {strange[0]!r}, which is not below {folder}",
+            f"there are expressions for {strange[0]!r}, which is not below {batch.root}",
             hint="Name pictures by their path below the folder.",
         )
-    return {n: list(dict.fromkeys(expressions[n])) for n in pictures if expressions.get(n)}
+    return {n: list(dict.fromkeys(expressions[n])) for n in batch.names if expressions.get(n)}
 
 
 def read_expressions(file: Path) -> dict[str, list[str]] | list[str]:
@@ -145,22 +211,22 @@ def _texts(content: Any, file: Path) -> list[str]:
     return [text.strip() for text in listed if text.strip()]
 
 
-def _annotate_picture(
-    model: Sam4MLLM,
-    folder: Path,
-    name: str,
-    texts: Sequence[str],
-    count: TargetCount,
-    policy: ImagePolicy | None,
+def annotate_picture(
+    model: Sam4MLLM, job: Job, count: TargetCount, policy: ImagePolicy | None = None
 ) -> dict[str, Any]:
-    """The journal's entry of a picture: its size, what was found, what failed."""
+    """The journal's entry of a picture: its size, what was found, what failed. JSON-ready.
+
+    Raises:
+        BackendError: a model, or the pictures' store, failed in a way that concerns every picture.
+    """
+    name = job.name
     entry: dict[str, Any] = {"picture": name, "size": None, "found": [], "failures": {}}
     try:
-        image = load_image(folder / name, policy).image
+        image = open_picture(job.root, name, policy)
     except InputError as error:
         return entry | {"failures": {name: str(error)}}
     entry["size"] = list(image.size)
-    for text in texts:
+    for text in job.texts:
         try:
             objects = model.segment(image, text, count=count, source=name).objects
         except (InputError, DialogueError, DeviceOutOfMemory) as error:
