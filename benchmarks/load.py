@@ -27,7 +27,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import httpx2
@@ -35,6 +35,9 @@ import psutil
 from mcp import Client, MCPError
 from mcp.client.streamable_http import streamable_http_client
 from PIL import Image, ImageDraw
+
+if TYPE_CHECKING:
+    from sam4mllm_tool.pipeline.model import Sam4MLLM
 
 WIDTH, HEIGHT = 128, 96
 RED = (214, 40, 40)
@@ -67,9 +70,17 @@ def area(number: int) -> int:
 
 def serve(port: int, clients: int, think: float, state: Path | None) -> None:
     """A server with stand-in models that know every client's block; with state, each is a user."""
-    import numpy as np
     from sam4mllm_integrations.mcp_server import Credentials, HttpSettings
     from sam4mllm_integrations.mcp_server import serve as serve_mcp
+
+    users = {f"client-{number}": token(number) for number in range(clients)} if state else {}
+    http = HttpSettings(port=port, credentials=Credentials(users=users))
+    serve_mcp(lambda: stand_ins(clients, think), transport="http", http=http, state=state)
+
+
+def stand_ins(clients: int, think: float) -> Sam4MLLM:
+    """Stand-in models that know every client's block and take ``think`` seconds per reply."""
+    import numpy as np
 
     from sam4mllm_tool.pipeline.model import Sam4MLLM
     from sam4mllm_tool.testing import ColourSegmenter, TruthfulMllm
@@ -81,18 +92,13 @@ def serve(port: int, clients: int, think: float, state: Path | None) -> None:
             self.said.clear()
             return super().generate(*args, **options)
 
-    def load() -> Sam4MLLM:
-        truth = {}
-        for number in range(clients):
-            left, top, right, bottom = block(number)
-            pixels = np.zeros((HEIGHT, WIDTH), bool)
-            pixels[top:bottom, left:right] = True
-            truth[f"block {number}"] = [Mask(pixels)]
-        return Sam4MLLM(Thinking(truth), ColourSegmenter())
-
-    users = {f"client-{number}": token(number) for number in range(clients)} if state else {}
-    http = HttpSettings(port=port, credentials=Credentials(users=users))
-    serve_mcp(load, transport="http", http=http, state=state)
+    truth = {}
+    for number in range(clients):
+        left, top, right, bottom = block(number)
+        pixels = np.zeros((HEIGHT, WIDTH), bool)
+        pixels[top:bottom, left:right] = True
+        truth[f"block {number}"] = [Mask(pixels)]
+    return Sam4MLLM(Thinking(truth), ColourSegmenter())
 
 
 def token(number: int) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,11 @@ from sam4mllm_tool.testing import ColourSegmenter, TruthfulMllm
 from sam4mllm_tool.types import Mask, RgbImage
 
 RED, BLUE, WHITE = (214, 40, 40), (45, 95, 215), (255, 255, 255)
+
+
+# Ray reads these when it is imported. A cluster of ours serves nobody else.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -83,3 +91,12 @@ def blocks_file(blocks: RgbImage, tmp_path: Path) -> Path:
     path = tmp_path / "blocks.png"
     blocks.pil.save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """One small Ray cluster for the whole run, joined; the port on which Serve listens."""
+    from ray_cluster import started
+
+    with started(tmp_path_factory.getbasetemp()) as port:
+        yield port

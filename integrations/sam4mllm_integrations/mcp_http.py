@@ -83,11 +83,7 @@ def http_app(tools: ToolServer, settings: HttpSettings | None = None) -> Starlet
         InputError: ``host`` is not loopback and there is no token.
     """
     settings = settings or HttpSettings()
-    if not is_loopback(settings.host) and not settings.credentials.needed:
-        raise InputError(
-            f"{settings.host} can be reached from other machines",
-            hint="Set a token, or listen on 127.0.0.1.",
-        )
+    check_reach(settings.host, settings.credentials)
     names = served_names(settings.host, settings.allowed_hosts)
     origins = [f"{scheme}://{name}" for name in names for scheme in ("http", "https")]
     max_body = settings.max_body or tools.policy.max_bytes * 4 // 3 + 64 * 1024
@@ -126,6 +122,19 @@ def http_app(tools: ToolServer, settings: HttpSettings | None = None) -> Starlet
 
 class _TooManyValues(Exception):
     """A request's JSON would take too much time and memory to parse."""
+
+
+def check_reach(host: str, credentials: Credentials) -> None:
+    """Refuse to listen where other machines reach the server, if it asks for no token.
+
+    Raises:
+        InputError: so.
+    """
+    if not is_loopback(host) and not credentials.needed:
+        raise InputError(
+            f"{host} can be reached from other machines",
+            hint="Set a token, or listen on 127.0.0.1.",
+        )
 
 
 class Gate:

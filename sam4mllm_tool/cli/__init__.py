@@ -25,6 +25,7 @@ from sam4mllm_tool.cli import (
     scenes,
     schemas,
     segment,
+    serve,
     train,
 )
 from sam4mllm_tool.cli.common import fail, quiet_libraries, remark
@@ -83,6 +84,7 @@ app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
 app.command("mcp")(mcp.mcp)
 app.command("playground")(playground.playground)
+app.command("serve")(serve.serve)
 app.command("models")(models.models)
 app.command("check")(check.check)
 app.command("scenes")(scenes.scenes)

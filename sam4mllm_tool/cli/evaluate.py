@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -29,10 +30,22 @@ from sam4mllm_tool.cli.common import (
     load_models,
     print_json,
 )
+from sam4mllm_tool.cli.engines import (
+    AddressOption,
+    CpusOption,
+    Engine,
+    EngineOption,
+    GpusOption,
+    WorkersOption,
+    pool,
+)
+from sam4mllm_tool.errors import InputError
 from sam4mllm_tool.pipeline.results import Settings
 from sam4mllm_tool.types import TargetCount
 
 if TYPE_CHECKING:
+    from sam4mllm_tool.evaluation.benchmark import Engine as EvaluationEngine
+    from sam4mllm_tool.pipeline.model import Sam4MLLM
     from sam4mllm_tool.scenes.world import World
 
 app = typer.Typer(help="Measure models on held-out scenes and benchmarks.", no_args_is_help=True)
@@ -125,6 +138,11 @@ def scenes_command(
     sam_dtype: SamDtypeOption = "auto",
     proposer: ProposerOption = "mllm",
     device: DeviceOption = "auto",
+    engine: EngineOption = Engine.LOCAL,
+    workers: WorkersOption = 1,
+    cpus: CpusOption = 1,
+    gpus: GpusOption = 0,
+    address: AddressOption = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run, to keep and resume it; default: none.")
     ] = None,
@@ -136,20 +154,18 @@ def scenes_command(
     from sam4mllm_tool.scenes.expressions import Kind
 
     drawn = _world(world)
-    model = load_models(
-        mllm,
-        adapter,
-        format,
-        sam,
-        sam_decoder,
-        device,
-        sam_dtype=sam_dtype,
-        proposer=proposer,
-        settings=_settings(points, candidates),
-        quiet=as_json,
-    )
+    settings = _settings(points, candidates)
+    load = partial(
+        load_models, mllm, adapter, format, sam, sam_decoder, device, sam_dtype=sam_dtype,
+        proposer=proposer, settings=settings, quiet=as_json or engine is Engine.RAY,
+    )  # fmt: skip
+    others = workers, cpus, gpus, address
     limit = per_kind * len(get_args(Kind)) if per_kind else limit
-    with _folder(out) as folder, counted("expressions", limit, quiet=as_json) as on_case:
+    with (
+        _folder(out) as folder,
+        _measuring(engine, load, settings, shard, *others) as model,
+        counted("expressions", limit, quiet=as_json) as on_case,
+    ):
         report = evaluate_scenes(
             model, folder, seed=seed, limit=limit, strategies=strategy, world=drawn,
             per_kind=per_kind, ask=_ask(ask, "true"), shard=_shard(shard), on_case=on_case,
@@ -184,6 +200,11 @@ def _benchmark_command(known: str, splits: tuple[str, ...]) -> Callable[..., Non
         sam_dtype: SamDtypeOption = "auto",
         proposer: ProposerOption = "mllm",
         device: DeviceOption = "auto",
+        engine: EngineOption = Engine.LOCAL,
+        workers: WorkersOption = 1,
+        cpus: CpusOption = 1,
+        gpus: GpusOption = 0,
+        address: AddressOption = None,
         out: Annotated[
             Path | None, typer.Option(help="Folder of the run; default runs/NAME-SPLIT-PROTOCOL.")
         ] = None,
@@ -197,22 +218,20 @@ def _benchmark_command(known: str, splits: tuple[str, ...]) -> Callable[..., Non
         name, path = _named(data, known)
         rules = get_protocol(protocol).with_rules(rule)
         check_present(name, path, split)
-        model = load_models(
-            mllm,
-            adapter,
-            format,
-            sam,
-            sam_decoder,
-            device,
-            sam_dtype=sam_dtype,
-            proposer=proposer,
-            settings=_settings(points, candidates),
-            quiet=as_json,
-        )
+        settings = _settings(points, candidates)
+        load = partial(
+            load_models, mllm, adapter, format, sam, sam_decoder, device, sam_dtype=sam_dtype,
+            proposer=proposer, settings=settings, quiet=as_json or engine is Engine.RAY,
+        )  # fmt: skip
+        others = workers, cpus, gpus, address
         folder = out or Path("runs") / "-".join([name, split, *rules.name.split()])
-        with counted("expressions", limit, quiet=as_json) as on_case:
+        with (
+            _measuring(engine, load, settings, shard, *others) as model,
+            counted("expressions", limit, quiet=as_json) as on_case,
+        ):
             report = evaluate_benchmark(
-                model, name, path, split, strategy, folder, limit=limit, sample_seed=sample_seed,
+                model, name, path.resolve(), split, strategy, folder, limit=limit,
+                sample_seed=sample_seed,
                 ask=_ask(ask, "data"), protocol=rules, shard=_shard(shard),
                 unreadable_limit=unreadable_limit, on_case=on_case,
             )  # fmt: skip
@@ -275,6 +294,29 @@ def _shard(text: str | None) -> Any:
     from sam4mllm_tool.evaluation.run import Shard
 
     return Shard.parse(text) if text else Shard.from_environment()
+
+
+@contextmanager
+def _measuring(
+    engine: Engine,
+    load: Callable[[], Sam4MLLM],
+    settings: Settings,
+    shard: str | None,
+    workers: int,
+    cpus: float,
+    gpus: float,
+    address: str | None,
+) -> Iterator[Sam4MLLM | EvaluationEngine]:
+    """Who measures, within the ``with`` block."""
+    if engine is Engine.LOCAL:
+        yield load()
+        return
+    if shard:
+        raise InputError("Ray deals the run into shards itself", hint="Leave --shard out.")
+    with pool(load, workers, cpus, gpus, address) as others:
+        from sam4mllm_tool.cluster.batches import RayEvaluation
+
+        yield RayEvaluation(others, settings)
 
 
 @contextmanager

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from typing import Protocol as Interface
 
 from sam4mllm_tool.datasets import load_examples
 from sam4mllm_tool.datasets.protocol import OURS, Protocol
 from sam4mllm_tool.disk import exclusive, write_whole
-from sam4mllm_tool.evaluation.cases import Case, Cases, asked_with, cases_of, sampled
+from sam4mllm_tool.evaluation.cases import Cases, asked_with, cases_of, sampled
 from sam4mllm_tool.evaluation.pictures import report_page
 from sam4mllm_tool.evaluation.published import published_for, where_published
 from sam4mllm_tool.evaluation.report import Document, build_report, to_markdown
@@ -24,11 +25,35 @@ from sam4mllm_tool.evaluation.run import (
     read_skipped,
 )
 from sam4mllm_tool.pipeline.model import Sam4MLLM
+from sam4mllm_tool.pipeline.results import Settings
 from sam4mllm_tool.types import TargetCount
 
 
+class Engine(Interface):
+    """Who measures, if it is not this process."""
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The MLLM's name and the segmenter's."""
+
+    @property
+    def settings(self) -> Settings:
+        """How the dialogue is held."""
+
+    def measure(
+        self,
+        cases: Cases,
+        strategies: Sequence[str],
+        folder: Path,
+        about: dict[str, Any],
+        unreadable_limit: int,
+        on_case: Callable[[str], None],
+    ) -> None:
+        """Write the lines that are missing; see :func:`~sam4mllm_tool.evaluation.run.measure`."""
+
+
 def evaluate(
-    model: Sam4MLLM,
+    model: Sam4MLLM | Engine,
     cases: Cases,
     strategies: Sequence[str],
     folder: Path,
@@ -37,7 +62,7 @@ def evaluate(
     protocol: Protocol = OURS,
     shard: Shard | None = None,
     unreadable_limit: int = UNREADABLE_LIMIT,
-    on_case: Callable[[Case], None] = lambda _: None,
+    on_case: Callable[[str], None] = lambda _: None,
 ) -> Document:
     """Measure what is missing in ``folder``, and write ``report.json``, ``.md`` and ``.html``.
 
@@ -46,19 +71,27 @@ def evaluate(
 
     Args:
         cases: gives the run's cases from the start each time it is called.
+        model: measures in this process; or an engine that uses others, and takes no ``shard``.
         about: what is measured (``title`` and more).
         protocol: by which the cases were made; named beside the figures.
 
     Returns:
         The JSON document, see :func:`~sam4mllm_tool.evaluation.report.build_report`.
     """
-    noted = {**about, "mllm": model.mllm.name, "segmenter": model.segmenter.name,
-             "settings": _settings(model), "strategies": list(strategies),
+    if isinstance(model, Sam4MLLM):
+        mllm, segmenter = model.mllm.name, model.segmenter.name
+    else:
+        mllm, segmenter = model.names
+    noted = {**about, "mllm": mllm, "segmenter": segmenter,
+             "settings": _settings(model.settings), "strategies": list(strategies),
              "protocol": protocol.name, "rules": protocol.rules}  # fmt: skip
-    measure(
-        model, cases(), strategies, folder, noted,
-        shard=shard, unreadable_limit=unreadable_limit, on_case=on_case,
-    )  # fmt: skip
+    if isinstance(model, Sam4MLLM):
+        measure(
+            model, cases(), strategies, folder, noted,
+            shard=shard, unreadable_limit=unreadable_limit, on_case=on_case,
+        )  # fmt: skip
+    else:
+        model.measure(cases, strategies, folder, noted, unreadable_limit, on_case)
     return write_report(folder, cases, noted)
 
 
@@ -100,7 +133,7 @@ def benchmark_cases(
 
 
 def evaluate_benchmark(
-    model: Sam4MLLM,
+    model: Sam4MLLM | Engine,
     name: str,
     data: Path,
     split: str,
@@ -113,7 +146,7 @@ def evaluate_benchmark(
     protocol: Protocol = OURS,
     shard: Shard | None = None,
     unreadable_limit: int = UNREADABLE_LIMIT,
-    on_case: Callable[[Case], None] = lambda _: None,
+    on_case: Callable[[str], None] = lambda _: None,
 ) -> Document:
     """A benchmark through the pipeline, beside the figures published for the same split.
 
@@ -137,7 +170,7 @@ def evaluate_benchmark(
     )
 
 
-def _settings(model: Sam4MLLM) -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads(json.dumps(asdict(model.settings), default=str))
-    settings.pop("strategy", None)
-    return settings
+def _settings(settings: Settings) -> dict[str, Any]:
+    noted: dict[str, Any] = json.loads(json.dumps(asdict(settings), default=str))
+    noted.pop("strategy", None)
+    return noted

@@ -6,7 +6,6 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import TypeAlias
 
 from sam4mllm_tool.datasets import ReferringExample
@@ -85,19 +84,26 @@ def sampled(cases: Cases, limit: int | None, seed: int = 0) -> Cases:
     if limit is None:
         return cases
 
-    @cache
+    known: list[frozenset[str]] = []
+
     def chosen() -> frozenset[str]:
-        keys = [(case.image, case.case) for case in cases()]
-        random.Random(seed).shuffle(keys)
-        before: Counter[str] = Counter()
-        ranked = []
-        for image, name in keys:
-            ranked.append((before[image], name))
-            before[image] += 1
-        ranked.sort(key=lambda one: one[0])
-        return frozenset(name for _, name in ranked[:limit])
+        if not known:  # no functools.cache: other processes get a copy of this function
+            known.append(_drawn([(case.image, case.case) for case in cases()], limit, seed))
+        return known[0]
 
     return lambda: (case for case in cases() if case.case in chosen())
+
+
+def _drawn(keys: list[tuple[str, str]], limit: int, seed: int) -> frozenset[str]:
+    """``limit`` of the cases, given as (picture, case)."""
+    random.Random(seed).shuffle(keys)
+    before: Counter[str] = Counter()
+    ranked = []
+    for image, name in keys:
+        ranked.append((before[image], name))
+        before[image] += 1
+    ranked.sort(key=lambda one: one[0])
+    return frozenset(name for _, name in ranked[:limit])
 
 
 def asked_with(cases: Cases, count: TargetCount | None) -> Cases:

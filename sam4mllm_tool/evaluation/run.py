@@ -110,7 +110,7 @@ def measure(
     *,
     shard: Shard | None = None,
     unreadable_limit: int = UNREADABLE_LIMIT,
-    on_case: Callable[[Case], None] = lambda _: None,
+    on_case: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Judge every case of the shard by every strategy, and write the lines that are missing.
 
@@ -120,6 +120,7 @@ def measure(
     Args:
         about: what is measured, JSON-ready; a folder belongs to one such.
         unreadable_limit: more unreadable pictures than this end the run.
+        on_case: called with the id of each case that is done.
 
     Raises:
         InputError: the folder holds another run, or another process is at work on this shard.
@@ -157,7 +158,7 @@ def measure(
                         skipped.append(Skipped(case.image, (case.case,), error.message))
                         unread.add(vars(skipped[-1]))
                         _check_limit(skipped, unreadable_limit)
-                    on_case(case)
+                    on_case(case.case)
 
 
 def read_lines(folder: Path) -> list[Line]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sam4mllm_tool.evaluation.benchmark import evaluate
+from sam4mllm_tool.evaluation.benchmark import Engine, evaluate
 from sam4mllm_tool.evaluation.cases import Case, Cases, asked_with, sampled
 from sam4mllm_tool.evaluation.outcome import Outcome
 from sam4mllm_tool.evaluation.report import Document
@@ -81,7 +81,7 @@ def _case(scene: Scene, phrase: ReferringExpression, name: str) -> Case:
 
 
 def evaluate_scenes(
-    model: Sam4MLLM,
+    model: Sam4MLLM | Engine,
     folder: Path,
     *,
     seed: int,
@@ -91,7 +91,7 @@ def evaluate_scenes(
     per_kind: int | None = None,
     ask: TargetCount | None = TargetCount.ZERO_OR_MORE,
     shard: Shard | None = None,
-    on_case: Callable[[Case], None] = lambda _: None,
+    on_case: Callable[[str], None] = lambda _: None,
 ) -> Document:
     """Measure on ``limit`` expressions about unseen scenes of ``world``; see :func:`scene_cases`.
 

@@ -1,0 +1,218 @@
+"""Batches on Ray Data: pictures stream through a pool of processes with the models.
+
+The work is that of one process (:func:`sam4mllm_tool.annotate.annotate_picture`), and so are the
+journal and the document, which the driver writes. If a worker dies, Ray starts it again and repeats
+the block of pictures it was at; the driver takes each picture's entry once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayError
+
+from sam4mllm_tool.annotate import Job, annotate_picture
+from sam4mllm_tool.errors import ClusterError, Sam4MllmError
+from sam4mllm_tool.evaluation.cases import Cases
+from sam4mllm_tool.evaluation.run import Shard, measure
+from sam4mllm_tool.images.access import ImagePolicy
+from sam4mllm_tool.pipeline.model import Sam4MLLM
+from sam4mllm_tool.pipeline.results import Settings
+from sam4mllm_tool.types import TargetCount
+
+PICTURES_PER_BLOCK = 16
+"""Pictures that are done again, at most, when a worker dies."""
+
+SHARDS_PER_WORKER = 8
+
+DEATHS = 4
+"""How often a block may end its worker before the run ends."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """A pool of processes with the models.
+
+    Attributes:
+        load: loads the models; run in each process.
+        number: how many processes.
+        cpus, gpus: what Ray sets aside for each.
+    """
+
+    load: Callable[[], Sam4MLLM]
+    number: int
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+    def stream(self, kind: type, items: Sequence[Any], *arguments: Any) -> Iterator[Any]:
+        """What ``kind(load, *arguments)`` gives for each item, in any order.
+
+        Args:
+            kind: a class whose objects are called with an item.
+            items: JSON-ready and small: all are in memory. Results are JSON-ready too.
+
+        Raises:
+            Sam4MllmError: what a worker raised.
+            ClusterError: workers keep dying, or Ray fails.
+        """
+        context = DataContext.get_current()
+        context.enable_progress_bars = False
+        context.log_internal_stack_trace_to_stdout = False
+        blocks = max(SHARDS_PER_WORKER * self.number, -(-len(items) // PICTURES_PER_BLOCK))
+        data = ray.data.from_items(
+            [{"item": json.dumps(item)} for item in items],
+            override_num_blocks=min(blocks, len(items)),
+        ).map(
+            _Mapper,
+            fn_constructor_args=(kind, self.load, *arguments),
+            compute=ActorPoolStrategy(size=self.number),
+            num_cpus=self.cpus,
+            num_gpus=self.gpus,
+            max_restarts=-1,
+            max_task_retries=DEATHS,
+        )
+        try:
+            for row in data.iter_rows(prefetch_batches=0):
+                yield json.loads(row["result"])
+        except Exception as error:  # Ray Data wraps what a worker raised more than once
+            raise _own(error) from error
+
+    @cached_property
+    def names(self) -> tuple[str, str]:
+        """The MLLM's name and the segmenter's, from a process that loads them.
+
+        Raises:
+            Sam4MllmError: they cannot be loaded.
+            ClusterError: Ray fails.
+        """
+        task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=1)(_names)
+        try:
+            return ray.get(task.remote(self.load))
+        except RayError as error:
+            raise _own(error) from error
+
+
+@dataclass(frozen=True)
+class RayAnnotation:
+    """The engine of :func:`sam4mllm_tool.annotate.annotate` that uses other processes."""
+
+    workers: Workers
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The MLLM's name and the segmenter's."""
+        return self.workers.names
+
+    def annotate(
+        self, jobs: Sequence[Job], count: TargetCount, policy: ImagePolicy | None
+    ) -> Iterator[dict[str, Any]]:
+        """The entries, in the order in which they are done."""
+        return self.workers.stream(_Annotator, [astuple(job) for job in jobs], count, policy)
+
+
+@dataclass(frozen=True)
+class RayEvaluation:
+    """The engine of :func:`sam4mllm_tool.evaluation.benchmark.evaluate` that uses other processes.
+
+    The run is dealt into shards, more than there are workers, so that none waits long for the last.
+    A shard writes its own lines: ``folder`` and the data must be the same for all workers. One
+    whose worker dies is begun again, and continues behind its last line.
+    """
+
+    workers: Workers
+    settings: Settings
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The MLLM's name and the segmenter's."""
+        return self.workers.names
+
+    def measure(
+        self,
+        cases: Cases,
+        strategies: Sequence[str],
+        folder: Path,
+        about: dict[str, Any],
+        unreadable_limit: int,
+        on_case: Callable[[str], None],
+    ) -> None:
+        """Write the lines that are missing; see :func:`~sam4mllm_tool.evaluation.run.measure`."""
+        total = SHARDS_PER_WORKER * self.workers.number
+        what = cases, tuple(strategies), folder.resolve(), about, unreadable_limit, total
+        for done in self.workers.stream(_Judge, range(total), *what):
+            for case in done:
+                on_case(case)
+
+
+class _Judge:
+    def __init__(
+        self,
+        load: Callable[[], Sam4MLLM],
+        cases: Cases,
+        strategies: Sequence[str],
+        folder: Path,
+        about: dict[str, Any],
+        unreadable_limit: int,
+        total: int,
+    ) -> None:
+        self._model, self._total = load(), total
+        self._measure = partial(
+            measure, strategies=strategies, folder=folder, about=about,
+            unreadable_limit=unreadable_limit,
+        )  # fmt: skip
+        self._cases = cases
+
+    def __call__(self, index: int) -> list[str]:
+        done: list[str] = []
+        self._measure(
+            self._model, self._cases(), shard=Shard(index, self._total), on_case=done.append
+        )
+        return done
+
+
+class _Annotator:
+    def __init__(
+        self, load: Callable[[], Sam4MLLM], count: TargetCount, policy: ImagePolicy | None
+    ) -> None:
+        self._model, self._rest = load(), (count, policy)
+
+    def __call__(self, item: tuple[str, str, list[str]]) -> dict[str, Any]:
+        root, name, texts = item
+        return annotate_picture(self._model, Job(root, name, tuple(texts)), *self._rest)
+
+
+class _Mapper:
+    """Ray Data gives and takes rows of plain columns."""
+
+    def __init__(self, kind: type, *arguments: Any) -> None:
+        self._work = kind(*arguments)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {"result": json.dumps(self._work(json.loads(row["item"])))}
+
+
+def _names(load: Callable[[], Sam4MLLM]) -> tuple[str, str]:
+    model = load()
+    return model.mllm.name, model.segmenter.name
+
+
+def _own(error: BaseException) -> Sam4MllmError:
+    """The error of ours behind one of Ray's, or one that says what Ray says."""
+    reason: BaseException | None = error
+    while reason is not None:
+        if isinstance(reason, Sam4MllmError) and not isinstance(reason, RayError):
+            return reason
+        reason = getattr(reason, "cause", None) or reason.__cause__
+    return ClusterError(
+        f"Ray ended the run: {str(error).strip().splitlines()[-1] if str(error) else error!r}",
+        hint="What was done is kept: run the same command again. If a worker is killed for its "
+        "memory, give each more of it, or take fewer.",
+        retryable=True,
+    )

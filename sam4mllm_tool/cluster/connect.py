@@ -1,0 +1,78 @@
+"""Joining a Ray cluster, or starting one on this machine, with typed errors."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from sam4mllm_tool.errors import ClusterError
+
+_ANSWER_SECONDS = 10.0
+
+
+@contextmanager
+def cluster(address: str | None = None) -> Iterator[None]:
+    """Be connected to a Ray cluster within the ``with`` block; one that is joined already is kept.
+
+    Args:
+        address: ``HOST:PORT`` or ``ray://HOST:PORT`` of a running cluster, ``"auto"`` for the one
+            on this machine; ``None`` starts one on this machine, which ends with the block.
+
+    Raises:
+        ClusterError: there is no cluster at the address, or none can be started.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    # Ray reports usage over the network unless it is told not to.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        if address not in (None, "auto", "local"):
+            _check_answers(address)
+        ray.init(address or "local", include_dashboard=False if address is None else None,
+                 logging_level="warning", log_to_driver=False)  # fmt: skip
+    except Exception as error:  # Ray's own errors, gRPC's and the operating system's
+        raise ClusterError(
+            f"there is no Ray cluster at {address}" if address else "Ray cannot start here",
+            hint=f"{_first_line(error)} Start one with 'ray start --head', check the address, and "
+            "set RAY_AUTH_MODE=token where the cluster asks for a token.",
+            retryable=bool(address),
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_resources(cpus: float, gpus: float) -> None:
+    """Refuse what the cluster can never place, instead of waiting for it.
+
+    Args:
+        cpus, gpus: needed in all. A cluster that grows by itself is asked for its present size.
+
+    Raises:
+        ClusterError: it has too few.
+    """
+    there = ray.cluster_resources()
+    for what, needed in (("CPU", cpus), ("GPU", gpus)):
+        if needed > there.get(what, 0) + 1e-6:
+            raise ClusterError(
+                f"{needed:g} {what}s are needed and the cluster has {there.get(what, 0):g}",
+                hint=f"Ask for fewer replicas or fewer {what}s for each, or add machines.",
+                retryable=True,
+            )
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself tries for a minute before it says that nobody is there."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    with socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS):
+        pass
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".") + "."

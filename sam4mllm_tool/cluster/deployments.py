@@ -1,0 +1,81 @@
+"""The models as Ray Serve deployments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from sam4mllm_tool.cluster.replicas import About
+from sam4mllm_tool.concurrency import run_in_thread
+from sam4mllm_tool.types import RgbImage
+
+PICTURES_KNOWN = 64
+"""Pictures a replica is known to have. It may have forgotten one: then it reads it anew."""
+
+_METHODS = {
+    "generate", "alternates", "answer_yes_no",
+    "embed", "predict", "logits_at_image_size",
+}  # fmt: skip
+
+
+class ModelReplica:
+    """One model in a process of its own.
+
+    Args:
+        load: loads it.
+    """
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self._model = load()
+
+    def about(self) -> About:
+        """What the model says of itself."""
+        model = self._model
+        described = {name: getattr(model, name, None) for name in About._fields[2:]}
+        return About(model.name, getattr(model, "format_name", ""), **described)
+
+    async def call(self, method: str, image: RgbImage, *args: Any, **options: Any) -> Any:
+        """A method of the model's protocol."""
+        if method not in _METHODS:
+            raise AttributeError(method)
+        await self._has_picture(serve.get_multiplexed_model_id() or image.digest)
+        return await run_in_thread(getattr(self._model, method), image, *args, **options)
+
+    @serve.multiplexed(max_num_models_per_replica=PICTURES_KNOWN)
+    async def _has_picture(self, digest: str) -> str:
+        """Tells Serve that this replica has the picture from now on."""
+        return digest
+
+
+def model_deployment(
+    name: str,
+    load: Callable[[], Any],
+    *,
+    replicas: int,
+    cpus: float,
+    gpus: float,
+    calls: int,
+) -> Application:
+    """Replicas of one model.
+
+    Args:
+        name: of the deployment, as a Serve config file refers to it.
+        load: loads the model; run in each replica.
+        replicas: how many.
+        cpus, gpus: what Ray sets aside for each.
+        calls: given to a replica at a time; a local model works on one and lets the others wait.
+    """
+    deployment = serve.deployment(
+        ModelReplica,
+        name=name,
+        num_replicas=replicas,
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
+        max_ongoing_requests=calls,
+        # A replica that was killed is missed, and replaced, within seconds.
+        health_check_period_s=2,
+        graceful_shutdown_timeout_s=120,
+    )
+    return deployment.bind(load)

@@ -1,0 +1,110 @@
+"""A Ray cluster of this machine for the tests, which leaves no process behind."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+_SECONDS = 240
+_SLOW = {
+    # On a busy machine Ray's own helpers take longer to start than it waits for them.
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_worker_niceness": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@contextmanager
+def started(log_folder: Path) -> Iterator[int]:
+    """Start a cluster, join it, start Serve; the port on which Serve listens.
+
+    ``ray start`` rather than ``ray.init``: with ports given to its helpers, the node does not
+    give up when they take more than 15 seconds.
+    """
+    import ray
+    from ray import serve
+
+    gcs, *agents, http = free_ports(6)
+    names = (
+        "dashboard-agent-listen",
+        "dashboard-agent-grpc",
+        "runtime-env-agent",
+        "metrics-export",
+    )
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
+        *("--node-ip-address", "127.0.0.1", "--port", str(gcs), "--num-cpus", "2"),
+        *("--include-dashboard", "false", "--disable-usage-stats"),
+        *("--object-store-memory", str(100 * 1024**2)),
+    ]
+    for name, port in zip(names, agents, strict=True):
+        command += [f"--{name}-port", str(port)]
+    with ExitStack() as ending:
+        # Names of sockets are short: pytest's own folders are too deep for them.
+        folder = ending.enter_context(tempfile.TemporaryDirectory(prefix="ray"))
+        log = ending.enter_context((log_folder / "ray.log").open("wb"))
+        head = subprocess.Popen(
+            [*command, "--temp-dir", folder], env=os.environ | _SLOW, stdout=log, stderr=log
+        )
+        ending.callback(end, psutil.Process(head.pid))
+        _wait_for(gcs, head)
+        ending.callback(ray.shutdown)
+        _join(f"127.0.0.1:{gcs}")
+        ending.callback(serve.shutdown)
+        serve.start(http_options={"host": "127.0.0.1", "port": http})
+        yield http
+
+
+def end(head: psutil.Process) -> None:
+    """End a process with all that it started."""
+    started = [head, *head.children(recursive=True)]
+    head.terminate()
+    with suppress(psutil.TimeoutExpired):
+        head.wait(30)
+    _, alive = psutil.wait_procs(started, 10)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    _, alive = psutil.wait_procs(alive, 30)
+    assert not alive, f"left behind: {alive}"
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports that nobody listens on."""
+    with ExitStack() as open_sockets:
+        bound = [open_sockets.enter_context(socket.socket()) for _ in range(number)]
+        for one in bound:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in bound]
+
+
+def _wait_for(port: int, head: subprocess.Popen) -> None:
+    until = time.monotonic() + _SECONDS
+    while time.monotonic() < until:
+        assert head.poll() is None, "ray start has ended; see ray.log"
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.2)
+    raise TimeoutError("the Ray cluster did not start")
+
+
+def _join(address: str) -> None:
+    import ray
+
+    until = time.monotonic() + _SECONDS
+    while True:
+        try:
+            ray.init(address, logging_level="warning", log_to_driver=False)
+            return
+        except Exception:  # the node is not there yet
+            if time.monotonic() > until:
+                raise
+            time.sleep(1)
