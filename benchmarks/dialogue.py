@@ -70,12 +70,12 @@ class Contest:
 
     def round(self, seed: int) -> dict[str, float]:
         """All ratios on one new picture."""
-        image = _picture(seed)
+        image = random_picture(seed)
         engine, oracle = self.engine, self.oracle
         _mix_answers(engine, image)
         fast, outcome = self._timed(lambda: _dialogue(engine, image, "the red apple"))
         mask, _ = self._timed(lambda: _mask(engine, image, outcome))
-        least, _ = self._timed(_Floor(engine, _picture(seed + 10_000), outcome).run)
+        least, _ = self._timed(_Floor(engine, random_picture(seed + 10_000), outcome).run)
         slow, truth = self._timed(lambda: _dialogue(oracle, image, "the red apple"))
         self._check(outcome, truth)
         first, floor_ratio = slow / fast, (fast + mask) / least
@@ -209,7 +209,8 @@ def _segmenter() -> Segmenter:
     return SegmentAnythingSegmenter(build_small_sam(SmallSamConfig()), name="small SAM")
 
 
-def _picture(seed: int) -> RgbImage:
+def random_picture(seed: int) -> RgbImage:
+    """A smooth random picture of 640×480 pixels."""
     coarse = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     return RgbImage.from_pil(Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC))
 

@@ -30,7 +30,7 @@ _TEMPLATE = (
 _PATCH = 14
 
 
-def random_llava(image_tokens: int, seed: int = 0) -> tuple[Any, Any, int]:
+def random_llava(image_tokens: int, seed: int = 0, layers: int = 10) -> tuple[Any, Any, int]:
     """(model, processor, image tokens): a square picture of about ``image_tokens`` patches."""
     torch.manual_seed(seed)
     grid = round(image_tokens**0.5)
@@ -42,7 +42,7 @@ def random_llava(image_tokens: int, seed: int = 0) -> tuple[Any, Any, int]:
     }  # fmt: skip
     text = {
         "model_type": "llama", "vocab_size": 16000, "hidden_size": 768, "intermediate_size": 2304,
-        "num_hidden_layers": 10, "num_attention_heads": 12, "num_key_value_heads": 4,
+        "num_hidden_layers": layers, "num_attention_heads": 12, "num_key_value_heads": 4,
         "max_position_embeddings": 8192,
     }  # fmt: skip
     config = LlavaConfig(

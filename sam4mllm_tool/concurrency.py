@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
@@ -20,6 +21,7 @@ import anyio
 import anyio.to_thread
 
 P = ParamSpec("P")
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -53,6 +55,11 @@ def call_context(context: CallContext) -> Iterator[CallContext]:
         yield context
     finally:
         _current.reset(token)
+
+
+def current_call() -> CallContext | None:
+    """The current call's context, for whoever acts for this call in another thread."""
+    return _current.get()
 
 
 def check_cancelled() -> None:
@@ -90,6 +97,20 @@ async def run_in_thread(
     except anyio.get_cancelled_exc_class():
         context.cancelled.set()
         raise
+
+
+def call_each(function: Callable[[S], T], items: Sequence[S], at_once: int) -> list[T]:
+    """What ``function`` gives for each item: blocking calls side by side, all part of this call.
+
+    Raises:
+        Exception: the first error, in the order of the items; calls not begun are left out.
+    """
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        calls = [pool.submit(contextvars.copy_context().run, function, item) for item in items]
+        return [call.result() for call in calls]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class FairLock:

@@ -21,17 +21,20 @@ from sam4mllm_tool.types import Box, Mask, PromptPoint, RgbImage, YesNo
 
 __all__ = [
     "NO_NOTES",
+    "AnswersEach",
     "CheckpointNotes",
     "Dialogue",
     "MaskCandidate",
     "Mllm",
     "Proposal",
     "Proposer",
+    "Question",
     "Reply",
     "SegmentPrompt",
     "Segmenter",
     "Turn",
     "YesNoWords",
+    "answer_each",
 ]
 
 
@@ -158,6 +161,38 @@ class Mllm(Protocol):
         (constrained greedy decoding). Probabilities are full-vocabulary softmax values, summed
         over the spellings in ``words``.
         """
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question for :meth:`Mllm.answer_yes_no`: an image, a dialogue, and a number of answers."""
+
+    image: RgbImage
+    dialogue: Dialogue
+    count: int = 1
+
+
+@runtime_checkable
+class AnswersEach(Protocol):
+    """What an :class:`Mllm` may do besides: answer several questions in less time than one by one.
+
+    Optional; :func:`answer_each` asks one after the other where it is missing.
+    """
+
+    def answer_each(self, questions: Sequence[Question], *, words: YesNoWords) -> list[list[YesNo]]:
+        """:meth:`Mllm.answer_yes_no` of each; the answers do not hang on each other."""
+
+
+def answer_each(
+    mllm: Mllm, questions: Sequence[Question], *, words: YesNoWords
+) -> list[list[YesNo]]:
+    """The answers to each question: at once, if the MLLM can do that, else one after the other."""
+    if isinstance(mllm, AnswersEach):
+        return mllm.answer_each(questions, words=words)
+    return [
+        mllm.answer_yes_no(one.image, one.dialogue, words=words, count=one.count)
+        for one in questions
+    ]
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from random_models import expression
 
 from sam4mllm_tool.formats.sam4mllm import Sam4MllmFormat
-from sam4mllm_tool.mllm.engine import Spot
 from sam4mllm_tool.mllm.local import LocalMllm
+from sam4mllm_tool.mllm.reading import Spot
 from sam4mllm_tool.protocols import Dialogue, Mllm, Turn
 from sam4mllm_tool.types import Box, Point, RgbImage, TargetCount, YesNo
 

@@ -18,7 +18,7 @@ from sam4mllm_tool.formats import get_format
 from sam4mllm_tool.grammar import Choice, Literal, Number, Repeat, grammar_regex
 from sam4mllm_tool.mllm.endpoint import OpenAIEndpointMllm
 from sam4mllm_tool.mllm.local import LocalMllm
-from sam4mllm_tool.protocols import Turn, YesNoWords
+from sam4mllm_tool.protocols import Question, Turn, YesNoWords
 from sam4mllm_tool.types import TargetCount
 
 WORDS = YesNoWords(("Yes",), ("No",))
@@ -363,6 +363,32 @@ def test_many_threads_ask_at_a_time(embedded_model, endpoint, server, asked):
     for job in jobs:
         assert all(close(a, b) for a, b in zip(expected, job.result(), strict=True))
     assert server.manners.most_active > 4
+
+
+def test_many_questions_of_one_call_are_asked_side_by_side(embedded_model, endpoint, server, asked):
+    """The first one alone, so that the others find the picture in the server's prefix cache."""
+    image, opening, dialogue = asked
+    questions = [Question(image, dialogue, n) for n in (3, 1, 2, 1, 3, 2)]
+    questions += [Question(image, opening, 0)]
+    expected = embedded_model.mllm.answer_each(questions, words=WORDS)
+    endpoint.answer_yes_no(image, dialogue, words=WORDS, count=1)  # the examination of the server
+    server.manners.delay, server.manners.most_active = 0.2, 0
+    asked_before = len(server.manners.requests)
+    said = endpoint.answer_each(questions, words=WORDS)
+    assert [len(some) for some in said] == [3, 1, 2, 1, 3, 2, 0]
+    for some, others in zip(said, expected, strict=True):
+        assert all(close(a, b) for a, b in zip(some, others, strict=True))
+    assert len(server.manners.requests) - asked_before == 6
+    assert server.manners.most_active > 2
+    assert endpoint.answer_each([], words=WORDS) == []
+
+
+def test_the_first_of_many_questions_is_asked_alone(endpoint, server, asked):
+    image, _, dialogue = asked
+    endpoint.answer_yes_no(image, dialogue, words=WORDS, count=1)
+    server.manners.delay, server.manners.most_active = 0.2, 0
+    endpoint.answer_each([Question(image, dialogue, 1)] * 2, words=WORDS)
+    assert server.manners.most_active == 1
 
 
 def test_a_cancelled_call_sends_nothing(endpoint, server, asked):

@@ -1,15 +1,20 @@
-"""Greedy decoding, alternates and yes/no answers over an engine's passes."""
+"""Greedy decoding, alternates and yes/no answers over an engine's passes.
+
+Each is a :data:`~sam4mllm_tool.mllm.reading.Decoding`: it yields the reads it needs and continues
+with their logits. Several of them can share a forward pass.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from sam4mllm_tool.mllm.engine import Engine, Spot
 from sam4mllm_tool.mllm.grammar_tokens import Place, TokenGrammar, YesNoTokens
+from sam4mllm_tool.mllm.reading import Decoding, Spot, read, together
 from sam4mllm_tool.types import YesNo
 
 _JACOBI_PASSES = 8
@@ -64,8 +69,8 @@ class Spoken:
 
 
 def speak_freely(
-    engine: Engine, spot: Spot, end_ids: Sequence[int], limit: int, leads: Leads = no_lead
-) -> Spoken | None:
+    spot: Spot, end_ids: Sequence[int], limit: int, leads: Leads = no_lead
+) -> Decoding[Spoken | None]:
     """Greedy reply without a grammar, up to ``limit`` tokens.
 
     ``None`` if its first token leads to a thought.
@@ -74,7 +79,7 @@ def speak_freely(
     score = 0.0
     new: tuple[int, ...] = ()
     while len(ids) < limit:
-        spot, logits = engine.read(spot, new)
+        spot, logits = yield from read(spot, new)
         token = int(logits[-1].argmax())
         if not ids and leads(token):
             return None
@@ -87,13 +92,11 @@ def speak_freely(
 
 
 def speak(
-    engine: Engine, spot: Spot, grammar: TokenGrammar, limit: int, start: Fork | None = None,
-    choice: int = 0,
-) -> Spoken:  # fmt: skip
+    spot: Spot, grammar: TokenGrammar, limit: int, start: Fork | None = None, choice: int = 0
+) -> Decoding[Spoken]:
     """Greedy reply within a grammar; forced tokens are read in the same pass as the next free one.
 
     Args:
-        engine: runs the forward passes.
         spot: the end of the dialogue.
         grammar: what the reply may be.
         limit: most tokens of the reply, forced ones included.
@@ -120,7 +123,7 @@ def speak(
         new += forced
         if grammar.at_end(place) or len(ids) >= limit:
             return Spoken(tuple(ids), score, spot, tuple(forks))
-        spot, logits = engine.read(spot, new)
+        spot, logits = yield from read(spot, new)
         fork = _choose(logits[-1], spot, grammar, place, tuple(ids), score)
         forks.append(fork)
         token = int(fork.tokens[fork.chosen])
@@ -133,28 +136,30 @@ def speak(
 
 
 def speak_alternates(
-    engine: Engine, spot: Spot, grammar: TokenGrammar, limit: int, count: int
-) -> list[Spoken]:
+    spot: Spot, grammar: TokenGrammar, limit: int, count: int
+) -> Decoding[list[Spoken]]:
     """The greedy reply, then others that differ from it at one choice and are greedy afterwards.
 
     A full beam search would read every reply from its beginning; these share everything before
     their choice. Of a choice between numbers only the peaks are taken: a neighbour of a likely
     coordinate gives nearly the same box.
     """
-    greedy = speak(engine, spot, grammar, limit)
+    greedy = yield from speak(spot, grammar, limit)
     found = {greedy.ids: greedy}
-    for _, fork, choice in other_ways(greedy.forks, grammar, count):
-        if len(found) >= count:
-            break
-        other = speak(engine, spot, grammar, limit, fork, choice)
-        found.setdefault(other.ids, other)
-    others = [reply for reply in found.values() if reply is not greedy]
-    return [greedy, *sorted(others, key=lambda reply: -reply.score)]
+    ways = iter(other_ways(greedy.forks, grammar, count))
+    while some := list(islice(ways, max(0, count - len(found)))):
+        others = yield from together(
+            [speak(spot, grammar, limit, fork, choice) for _, fork, choice in some]
+        )
+        for other in others:
+            found.setdefault(other.ids, other)
+    rest = [reply for reply in found.values() if reply is not greedy]
+    return [greedy, *sorted(rest, key=lambda reply: -reply.score)]
 
 
 def answer_slots(
-    engine: Engine, spot: Spot, tokens: YesNoTokens, count: int, leads: Leads = no_lead
-) -> tuple[list[YesNo], Spot] | None:
+    spot: Spot, tokens: YesNoTokens, count: int, can_cut: bool, leads: Leads = no_lead
+) -> Decoding[tuple[list[YesNo], Spot] | None]:
     """Answer ``count`` slots as greedy decoding would, several slots per pass (Jacobi iteration).
 
     ``None`` if the model would begin with a token that leads to a thought.
@@ -174,13 +179,13 @@ def answer_slots(
     start, settled, passes = 0, 0, 0  # `spot` has read the first `start` answers
     while settled < count:
         # A cache that cannot be cut must not read guesses before the question was kept.
-        one_by_one = passes >= _JACOBI_PASSES or (not engine.can_cut and passes == 0)
+        one_by_one = passes >= _JACOBI_PASSES or (not can_cut and passes == 0)
         # The answers before `end` are read: settled ones that `spot` has not read, then guesses.
         # The logits after the question or an answer decide the next slot, so slots `settled` to
         # `end` come out of this pass.
         end = settled if one_by_one else count - 1
         keep = end + 1 - settled
-        after, logits = engine.read(spot, answers[start:end], keep)
+        after, logits = yield from read(spot, answers[start:end], keep)
         if settled == 0 and leads(int(logits[0].argmax())):
             return None
         picks = guesser.see(settled, answers, logits)
@@ -191,7 +196,7 @@ def answer_slots(
         settled += right + 1
         if settled - 1 == end:  # every answer that was read is final
             spot, start = after, end
-        elif engine.can_cut:  # drop what was read from the first wrong guess on
+        elif can_cut:  # drop what was read from the first wrong guess on
             spot = after.cut(len(after.ids) - (end - (settled - 1)))
             start = settled - 1
         # Else `spot` stays: the next pass reads the settled answers again, and then new guesses.

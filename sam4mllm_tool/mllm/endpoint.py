@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+from sam4mllm_tool.concurrency import call_each
 from sam4mllm_tool.errors import DialogueError, EndpointError, ProbabilitiesMissing, ThoughtCutOff
 from sam4mllm_tool.formats import DialogueFormat
 from sam4mllm_tool.grammar import Grammar, grammar_regex
@@ -28,10 +29,12 @@ from sam4mllm_tool.mllm.endpoint_check import (
 )
 from sam4mllm_tool.mllm.endpoint_client import ChatClient, ServerKind
 from sam4mllm_tool.mllm.endpoint_slots import SlotTokens, likeliest_slot, read_after, read_slots
-from sam4mllm_tool.protocols import NO_NOTES, Dialogue, Reply, YesNoWords
+from sam4mllm_tool.protocols import NO_NOTES, Dialogue, Question, Reply, YesNoWords
 from sam4mllm_tool.types import RgbImage, YesNo
 
 LONGEST_REPLY = 1024
+_SIDE_BY_SIDE = 8
+"""Requests of one call that are under way at a time."""
 
 
 class OpenAIEndpointMllm:
@@ -151,6 +154,17 @@ class OpenAIEndpointMllm:
             return self._answer_after_thought(image, dialogue, tokens, count)
         content = self._content(image, dialogue, "", tokens.request(count))
         return read_slots(content, tokens, count, self.name)
+
+    def answer_each(self, questions: Sequence[Question], *, words: YesNoWords) -> list[list[YesNo]]:
+        """:meth:`answer_yes_no` of each: one request first, after which the server has the picture
+        in its prefix cache, then the others side by side. Raises as it does.
+        """
+
+        def answers(one: Question) -> list[YesNo]:
+            return self.answer_yes_no(one.image, one.dialogue, words=words, count=one.count)
+
+        first, others = questions[:1], questions[1:]
+        return [*map(answers, first), *call_each(answers, others, _SIDE_BY_SIDE)]
 
     # --- the self-test on first use -------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Forward passes over prefixes: read the image once, then only what is new.
+"""Forward passes over prefixes: read the image once, then only what is new, of several at once.
 
 One form of call serves all supported families: after the prefill, ``model(input_ids=new,
 position_ids=…, cache=branch, logits_to_keep=k)`` with neither pixels nor mask.
@@ -10,8 +10,8 @@ import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -21,39 +21,17 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from sam4mllm_tool.concurrency import FairLock
 from sam4mllm_tool.errors import BackendError, DeviceOutOfMemory
 from sam4mllm_tool.mllm.encoding import Encoded, ImageInputs, model_inputs
+from sam4mllm_tool.mllm.packing import Pack, Row
 from sam4mllm_tool.mllm.prefix import Prefix
-from sam4mllm_tool.mllm.store import ImageKey, PrefixStore
+from sam4mllm_tool.mllm.reading import Decoding, Read, Readout, Spot, read
+from sam4mllm_tool.mllm.store import PrefixStore
+from sam4mllm_tool.mllm.turns import Turns
+
+T = TypeVar("T")
+_MOST_TOKENS = 2048
+"""Tokens read in one pass, where several dialogues share it."""
 
 _BOTH_WAYS = ("paligemma",)
-
-
-@dataclass(frozen=True, eq=False)
-class Spot:
-    """A place in a dialogue from which the model can read on; a value, like its prefix.
-
-    Attributes:
-        key: image and header that the dialogue begins with.
-        inputs: the image's model inputs, if they are needed after all.
-        prefix: what was read, ``None`` before the image was.
-        unread: ids that come before anything else is read.
-        passes: model calls spent to get here.
-    """
-
-    key: ImageKey
-    inputs: ImageInputs = field(repr=False)
-    prefix: Prefix | None
-    unread: tuple[int, ...]
-    passes: int = 0
-
-    @property
-    def ids(self) -> tuple[int, ...]:
-        """All ids up to here."""
-        return (() if self.prefix is None else self.prefix.ids) + self.unread
-
-    def cut(self, length: int) -> Spot:
-        """The place after the first ``length`` ids, all of them read."""
-        assert self.prefix is not None and not self.unread
-        return replace(self, prefix=self.prefix.cut(length))
 
 
 def cache_argument(model: Any) -> str:
@@ -88,17 +66,21 @@ class Engine:
     Args:
         model: a transformers image-text-to-text model in eval mode.
         cache_bytes: bound for kept keys and values.
+        packed: whether dialogues about one picture may share passes.
 
     Attributes:
         reads_both_ways: every token of a prompt attends to all others (PaliGemma's prefix), so the
             cache of one prompt cannot be used for another.
         can_cut: whether the cache can be shortened to any length.
+        keeps_apart: whether the model keeps dialogues in one pass apart; ``None`` before the first
+            such pass.
         token_bytes: bytes of one token's keys and values, as measured on the first image read.
     """
 
-    def __init__(self, model: Any, cache_bytes: int) -> None:
+    def __init__(self, model: Any, cache_bytes: int, packed: bool = True) -> None:
         self.model = model
         self.store = PrefixStore(cache_bytes)
+        self.turns: Turns[Read, Readout] = Turns(self._pass, self._group)
         self.turn = FairLock()
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.token_bytes: int | None = None
@@ -106,6 +88,10 @@ class Engine:
         layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
         self.reads_both_ways = model.config.model_type in _BOTH_WAYS
         self.can_cut = not self.reads_both_ways and all(type(x) is DynamicLayer for x in layers)
+        # Other kinds of attention take no mask of their caller's: they know which tokens there are.
+        attention = model.config.get_text_config(decoder=True)._attn_implementation
+        self.keeps_apart: bool | None = None
+        self._may_pack = packed and self.can_cut and attention in ("sdpa", "eager")
 
     def open(self, digest: str, encoded: Encoded, inputs: ImageInputs) -> Spot:
         """The end of a dialogue, with as much of it read as the store has kept."""
@@ -117,12 +103,12 @@ class Engine:
         unread = encoded.ids[0 if prefix is None else len(prefix.ids) :]
         return Spot(key, inputs, prefix, unread)
 
-    def read(self, spot: Spot, ids: Sequence[int], keep: int = 1) -> tuple[Spot, Tensor]:
-        """Read the unread ids of ``spot``, then ``ids``.
+    def read(self, spot: Spot, ids: Sequence[int], keep: int = 1) -> Readout:
+        """Read the unread ids of ``spot``, then ``ids``. Raises as :meth:`run`."""
+        return self.run(read(spot, ids, keep))
 
-        Returns:
-            The new place, and float32 logits of shape (keep, vocabulary) after the last
-            ``keep`` ids.
+    def run(self, decoding: Decoding[T]) -> T:
+        """Do the reads that a decoding yields; returns its result.
 
         Raises:
             CallCancelled: the current call is no longer wanted.
@@ -130,12 +116,13 @@ class Engine:
             BackendError: the logits are not finite, or the installed transformers did not take
                 or fill the cache.
         """
-        with self.turn.taken(), self.memory_guard(), torch.inference_mode():
-            unread = (*spot.unread, *ids)
-            if spot.prefix is None:
-                return self._read_with_image(spot, unread, keep)
-            prefix, logits = self._read_on(spot.prefix, unread, keep)
-        return replace(spot, prefix=prefix, unread=(), passes=spot.passes + 1), logits
+        try:
+            wanted = next(decoding)
+            while True:
+                wanted = decoding.send(self.turns.take(wanted))
+        except StopIteration as end:
+            found: T = end.value
+            return found
 
     def keep(self, spot: Spot) -> None:
         """Keep what was read, for dialogues that begin alike."""
@@ -148,6 +135,97 @@ class Engine:
                 return
             self.store.keep(spot.key, trunk.cut(image_end), spot.prefix)
 
+    def _group(self, one: Read) -> str | None:
+        """Reads about the same picture may share a pass, once it was read."""
+        known = one.spot.prefix is not None or self.store.holds(one.spot.key)
+        return one.spot.key[0] if self._may_pack and known else None
+
+    def _pass(self, reads: Sequence[Read]) -> list[Readout | Exception | None]:
+        """Read the first, and in the same pass what can share it; ``None`` for all others."""
+        with self.turn.taken(), torch.inference_mode():
+            rows = self._rows(reads) if len(reads) > 1 else {}
+            if len(rows) > 1 and self._packs(reads[0]):
+                found = self._read_rows([reads[index] for index in rows], list(rows.values()))
+                outcomes = dict(zip(rows, found, strict=True))
+            else:
+                outcomes = {0: self._outcome(reads[0])}
+        return [outcomes.get(index) for index in range(len(reads))]
+
+    def _rows(self, reads: Sequence[Read]) -> dict[int, Row]:
+        """Those that can share a pass with the first one, by their index."""
+        rows: dict[int, Row] = {}
+        room = _MOST_TOKENS
+        for index, one in enumerate(reads):
+            known = one.spot.prefix or self.store.find(one.spot.key, one.unread, one.keep)
+            if known is None or one.spot.key != reads[0].spot.key:
+                continue
+            ids = (one.spot.ids + one.ids)[len(known.ids) :]
+            room -= len(ids)
+            if room >= 0 or not rows:
+                rows[index] = Row(known, ids, one.keep)
+        return rows if 0 in rows else {}
+
+    def _read_rows(
+        self, reads: Sequence[Read], rows: Sequence[Row]
+    ) -> Sequence[Readout | Exception]:
+        """One pass for all; if anything is wrong with it, one for each, so that errors part ways.
+
+        They must be read again: masked or not, a key that is not a number spoils every row.
+        """
+        try:
+            with self.memory_guard():
+                found = self._read_packed(rows)
+        except Exception:
+            return [self._outcome(one) for one in reads]
+        return [
+            (replace(one.spot, prefix=prefix, unread=(), passes=one.spot.passes + 1), logits)
+            for one, (prefix, logits) in zip(reads, found, strict=True)
+        ]
+
+    def _outcome(self, one: Read) -> Readout | Exception:
+        """What comes of one read in a pass of its own."""
+        spot = one.spot
+        try:
+            with self.memory_guard():
+                if spot.prefix is None:
+                    return self._read_with_image(spot, one.unread, one.keep)
+                prefix, logits = self._read_on(spot.prefix, one.unread, one.keep)
+        except Exception as error:
+            return error
+        return replace(spot, prefix=prefix, unread=(), passes=spot.passes + 1), logits
+
+    def _packs(self, one: Read) -> bool:
+        """Whether this model keeps dialogues apart that share a pass; found by trying, once.
+
+        A model that builds its attention mask otherwise than others would mix them up.
+        """
+        if self.keeps_apart is None:
+            ids = (one.spot.ids + one.ids)[len(one.spot.key[1]) :]  # words of a question
+            self.keeps_apart = self._tried(ids[:4], (ids[1:4], ids[:1:-1][:5]))
+        return self.keeps_apart
+
+    def _tried(self, before: tuple[int, ...], texts: Sequence[tuple[int, ...]]) -> bool:
+        try:
+            nothing = ImageInputs((), {}, {})
+            prefix, _ = self._prefill(nothing, before, 0, 1)
+            alone = [self._read_on(prefix, ids, 1)[1] for ids in texts]
+            packed = self._read_packed([Row(prefix, ids, 1) for ids in texts])
+        except Exception:
+            return False
+        gap = max(float((a - b).abs().max()) for a, (_, b) in zip(alone, packed, strict=True))
+        return gap < 0.05 * float((alone[0] - alone[1]).abs().max())
+
+    def _read_packed(self, rows: Sequence[Row]) -> list[tuple[Prefix, Tensor]]:
+        pack = Pack.of(rows)
+        out = self.model(
+            use_cache=True,
+            **pack.arguments(self.device, self.model.dtype),
+            **{self._cache_name: pack.cache},
+        )
+        self._check_filled(pack.cache, pack.length)
+        logits = finite(out.logits[0].float())
+        return list(zip(pack.prefixes(), logits.split([row.keep for row in rows]), strict=True))
+
     def _read_with_image(self, spot: Spot, ids: tuple[int, ...], keep: int) -> tuple[Spot, Tensor]:
         # Another caller may have read the image while this one waited for its turn.
         known = self.store.find(spot.key, ids, keep)
@@ -158,7 +236,8 @@ class Engine:
             # cache. A cache that cannot be cut needs a pass of its own for the image.
             if self.can_cut:
                 prefix, logits = self._prefill(spot.inputs, ids, image_end, keep)
-                self.store.keep(spot.key, prefix.cut(image_end))
+                # The question too: others begin with the same words, and take no room of their own.
+                self.store.keep(spot.key, prefix.cut(image_end), prefix)
                 return replace(spot, prefix=prefix, unread=(), passes=passes), logits
             known, logits = self._prefill(spot.inputs, ids[:image_end], image_end, 1)
             self.store.keep(spot.key, known)
@@ -208,15 +287,18 @@ class Engine:
 
     def _checked(self, prefix: Prefix, logits: Tensor, keep: int) -> tuple[Prefix, Tensor]:
         """A pass's outcome, after making sure that the cache holds what was read before it."""
-        held = prefix.cache.get_seq_length() if isinstance(prefix.cache, Cache) else 0
-        if held != len(prefix.ids):
+        self._check_filled(prefix.cache, len(prefix.ids))
+        return prefix, finite(logits[0, -keep:].float())
+
+    def _check_filled(self, cache: Any, length: int) -> None:
+        held = cache.get_seq_length() if isinstance(cache, Cache) else 0
+        if held != length:
             raise BackendError(
-                f"{type(self.model).__name__} has read {len(prefix.ids)} tokens, but its cache "
+                f"{type(self.model).__name__} has read {length} tokens, but its cache "
                 f"holds {held}: transformers {transformers.__version__} does not take the cache as "
                 f"{self._cache_name!r}",
                 hint="Install a version of transformers that sam4mllm-tool was tested with.",
             )
-        return prefix, finite(logits[0, -keep:].float())
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():

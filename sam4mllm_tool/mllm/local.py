@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -27,12 +27,20 @@ from sam4mllm_tool.mllm.decoding import (
     speak_freely,
 )
 from sam4mllm_tool.mllm.encoding import DialogueEncoder, Encoded, ImageInputs
-from sam4mllm_tool.mllm.engine import Engine, Spot
+from sam4mllm_tool.mllm.engine import Engine
 from sam4mllm_tool.mllm.files import find_checkpoint, read_json
 from sam4mllm_tool.mllm.grammar_tokens import TokenGrammar, YesNoTokens, yes_no_tokens
 from sam4mllm_tool.mllm.placement import USUAL_CACHE, cache_room, choose_placement
+from sam4mllm_tool.mllm.reading import Decoding, Spot, together
 from sam4mllm_tool.mllm.thoughts import thinking_of
-from sam4mllm_tool.protocols import NO_NOTES, CheckpointNotes, Dialogue, Reply, YesNoWords
+from sam4mllm_tool.protocols import (
+    NO_NOTES,
+    CheckpointNotes,
+    Dialogue,
+    Question,
+    Reply,
+    YesNoWords,
+)
 from sam4mllm_tool.types import RgbImage, YesNo
 
 T = TypeVar("T")
@@ -62,6 +70,7 @@ class LocalMllm:
             the same size for themselves.
         thought_budget: tokens that a thinking model may think before it answers; 0 closes its
             thoughts at once.
+        packed: whether dialogues about one picture, of one call or of several, share passes.
     """
 
     def __init__(
@@ -74,6 +83,7 @@ class LocalMllm:
         notes: CheckpointNotes = NO_NOTES,
         cache_bytes: int = USUAL_CACHE,
         thought_budget: int = 4096,
+        packed: bool = True,
     ) -> None:
         self.name = name
         self.format_name = format_name
@@ -81,7 +91,7 @@ class LocalMllm:
         self.notes = notes
         self.model = model
         self.encoder = DialogueEncoder(processor)
-        self.engine = Engine(model, cache_bytes)
+        self.engine = Engine(model, cache_bytes, packed)
         self.under_way = ByteBudget(cache_bytes)
         self.end_ids = _end_ids(model, self.encoder)
         self.thinking = thinking_of(self.encoder, thought_budget)
@@ -105,6 +115,7 @@ class LocalMllm:
         cache_bytes: int | None = None,
         reserve_bytes: int = 0,
         thought_budget: int = 4096,
+        packed: bool = True,
         name: str | None = None,
     ) -> Self:
         """Load a checkpoint directory or hub id, with an optional PEFT adapter.
@@ -124,7 +135,7 @@ class LocalMllm:
                 same size for dialogues under way; by default 4 GiB, or a quarter of what the
                 device has left beside the weights.
             reserve_bytes: memory of the device to leave for others.
-            thought_budget: as in the constructor.
+            thought_budget, packed: as in the constructor.
             name: what reports call it, instead of checkpoint and adapter.
 
         Raises:
@@ -160,6 +171,7 @@ class LocalMllm:
             notes=_checkpoint_notes(notes, folder),
             cache_bytes=cache_bytes,
             thought_budget=thought_budget,
+            packed=packed,
         )
         found.own_format = None if "format" in notes else stock
         return found
@@ -180,19 +192,22 @@ class LocalMllm:
             ThoughtCutOff: the model thought for longer than it may.
             CallCancelled, DeviceOutOfMemory.
         """
-        with self._dialogue(image, dialogue, max_new_tokens) as spot:
-            if grammar is None:
-                spoken = self._thought_out(
-                    spot,
-                    lambda at, leads: speak_freely(
-                        self.engine, at, self.end_ids, max_new_tokens, leads
-                    ),
+        rules = None if grammar is None else self._grammar(grammar)
+
+        def said(spot: Spot) -> Decoding[Spoken]:
+            spot = yield from self._begun(spot)
+            if rules is not None:
+                return (yield from speak(spot, rules, LONGEST_REPLY))
+            return (
+                yield from self._thought_out(
+                    spot, lambda at, leads: speak_freely(at, self.end_ids, max_new_tokens, leads)
                 )
-                free = len(spoken.ids)
-            else:
-                spoken = speak(self.engine, spot, self._grammar(grammar), LONGEST_REPLY)
-                free = len(spoken.forks)
+            )
+
+        with self._dialogues([(image, dialogue)], max_new_tokens) as (spot,):
+            spoken = self.engine.run(said(spot))
             self.engine.keep(spoken.spot)
+        free = len(spoken.ids if rules is None else spoken.forks)
         return self._reply(spoken, free, spoken.spot.passes)
 
     def alternates(
@@ -203,9 +218,10 @@ class LocalMllm:
         The first one is the greedy reply of :meth:`generate`; the others part from it at one
         choice and go on greedily, so each costs only its own tail.
         """
-        with self._dialogue(image, dialogue, count * _USUAL_REPLY) as spot:
-            rules = self._grammar(grammar)
-            replies = speak_alternates(self.engine, spot, rules, LONGEST_REPLY, count)
+        rules = self._grammar(grammar)
+        with self._dialogues([(image, dialogue)], count * _USUAL_REPLY) as (spot,):
+            spot = self.engine.run(self._begun(spot))
+            replies = self.engine.run(speak_alternates(spot, rules, LONGEST_REPLY, count))
             self.engine.keep(replies[0].spot)
         return [self._reply(r, len(r.forks), r.spot.passes) for r in replies]
 
@@ -222,19 +238,38 @@ class LocalMllm:
             ThoughtCutOff: the model thought for longer than it may.
             CheckpointError: the tokenizer has no single token for one of the words.
         """
-        if count < 1:
-            return []
-        tokens = self._words(words)
-        with self._dialogue(image, dialogue, count) as spot:
-            answers, after = self._thought_out(
-                spot, lambda at, leads: answer_slots(self.engine, at, tokens, count, leads)
-            )
-            self.engine.keep(after)
+        (answers,) = self.answer_each([Question(image, dialogue, count)], words=words)
         return answers
+
+    def answer_each(self, questions: Sequence[Question], *, words: YesNoWords) -> list[list[YesNo]]:
+        """:meth:`answer_yes_no` of each, in passes that they share. Raises as it does."""
+        asked = [one for one in questions if one.count > 0]
+        if not asked:
+            return [[] for _ in questions]
+        tokens = self._words(words)
+
+        def answered(spot: Spot, count: int) -> Decoding[tuple[list[YesNo], Spot]]:
+            can_cut = self.engine.can_cut
+            spot = yield from self._begun(spot)
+            return (
+                yield from self._thought_out(
+                    spot, lambda at, leads: answer_slots(at, tokens, count, can_cut, leads)
+                )
+            )
+
+        longest = max(one.count for one in asked)
+        with self._dialogues([(one.image, one.dialogue) for one in asked], longest) as spots:
+            pairs = zip(spots, asked, strict=True)
+            found = self.engine.run(together([answered(spot, one.count) for spot, one in pairs]))
+            for _, after in found:
+                self.engine.keep(after)
+        answers = iter(found)
+        return [next(answers)[0] if one.count > 0 else [] for one in questions]
 
     def next_token_logits(self, image: RgbImage, dialogue: Dialogue) -> Tensor:
         """Float32 logits of the reply's first token: shape (vocabulary,); for check-ups."""
-        with self._dialogue(image, dialogue, 1) as spot:
+        with self._dialogues([(image, dialogue)], 1) as (spot,):
+            spot = self.engine.run(self._begun(spot))
             return self.engine.read(spot, ())[1][-1]
 
     def yes_no_tokens(self, words: YesNoWords) -> YesNoTokens:
@@ -246,32 +281,53 @@ class LocalMllm:
         return self._words(words)
 
     @contextmanager
-    def _dialogue(self, image: RgbImage, dialogue: Dialogue, reply: int) -> Iterator[Spot]:
-        """The end of a dialogue, once there is room for it and ``reply`` tokens more.
+    def _dialogues(
+        self, asked: Sequence[tuple[RgbImage, Dialogue]], reply: int
+    ) -> Iterator[list[Spot]]:
+        """The ends of dialogues, once there is room for them and ``reply`` tokens more each.
 
-        The picture is prepared before, without the model's turn and without that room.
+        The pictures are prepared before, without the model's turn and without that room.
         """
-        encoded, inputs = self._encoded(image, dialogue)
-        opened = self.thinking is not None and self.thinking.is_open(encoded.ids)
-        if self.thinking is not None and opened:
-            reply += self.thinking.budget
-        each = self.engine.token_bytes
-        # As long as nothing was read, nobody knows how much a token takes: one at a time.
-        room = self.under_way.max_bytes if each is None else each * (len(encoded.ids) + reply)
-        with self.under_way.held(room):
-            spot = self.engine.open(image.digest, encoded, inputs)
-            if self.thinking is not None and opened:
-                spot = self.thinking.past(self.engine, spot, self.end_ids)
-            yield spot
+        encoded = [(image.digest, *self._encoded(image, dialogue)) for image, dialogue in asked]
+        own, shared = 0, {}
+        for digest, ids, _ in encoded:
+            longest = reply
+            if self.thinking is not None and self.thinking.is_open(ids.ids):
+                longest += self.thinking.budget
+            own += len(ids.ids) - ids.image_end + longest
+            shared[digest, ids.ids[: ids.image_end]] = ids.image_end
+        with (
+            self._room(own, shared),
+            self.engine.turns.under_way(digest for digest, *_ in encoded),
+        ):
+            yield [self.engine.open(*one) for one in encoded]
 
-    def _thought_out(self, spot: Spot, speak: Callable[[Spot, Leads], T | None]) -> T:
+    def _room(self, own: int, shared: Mapping[Hashable, int]) -> AbstractContextManager[None]:
+        """Room for so many tokens, those of pictures and headers counted once for all callers."""
+        each = self.engine.token_bytes
+        if each is None:
+            # As long as nothing was read, nobody knows how much a token takes: one at a time.
+            return self.under_way.held(self.under_way.max_bytes)
+        return self.under_way.held(
+            each * own, {key: each * tokens for key, tokens in shared.items()}
+        )
+
+    def _begun(self, spot: Spot) -> Decoding[Spot]:
+        """The place where the reply begins: behind the thought that the template has opened."""
+        if self.thinking is not None and self.thinking.is_open(spot.ids):
+            spot = yield from self.thinking.past(spot, self.end_ids)
+        return spot
+
+    def _thought_out(
+        self, spot: Spot, speak: Callable[[Spot, Leads], Decoding[T | None]]
+    ) -> Decoding[T]:
         """What ``speak`` says at ``spot``, or behind the thought that the model opens there."""
-        spoken = speak(spot, no_lead if self.thinking is None else self.thinking.leads)
+        spoken = yield from speak(spot, no_lead if self.thinking is None else self.thinking.leads)
         if spoken is None and self.thinking is not None:
-            opened = self.thinking.opened(self.engine, spot)
+            opened = yield from self.thinking.opened(spot)
             if opened is not None:
-                spot = self.thinking.past(self.engine, opened, self.end_ids)
-            spoken = speak(spot, no_lead)
+                spot = yield from self.thinking.past(opened, self.end_ids)
+            spoken = yield from speak(spot, no_lead)
         assert spoken is not None
         return spoken
 

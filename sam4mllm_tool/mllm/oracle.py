@@ -23,7 +23,7 @@ from sam4mllm_tool.mllm.engine import finite
 from sam4mllm_tool.mllm.grammar_tokens import Place, TokenGrammar
 from sam4mllm_tool.mllm.local import LONGEST_REPLY, LocalMllm
 from sam4mllm_tool.mllm.thoughts import ANSWER, CLOSE
-from sam4mllm_tool.protocols import Dialogue, Reply, YesNoWords
+from sam4mllm_tool.protocols import Dialogue, Question, Reply, YesNoWords
 from sam4mllm_tool.types import RgbImage, YesNo
 
 
@@ -76,6 +76,13 @@ class RecomputeMllm(LocalMllm):
         p_yes = rows[:, list(tokens.yes)].sum(-1).tolist()
         p_no = rows[:, list(tokens.no)].sum(-1).tolist()
         return [YesNo(y, n) for y, n in zip(p_yes, p_no, strict=True)]
+
+    def answer_each(self, questions: Sequence[Question], *, words: YesNoWords) -> list[list[YesNo]]:
+        """One question after the other."""
+        return [
+            self.answer_yes_no(one.image, one.dialogue, words=words, count=one.count)
+            for one in questions
+        ]
 
     def _run(
         self, image: RgbImage, dialogue: Dialogue, processor: LogitsProcessor | None, limit: int

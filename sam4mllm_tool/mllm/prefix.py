@@ -41,12 +41,30 @@ class BranchLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append to the tail and return trunk and tail as one."""
-        # `cat` makes new tensors: other branches that share the old tail do not see the change.
-        self.keys = torch.cat([self.keys, key_states], dim=-2)
-        self.values = torch.cat([self.values, value_states], dim=-2)
+        self.append(key_states, value_states)
         return (
             torch.cat([self.trunk_keys, self.keys], dim=-2),
             torch.cat([self.trunk_values, self.values], dim=-2),
+        )
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Append copies to the tail."""
+        # `cat` makes new tensors: other branches that share the old tail do not see the change.
+        self.keys = torch.cat([self.keys, keys], dim=-2)
+        self.values = torch.cat([self.values, values], dim=-2)
+
+    def span(self, start: int, end: int | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values of the tokens from ``start`` to ``end``; a view where it can be one."""
+        trunk = self.trunk_keys.shape[-2]
+        end = self.get_seq_length() if end is None else end
+        old = slice(start, min(end, trunk))
+        new = slice(max(0, start - trunk), max(0, end - trunk))
+        keys, values = self.trunk_keys[..., old, :], self.trunk_values[..., old, :]
+        if new.start == new.stop:
+            return keys, values
+        return (
+            torch.cat([keys, self.keys[..., new, :]], dim=-2),
+            torch.cat([values, self.values[..., new, :]], dim=-2),
         )
 
     def get_seq_length(self) -> int:
@@ -105,7 +123,7 @@ class Prefix:
 
     def shared_length(self, ids: Sequence[int]) -> int:
         """How many leading tokens of ``ids`` need not be read again (0 if none)."""
-        same = _common_length(self.ids, ids)
+        same = common_length(self.ids, ids)
         return same if same == len(self.ids) or self.can_be_cut else 0
 
     def own_bytes(self, trunk: Prefix | None = None) -> int:
@@ -131,7 +149,8 @@ def _own(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+def common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many leading tokens two dialogues share."""
     for index, (one, other) in enumerate(zip(first, second, strict=False)):
         if one != other:
             return index

@@ -45,6 +45,11 @@ class PrefixStore:
         with self._lock:
             return int(self._entries.currsize)
 
+    def holds(self, key: ImageKey) -> bool:
+        """Whether something is kept of this image."""
+        with self._lock:
+            return key in self._entries
+
     def find(self, key: ImageKey, ids: tuple[int, ...], unread: int = 1) -> Prefix | None:
         """The longest kept prefix of ``ids`` that leaves at least ``unread`` tokens to read.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from sam4mllm_tool.errors import ThoughtCutOff
 from sam4mllm_tool.mllm.encoding import DialogueEncoder
-from sam4mllm_tool.mllm.engine import Engine, Spot
+from sam4mllm_tool.mllm.reading import Decoding, Spot, read
 
 OPEN, CLOSE, ANSWER = "<think>", "</think>", "<answer>"
 _LEAD = 8
@@ -46,19 +46,19 @@ class Thinking:
         """Whether a reply that begins with this token may be a thought."""
         return token == self.open or self._is_blank(token)
 
-    def opened(self, engine: Engine, spot: Spot) -> Spot | None:
+    def opened(self, spot: Spot) -> Decoding[Spot | None]:
         """The place after the ``<think>`` that the model writes at ``spot``, with the line breaks
         before it; ``None`` if it writes none.
         """
         for _ in range(_LEAD):
-            after, logits = engine.read(spot, ())
+            after, logits = yield from read(spot, ())
             token = int(logits[-1].argmax())
             spot = replace(after, unread=(token,))
             if not self._is_blank(token):
                 return spot if token == self.open else None
         return None
 
-    def past(self, engine: Engine, spot: Spot, end_ids: Sequence[int]) -> Spot:
+    def past(self, spot: Spot, end_ids: Sequence[int]) -> Decoding[Spot]:
         """The place where the answer begins, after the end of the thought that is open at ``spot``.
 
         Raises:
@@ -69,20 +69,20 @@ class Thinking:
             return replace(spot, unread=(*spot.unread, *closing))
         ids: list[int] = []
         while not ids or ids[-1] != self.close:
-            after, logits = engine.read(spot, ids[-1:])
+            after, logits = yield from read(spot, ids[-1:])
             token = int(logits[-1].argmax())
             if token in end_ids or len(ids) == self.budget:
                 thought = self.encoder.decode_continuation(ids)
                 raise ThoughtCutOff(raw_reply=f"{OPEN}{thought}", budget=len(ids))
             ids.append(token)
             spot = after
-        return self._lead(engine, replace(spot, unread=(self.close,)))
+        return (yield from self._lead(replace(spot, unread=(self.close,))))
 
-    def _lead(self, engine: Engine, spot: Spot) -> Spot:
+    def _lead(self, spot: Spot) -> Decoding[Spot]:
         """The place after the line breaks and tags that the model writes before its answer."""
         answer = self.encoder.encode_continuation(ANSWER)
         for _ in range(_LEAD):
-            after, logits = engine.read(spot, ())
+            after, logits = yield from read(spot, ())
             token = int(logits[-1].argmax())
             if token == answer[0]:
                 return replace(after, unread=tuple(answer))

@@ -29,10 +29,12 @@ from sam4mllm_tool.protocols import (
     MaskCandidate,
     Mllm,
     Proposer,
+    Question,
     Reply,
     Segmenter,
     SegmentPrompt,
     Turn,
+    answer_each,
 )
 from sam4mllm_tool.types import (
     Box,
@@ -168,61 +170,86 @@ class DialogueSteps:
         Raises:
             PointOutsideImage, PromptError: points outside, not finite, or too many.
         """
-        image = to_rgb_image(image)
-        stage("points")
-        asked = self.candidate_points(box, image) if points is None else list(points)
-        check_image_points(asked, image)
-        limits = thresholds or self.settings.thresholds
-        different = list(dict.fromkeys(asked))
-        asking = self.settings.point_asking or self.speech.point_asking
-        ask = self._ask_by_marks if asking == "marks" else self._ask_by_coordinates
-        answers: dict[Point, PromptPoint] = {}
-        for point, answer in zip(different, ask(image, location, box, different), strict=True):
-            label = label_point(answer, limits)
-            answers[point] = PromptPoint(*point, label, answer.p_yes, answer.p_no)
-        return tuple(answers[point] for point in asked)
+        (found,) = self.check_points_of_each(
+            image, location, [box], None if points is None else [points], thresholds=thresholds
+        )
+        return found
 
-    def _ask_by_coordinates(
+    def check_points_of_each(
+        self,
+        image: ImageLike,
+        location: Location,
+        boxes: Sequence[Box],
+        points: Sequence[Sequence[Point]] | None = None,
+        *,
+        thresholds: Thresholds | None = None,
+    ) -> list[tuple[PromptPoint, ...]]:
+        """Round 2 for several boxes, all of it asked at once; as :meth:`check_points` for each."""
+        image = to_rgb_image(image)
+        if not boxes:
+            return []
+        stage("points")
+        if points is None:
+            points = [self.candidate_points(box, image) for box in boxes]
+        asked = [list(some) for some in points]
+        for some in asked:
+            check_image_points(some, image)
+        different = [list(dict.fromkeys(some)) for some in asked]
+        asking = self.settings.point_asking or self.speech.point_asking
+        ask = self._mark_questions if asking == "marks" else self._coordinate_questions
+        questions = [
+            list(ask(image, location, box, some))
+            for box, some in zip(boxes, different, strict=True)
+        ]
+        answers = iter(self._yes_no([one for some in questions for one in some]))
+        limits = thresholds or self.settings.thresholds
+        checked: list[tuple[PromptPoint, ...]] = []
+        for listed, some, theirs in zip(asked, different, questions, strict=True):
+            said = [answer for _ in theirs for answer in next(answers)]
+            known = {
+                point: PromptPoint(*point, label_point(answer, limits), answer.p_yes, answer.p_no)
+                for point, answer in zip(some, said, strict=True)
+            }
+            checked.append(tuple(known[point] for point in listed))
+        return checked
+
+    def _coordinate_questions(
         self, image: RgbImage, location: Location, box: Box, points: Sequence[Point]
-    ) -> list[YesNo]:
+    ) -> Iterator[Question]:
         """Round 2 as in the paper: it continues the dialogue of round 1."""
-        answers: list[YesNo] = []
         wording = self._wording(location.expression)
         for some in batched(points, self._longest_list):
             question = self.speech.ask_points(wording, box, some, image.size)
-            dialogue = (*location.dialogue, Turn("user", question))
-            answers += self._yes_no(image, dialogue, len(some))
-        return answers
+            yield Question(image, (*location.dialogue, Turn("user", question)), len(some))
 
-    def _ask_by_marks(
+    def _mark_questions(
         self, image: RgbImage, location: Location, box: Box, points: Sequence[Point]
-    ) -> list[YesNo]:
+    ) -> Iterator[Question]:
         """Round 2 on a copy of the picture with numbered marks, which is a dialogue of its own."""
         marked = draw_marks(image, points, box)
-        answers: list[YesNo] = []
         wording = self._wording(location.expression)
         for some in batched(range(1, len(points) + 1), self._longest_list):
             question = self.speech.ask_marks(wording, some)
-            answers += self._yes_no(marked, self._opening(question), len(some))
-        return answers
+            yield Question(marked, self._opening(question), len(some))
 
-    def _yes_no(self, image: RgbImage, dialogue: Dialogue, count: int) -> list[YesNo]:
-        words = self.speech.yes_no
-        answers = self.mllm.answer_yes_no(image, dialogue, words=words, count=count)
-        if len(answers) != count:
-            raise DialogueError(
-                f"{len(answers)} answers came back for {count} points",
-                raw_reply="".join("Yes" if a.p_yes >= a.p_no else "No" for a in answers),
-                hint="Ask about fewer points at a time.",
-            )
+    def _yes_no(self, questions: Sequence[Question]) -> list[list[YesNo]]:
+        answers = answer_each(self.mllm, questions, words=self.speech.yes_no)
+        for question, some in zip(questions, answers, strict=True):
+            if len(some) != question.count:
+                raise DialogueError(
+                    f"{len(some)} answers came back for {question.count} points",
+                    raw_reply="".join("Yes" if a.p_yes >= a.p_no else "No" for a in some),
+                    hint="Ask about fewer points at a time.",
+                )
         return answers
 
     def verify(self, image: ImageLike, expression: str, boxes: Sequence[Box]) -> list[YesNo]:
         """For each box, whether its region shows what the expression describes."""
         image, wording = to_rgb_image(image), self._wording(check_expression(expression))
         stage("verify")
-        questions = [self.speech.ask_verification(wording, box, image.size) for box in boxes]
-        return [self._yes_no(image, self._opening(q), 1)[0] for q in questions]
+        asked = [self.speech.ask_verification(wording, box, image.size) for box in boxes]
+        questions = [Question(image, self._opening(question)) for question in asked]
+        return [answer for (answer,) in self._yes_no(questions)]
 
     def _surest(self, image: RgbImage, location: Location) -> Location:
         """The location with the candidate box that verification is surest of."""

@@ -75,7 +75,8 @@ class Pqpp:
     ) -> Found:
         """Box → points → mask."""
         location = steps.locate(image, expression, count)
-        points = [steps.check_points(image, location, one.box) for one in location.objects]
+        boxes = [one.box for one in location.objects]
+        points = steps.check_points_of_each(image, location, boxes)
         return _drawn(steps, image, location, points)
 
 

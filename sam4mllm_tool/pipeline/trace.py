@@ -26,10 +26,12 @@ from sam4mllm_tool.protocols import (
     Mllm,
     Proposal,
     Proposer,
+    Question,
     Reply,
     Segmenter,
     SegmentPrompt,
     YesNoWords,
+    answer_each,
 )
 from sam4mllm_tool.types import Box, Mask, RgbImage, YesNo
 
@@ -271,6 +273,16 @@ class RecordingMllm:
             lambda: self._mllm.answer_yes_no(image, dialogue, words=words, count=count),
         )
         self._note("yes_no", image, dialogue, count, seconds, answers=answers)
+        return answers
+
+    def answer_each(self, questions: Sequence[Question], *, words: YesNoWords) -> list[list[YesNo]]:
+        """As the wrapped MLLM, noted as stage *points*, the seconds in equal shares."""
+        answers, seconds = self._recorder.timed(
+            "points", lambda: answer_each(self._mllm, questions, words=words)
+        )
+        for one, some in zip(questions, answers, strict=True):
+            share = seconds / len(questions)
+            self._note("yes_no", one.image, one.dialogue, one.count, share, answers=some)
         return answers
 
     def _note(

@@ -1,0 +1,301 @@
+"""Passes that dialogues share say what each dialogue's own passes say, in all families."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mllm_dialogues import FORM, answers, ask_box, ask_points, check_same
+from random_models import FAMILIES, build, expression, picture
+
+from sam4mllm_tool.concurrency import CallCancelled, CallContext, call_context
+from sam4mllm_tool.errors import BackendError
+from sam4mllm_tool.mllm.engine import Engine
+from sam4mllm_tool.mllm.local import LocalMllm
+from sam4mllm_tool.mllm.packing import Pack, Row
+from sam4mllm_tool.mllm.prefix import Prefix
+from sam4mllm_tool.mllm.reading import Read
+from sam4mllm_tool.protocols import Question, Reply
+from sam4mllm_tool.types import RgbImage, TargetCount
+
+ONE = FORM.box_grammar(TargetCount.ONE)
+ONE_BY_ONE = {"qwen3_5", "gemma3", "gemma4"}
+"""Linear attention and sliding windows: such caches hold no token apart."""
+
+Call = Callable[[LocalMllm], Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("llava_next", tmp_path_factory.mktemp("packed"))
+
+
+@pytest.fixture
+def serial(folder: Path) -> LocalMllm:
+    return LocalMllm.from_pretrained(folder, device="cpu", packed=False)
+
+
+def packed_twin(serial: LocalMllm, **options: Any) -> LocalMllm:
+    """The same weights with an engine of its own, which packs."""
+    return LocalMllm(serial.model, serial.encoder.processor, name="packed", **options)
+
+
+class Passes:
+    """The lengths of all passes."""
+
+    def __init__(self, model: Any) -> None:
+        self.lengths: list[int] = []
+        self.hook = model.register_forward_pre_hook(self._look, with_kwargs=True)
+
+    def _look(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        self.lengths.append(kwargs["input_ids"].shape[1])
+
+    def __enter__(self) -> list[int]:
+        return self.lengths
+
+    def __exit__(self, *_: object) -> None:
+        self.hook.remove()
+
+
+def a_call(rng: random.Random, pictures: list[RgbImage]) -> Call:
+    """Something that a caller may ask, at random."""
+    image = rng.choice(pictures)
+    opening = ask_box(expression(rng), image)
+
+    def points(count: int) -> Any:
+        return ask_points(opening, "[101,052,800,907]", image, count, rng.randint(0, 99))
+
+    match rng.randrange(5):
+        case 0:
+            return lambda mllm: mllm.generate(image, opening, grammar=ONE)
+        case 1:
+            return lambda mllm: mllm.generate(image, opening, max_new_tokens=5)
+        case 2:
+            return lambda mllm: mllm.alternates(image, opening, grammar=ONE, count=3)
+        case 3:
+            question = points(6)
+            return lambda mllm: answers(mllm, image, question, 6)
+        case _:
+            each = [Question(image, points(n), n) for n in (4, 1, 0, 3)]
+            return lambda mllm: mllm.answer_each(each, words=FORM.yes_no)
+
+
+def check_alike(said: Any, truth: Any) -> None:
+    match said:
+        case Reply():
+            assert said.text == truth.text and said.tokens == truth.tokens
+            assert abs(said.log_probability - truth.log_probability) < 1e-3
+        case [list(), *_]:
+            for some, others in zip(said, truth, strict=True):
+                if others:
+                    check_same(some, others)
+                assert len(some) == len(others)
+        case [Reply(), *_]:
+            for one, other in zip(said, truth, strict=True):
+                check_alike(one, other)
+        case _:
+            check_same(said, truth)
+
+
+def at_once(mllm: LocalMllm, calls: list[Call]) -> list[Any]:
+    """All calls at the same time, each in a thread of its own."""
+    start = threading.Barrier(len(calls))
+
+    def call(one: Call) -> Any:
+        start.wait(60)
+        return one(mllm)
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(call, calls))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_mixture_of_callers_gets_what_each_gets_alone(family: str, tmp_path: Path) -> None:
+    serial = LocalMllm.from_pretrained(build(family, tmp_path), device="cpu", packed=False)
+    packed = packed_twin(serial)
+    rng = random.Random(family)
+    pictures = [picture(seed) for seed in (3, 4)]
+    for _ in range(2):
+        calls = [a_call(rng, pictures) for _ in range(6)]
+        with Passes(serial.model) as alone:
+            truth = [call(serial) for call in calls]
+        with Passes(serial.model) as together:
+            said = at_once(packed, calls)
+        for one, other in zip(said, truth, strict=True):
+            check_alike(one, other)
+    assert packed.engine.keeps_apart is (None if family in ONE_BY_ONE else True)
+    if family not in ONE_BY_ONE:
+        assert len(together) < len(alone)
+
+
+def test_thirty_marks_take_one_pass_and_the_pictures(serial: LocalMllm) -> None:
+    image = picture(5)
+    questions = [Question(image, ask_box(f"mark {n}?", image)) for n in range(30)]
+    packed = packed_twin(serial)
+    packed.answer_each(questions[:3], words=FORM.yes_no)  # tries out whether the model packs
+    packed.engine.store.clear()
+    with Passes(serial.model) as passes:
+        said = packed.answer_each(questions, words=FORM.yes_no)
+    assert len(passes) == 2
+    assert sum(passes[1:]) < 29 * 20, "what the questions have in common was read with the picture"
+    for (one,), question in zip(said, questions, strict=True):
+        check_same([one], answers(serial, image, question.dialogue, 1))
+
+
+def test_rows_go_on_from_what_they_have_read(serial: LocalMllm) -> None:
+    """Prefixes of different lengths, one of them inside another, and what comes of them later."""
+    engine, image = serial.engine, picture(6)
+    inputs = serial.encoder.image_inputs(image)
+    encoded = serial.encoder.encode(ask_box("abc", image), inputs)
+    first, _ = engine.read(engine.open(image.digest, encoded, inputs), ())
+    longer, _ = engine.read(first, (7, 8, 9))
+    shorter = first.cut(len(first.ids) - 5)
+    spots, news = (longer, shorter, first), ((11, 12), (13,), (14, 15, 16))
+    alone = [engine.read(spot, ids, 1) for spot, ids in zip(spots, news, strict=True)]
+    prefixes = [spot.prefix for spot in spots]
+    assert all(isinstance(prefix, Prefix) for prefix in prefixes)
+    rows = [Row(prefix, ids, 1) for prefix, ids in zip(prefixes, news, strict=True)]  # type: ignore[arg-type]
+    assert Pack.of(rows).shared == len(shorter.ids)
+    with torch.inference_mode():
+        packed = engine._read_packed(rows)
+    for (after, logits), (prefix, ours) in zip(alone, packed, strict=True):
+        torch.testing.assert_close(ours, logits, atol=1e-4, rtol=0)
+        assert after.prefix is not None and prefix.ids == after.prefix.ids
+        for layer, ours_layer in zip(after.prefix.cache.layers, prefix.cache.layers, strict=True):
+            for one, other in zip(layer.span(0), ours_layer.span(0), strict=True):
+                torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+
+def test_a_row_that_is_no_number_fails_alone(serial: LocalMllm) -> None:
+    """Even masked, its keys would make a NaN of every row."""
+    packed, image, poison = packed_twin(serial), picture(7), "ZZZZ"
+    (bad,) = set(serial.encoder.encode_continuation("Z"))
+    table = serial.model.get_input_embeddings()
+    hook = table.register_forward_hook(
+        lambda module, args, out: out.masked_fill((args[0] == bad)[..., None], float("nan"))
+    )
+    calls: list[Call] = [
+        lambda mllm, text=text: mllm.generate(image, ask_box(text, image), grammar=ONE).text
+        for text in ("abc", "a red apple", "dog", "something else")
+    ]
+    truth = [call(serial) for call in calls]
+
+    def poisoned(mllm: LocalMllm) -> str:
+        with pytest.raises(BackendError, match="not finite"):
+            mllm.generate(image, ask_box(poison, image), grammar=ONE)
+        return "failed"
+
+    packed.generate(image, ask_box("abc", image), grammar=ONE)
+    try:
+        assert at_once(packed, [*calls, poisoned]) == [*truth, "failed"]
+    finally:
+        hook.remove()
+
+
+def test_a_cancelled_row_leaves_the_others(serial: LocalMllm) -> None:
+    packed, image, gone = packed_twin(serial), picture(8), CallContext()
+    packed.generate(image, ask_box("abc", image), grammar=ONE)
+    passes = 0
+
+    def cancel(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+        if passes == 3:
+            gone.cancelled.set()
+
+    def leaves(mllm: LocalMllm) -> str:
+        with call_context(gone), pytest.raises(CallCancelled):
+            mllm.generate(image, ask_box("gone", image), max_new_tokens=1000)
+        return "gone"
+
+    stays = [f"thing {n}" for n in range(4)]
+    calls: list[Call] = [
+        lambda mllm, text=text: mllm.generate(image, ask_box(text, image), grammar=ONE).text
+        for text in stays
+    ]
+    truth = [call(serial) for call in calls]
+    hook = serial.model.register_forward_pre_hook(cancel)
+    try:
+        assert at_once(packed, [leaves, *calls]) == ["gone", *truth]
+    finally:
+        hook.remove()
+    assert packed.under_way.nbytes == 0
+
+
+def test_a_model_that_takes_no_mask_reads_one_by_one(serial: LocalMllm) -> None:
+    """Found by trying: what ignores the mask would mix the dialogues up."""
+    packed, image = packed_twin(serial), picture(9)
+    forward = serial.model.forward
+
+    def blind(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    questions = [Question(image, ask_box(text, image)) for text in ("abc", "dog", "bag")]
+    truth = serial.answer_each(questions, words=FORM.yes_no)
+    serial.model.forward = blind
+    said = packed.answer_each(questions, words=FORM.yes_no)
+    assert packed.engine.keeps_apart is False
+    for one, other in zip(said, truth, strict=True):
+        check_same(one, other)
+
+
+def test_what_callers_share_counts_once(serial: LocalMllm) -> None:
+    """Room for one picture and the texts of many dialogues is room for all of them."""
+    image = picture(10)
+    serial.generate(image, ask_box("abc", image), grammar=ONE)
+    each = serial.engine.token_bytes
+    assert each is not None
+    encoded = serial._encoded(image, ask_box("thing 1", image))[0]
+    text = len(encoded.ids) - encoded.image_end + 4
+    room = each * (encoded.image_end + 3 * text)
+    bounded = packed_twin(serial, cache_bytes=room)
+    bounded.generate(image, ask_box("abc", image), max_new_tokens=4)
+    held: list[tuple[int, int]] = []
+    hook = serial.model.register_forward_pre_hook(
+        lambda *_: held.append((bounded.under_way.nbytes, len(bounded.under_way._held)))
+    )
+    calls: list[Call] = [
+        lambda mllm, n=n: mllm.generate(image, ask_box(f"thing {n}", image), max_new_tokens=4)
+        for n in range(6)
+    ]
+    at_once(bounded, calls)
+    hook.remove()
+    assert max(nbytes for nbytes, _ in held) <= room
+    assert max(callers for _, callers in held) == 3
+
+
+def test_long_reads_do_not_all_fit_in_one_pass(
+    serial: LocalMllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = picture(11)
+    packed = packed_twin(serial)
+    monkeypatch.setattr("sam4mllm_tool.mllm.engine._MOST_TOKENS", 150)
+    questions = [Question(image, ask_box(f"thing {n}", image)) for n in range(9)]
+    truth = serial.answer_each(questions, words=FORM.yes_no)
+    with Passes(serial.model) as lengths:
+        said = packed.answer_each(questions, words=FORM.yes_no)
+    assert max(lengths[1:]) <= 150 and len(lengths) < 9
+    for one, other in zip(said, truth, strict=True):
+        check_same(one, other)
+
+
+def test_an_engine_that_does_not_pack_reads_one_by_one(serial: LocalMllm) -> None:
+    image = picture(12)
+    spot = serial.engine.open(image.digest, *serial._encoded(image, ask_box("abc", image)))
+    assert isinstance(serial.engine, Engine)
+    serial.engine.read(spot, ())
+    assert serial.engine._group(Read(spot)) is None
