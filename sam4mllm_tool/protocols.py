@@ -83,6 +83,7 @@ class CheckpointNotes(BaseModel):
 
     Attributes:
         vocabulary: lower-case words a small model was taught, ``None`` for a general vocabulary.
+        correct_spelling: whether misspelt words of that vocabulary are corrected before asking.
         lower_case: whether it was taught lower-case expressions only.
         points_per_question: the longest list of points it was taught to answer.
         box_calibration: slope and intercept of a logistic function from the logarithm of a box's
@@ -93,6 +94,7 @@ class CheckpointNotes(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     vocabulary: frozenset[str] | None = None
+    correct_spelling: bool = True
     lower_case: bool = False
     points_per_question: PositiveInt | None = None
     box_calibration: tuple[float, float] | None = None

@@ -121,6 +121,17 @@ def test_rare_kinds_get_as_many_cases_as_common_ones() -> None:
     assert (common.image, common.expression) in plain
 
 
+def test_held_out_wordings_ask_about_the_same_scenes() -> None:
+    """Other sentences, the same pictures and kinds."""
+    trained, held = (
+        {(c.image, c.kind, c.expression) for c in scene_cases(5, 200, wording=wording)()}
+        for wording in ("train", "held-out")
+    )
+    assert {image for image, _, _ in trained} & {image for image, _, _ in held}
+    known = {text for _, _, text in trained}
+    assert sum(text in known for _, _, text in held) < 0.03 * len(held)
+
+
 @pytest.mark.parametrize("name", ["refcoco", "grefcoco", "reasonseg"])
 def test_the_loaders_read_the_generators_miniatures(miniatures, name):
     examples = list(load_examples(name, miniatures[name], "val"))

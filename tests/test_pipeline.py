@@ -19,6 +19,7 @@ from sam4mllm_tool.geometry import box_iou
 from sam4mllm_tool.masks.relations import mask_iou
 from sam4mllm_tool.pipeline.model import Sam4MLLM, replay
 from sam4mllm_tool.pipeline.points import Thresholds
+from sam4mllm_tool.pipeline.reading import nearest_word, read_expression
 from sam4mllm_tool.pipeline.results import Settings
 from sam4mllm_tool.pipeline.steps import agreement, choose_mask
 from sam4mllm_tool.pipeline.strategies import STRATEGIES
@@ -285,6 +286,60 @@ def test_capitals_are_folded_where_only_lower_case_was_taught(blocks, truth):
     assert not any("R" in asked or "B" in asked for asked in mllm.said[2:])
     as_they_are = Sam4MLLM(TruthfulMllm(truth), ColourSegmenter())
     assert as_they_are.segment(blocks, "The RED Block", count=ANY).status is Status.NOT_FOUND
+
+
+TAUGHT = frozenset(
+    (
+        "a",
+        "the",
+        "red",
+        "green",
+        "block",
+        "right",
+        "umbrella",
+        "umbrellas",
+        "apple",
+        "apples",
+        "isn",
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "read", "notes"),
+    (
+        ("The gren umbrela", "the green umbrella",
+         ('read "gren" as "green"', 'read "umbrela" as "umbrella"')),
+        ("the umbrelas, an appel", "the umbrellas, an apple",
+         ('read "umbrelas" as "umbrellas"', 'read "appel" as "apple"',
+          "the model was not taught these words and may guess: an")),
+        ("the light rad block 12", "the light rad block 12",
+         ("the model was not taught these words and may guess: light, rad",)),
+        ("the apple's block isn't red", "the apple's block isn't red", ()),
+    ),
+)  # fmt: skip
+def test_misspelt_words_are_corrected_where_the_words_are_few(text, read, notes):
+    """Short words, and words that are near to a known one but begin otherwise, stay as they are."""
+    found = read_expression(text, CheckpointNotes(vocabulary=TAUGHT, lower_case=True))
+    assert (found.text, found.notes) == (read, notes)
+
+
+def test_ambiguous_spelling_is_left_alone():
+    for words, found in (({"stars"}, "stars"), ({"stars", "start"}, None)):
+        assert nearest_word("starx", words) is None  # 4 of 5 letters
+        assert nearest_word("starst", words) == found
+
+
+def test_a_misspelt_word_is_asked_as_it_was_read(blocks, truth):
+    notes = CheckpointNotes(vocabulary=TAUGHT, lower_case=True)
+    found = Sam4MLLM(TruthfulMllm(truth, notes=notes), ColourSegmenter()).segment(
+        blocks, "the red blok"
+    )
+    assert found.objects[0].mask == truth["the red block"][0]
+    assert 'read "blok" as "block"' in found.notes
+    kept = TruthfulMllm(truth, notes=notes.model_copy(update={"correct_spelling": False}))
+    found = Sam4MLLM(kept, ColourSegmenter()).segment(blocks, "the red blok", count=ANY)
+    assert found.status is Status.NOT_FOUND and "may guess: blok" in found.notes[0]
 
 
 def test_lists_are_no_longer_than_what_was_taught(blocks, truth):

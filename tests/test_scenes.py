@@ -1,9 +1,11 @@
 """Scenes: exact masks, the same scene everywhere, expressions that mean what they say."""
 
 import hashlib
+import json
 import random
 import re
 from itertools import product
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -18,6 +20,8 @@ from sam4mllm_tool.scenes.render import Scene, SceneObject, render_scene, scene_
 from sam4mllm_tool.scenes.sheet import contact_sheet
 from sam4mllm_tool.scenes.sprites import COLOURS, SHAPES, animals, functions, plurals, sprites
 from sam4mllm_tool.scenes.world import FULL_WORLD, HELD_OUT_WORLD, SAM_WORLD, SMALL_WORLD, WORLDS
+
+HAND_WRITTEN = Path(__file__).parents[1] / "benchmarks" / "language.json"
 
 
 def label_map(scene: Scene) -> np.ndarray:
@@ -306,6 +310,21 @@ def test_every_expression_means_its_targets(world, wording):
                 assert (len(phrase.targets) > 1) == (phrase.kind == "plural")
     assert kinds >= {*get_args(Kind)} - {"function"}
     assert "function" in kinds or (world, wording) != (SMALL_WORLD, "held-out")
+
+
+def test_expressions_written_by_hand_mean_objects_that_are_there():
+    """Colours and names that a text holds are those of its targets, where nothing is denied."""
+    written = json.loads(HAND_WRITTEN.read_text(encoding="utf-8"))
+    assert len(written["expressions"]) >= 100
+    assert len({index for index, *_ in written["expressions"]}) == 30
+    for index, kind, targets, text in written["expressions"]:
+        scene = render_scene(WORLDS[written["world"]], written["split"], index, written["seed"])
+        meant = [scene.objects[number] for number in targets]
+        untrue = kind in ("absent", "contradicted", "miscounted")
+        assert kind == "negation" or bool(meant) != untrue, text
+        for thing in meant if kind in ("category", "colour", "size", "ordinal") else ():
+            assert thing.name.split()[-1] in text or "circle" in text, text
+            assert all(c == thing.colour for c in COLOURS if c in text.split()), text
 
 
 def test_a_number_that_is_not_the_groups_names_nothing():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 from rich.table import Table
@@ -127,6 +127,9 @@ def scenes_command(
     points: PointsOption = _POINTS,
     candidates: CandidatesOption = "grid",
     world: Annotated[str, typer.Option(help="small, full, …")] = "small",
+    wording: Annotated[
+        str, typer.Option(help="train, or held-out: sentences that training never used.")
+    ] = "train",
     ask: Annotated[
         str, typer.Option(help="Count in the questions: 0+ as the tools ask, 1+, 1, or true.")
     ] = "0+",
@@ -151,9 +154,11 @@ def scenes_command(
 ) -> None:
     """The models on unseen synthetic scenes, by kind of expression."""
     from sam4mllm_tool.evaluation.scenes import evaluate_scenes
-    from sam4mllm_tool.scenes.expressions import Kind
+    from sam4mllm_tool.scenes.expressions import Kind, Wording
 
     drawn = _world(world)
+    if wording not in get_args(Wording):
+        raise typer.BadParameter(f"one of {', '.join(get_args(Wording))}", param_hint="--wording")
     settings = _settings(points, candidates)
     load = partial(
         load_models, mllm, adapter, format, sam, sam_decoder, device, sam_dtype=sam_dtype,
@@ -168,7 +173,8 @@ def scenes_command(
     ):
         report = evaluate_scenes(
             model, folder, seed=seed, limit=limit, strategies=strategy, world=drawn,
-            per_kind=per_kind, ask=_ask(ask, "true"), shard=_shard(shard), on_case=on_case,
+            per_kind=per_kind, ask=_ask(ask, "true"), wording=cast("Wording", wording),
+            shard=_shard(shard), on_case=on_case,
         )  # fmt: skip
     _show_report(report, out, as_json)
 

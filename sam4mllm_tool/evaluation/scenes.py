@@ -22,7 +22,7 @@ from sam4mllm_tool.evaluation.outcome import Outcome
 from sam4mllm_tool.evaluation.report import Document
 from sam4mllm_tool.evaluation.run import Shard, read_lines
 from sam4mllm_tool.pipeline.model import Sam4MLLM
-from sam4mllm_tool.scenes.expressions import ReferringExpression, expressions
+from sam4mllm_tool.scenes.expressions import ReferringExpression, Wording, expressions
 from sam4mllm_tool.scenes.render import Scene, render_scene
 from sam4mllm_tool.scenes.world import SMALL_WORLD, World
 from sam4mllm_tool.types import Box, Mask, RgbImage, TargetCount
@@ -41,6 +41,7 @@ def scene_cases(
     split: str = "test",
     per_kind: int | None = None,
     ask: TargetCount | None = TargetCount.ZERO_OR_MORE,
+    wording: Wording = "train",
 ) -> Cases:
     """The first ``limit`` expressions of a split's scenes, asked with ``ask`` (or the true count).
 
@@ -52,7 +53,7 @@ def scene_cases(
         taken: Counter[str] = Counter()
         for index in range(MOST_SCENES):
             scene = render_scene(world, split, index, seed)
-            for phrase in expressions(scene, random.Random(index)):
+            for phrase in expressions(scene, random.Random(index), wording):
                 if taken.total() == limit:
                     return
                 if per_kind is None or taken[phrase.kind] < per_kind:
@@ -90,6 +91,7 @@ def evaluate_scenes(
     world: World = SMALL_WORLD,
     per_kind: int | None = None,
     ask: TargetCount | None = TargetCount.ZERO_OR_MORE,
+    wording: Wording = "train",
     shard: Shard | None = None,
     on_case: Callable[[str], None] = lambda _: None,
 ) -> Document:
@@ -104,10 +106,10 @@ def evaluate_scenes(
         its box.
     """
     about = {"title": f"scenes of the {world.name} world", "seed": seed, "limit": limit,
-             "world": world.name, "split": "test", "per_kind": per_kind,
+             "world": world.name, "split": "test", "per_kind": per_kind, "wording": wording,
              "asked with": ask.value if ask else "the true count"}  # fmt: skip
     drawn = limit if per_kind else POOL * limit
-    cases = scene_cases(seed, drawn, world=world, per_kind=per_kind, ask=ask)
+    cases = scene_cases(seed, drawn, world=world, per_kind=per_kind, ask=ask, wording=wording)
     cases = sampled(cases, limit, seed)
     report = evaluate(model, cases, strategies, folder, about, shard=shard, on_case=on_case)
     asked = next((s for s in strategies if s in ("pqpp", "adaptive")), None)

@@ -22,6 +22,7 @@ from sam4mllm_tool.pipeline.points import (
     candidate_points,
     label_point,
 )
+from sam4mllm_tool.pipeline.reading import read_expression
 from sam4mllm_tool.pipeline.results import LocatedObject, Location, ScoredBox, Settings
 from sam4mllm_tool.pipeline.validation import check_count, check_expression, check_image_points
 from sam4mllm_tool.protocols import (
@@ -321,20 +322,11 @@ class DialogueSteps:
 
     def _wording(self, expression: str) -> str:
         """The expression as the checkpoint was taught to read it."""
-        return expression.lower() if self.mllm.notes.lower_case else expression
+        return read_expression(expression, self.mllm.notes).text
 
     def _notes(self, expression: str) -> tuple[str, ...]:
         """What a reader should know: of the checkpoint, and of words it was not taught."""
-        notes = self.mllm.notes
-        general = (notes.caution,) if notes.caution else ()
-        if notes.vocabulary is None:
-            return general
-        words = "".join(c if c.isalpha() else " " for c in expression.lower()).split()
-        strange = [word for word in dict.fromkeys(words) if word not in notes.vocabulary]
-        if not strange:
-            return general
-        listed = ", ".join(strange[:8])
-        return (*general, f"the model was not taught these words and may guess: {listed}")
+        return read_expression(expression, self.mllm.notes).notes
 
 
 def agreement(mask: Mask, points: Sequence[PromptPoint]) -> float:
