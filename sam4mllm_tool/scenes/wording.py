@@ -139,7 +139,7 @@ PLACE = {
                        ("at the bottom edge", "down at the bottom")),
 }  # fmt: skip
 """Where a thing lies in the picture, or among its like, by side."""
-AT_PLACE = Wordings(("the {n} {x}",), ("the {n} that is {x}", "the one {n} {x}"))
+AT_PLACE = Wordings(("the {n} {x}",), ("the {n} you see {x}", "the one {n} {x}"))
 ATTRIBUTE = Wordings(("the {x} {n}",), ("this {x} {n}", "the one {x} {n}"))
 PLURAL = Wordings(
     ("all the {p}", "the {p}", "every {n}", "the {k} {p}", "all {k} {p}", "each {n}", "{k} {p}",
