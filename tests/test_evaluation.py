@@ -515,7 +515,7 @@ def test_the_commands(miniatures, pictures, tmp_path):
 
 
 def test_the_published_benchmarks_have_their_commands():
-    from sam4mllm_tool.cli.evaluate import _BENCHMARKS
+    from sam4mllm_tool.cli.evaluate import BENCHMARKS
     from sam4mllm_tool.datasets import DATASETS
 
-    assert {name: DATASETS[name].splits for name in _BENCHMARKS} == _BENCHMARKS
+    assert {name: DATASETS[name].splits for name in BENCHMARKS} == BENCHMARKS

@@ -72,8 +72,8 @@ class Engine:
         reads_both_ways: every token of a prompt attends to all others (PaliGemma's prefix), so the
             cache of one prompt cannot be used for another.
         can_cut: whether the cache can be shortened to any length.
-        keeps_apart: whether the model keeps dialogues in one pass apart; ``None`` before the first
-            such pass.
+        keeps_apart: whether the model keeps dialogues that share a pass separate; ``None`` before
+            the first such pass.
         token_bytes: bytes of one token's keys and values, as measured on the first image read.
     """
 
@@ -168,9 +168,9 @@ class Engine:
     def _read_rows(
         self, reads: Sequence[Read], rows: Sequence[Row]
     ) -> Sequence[Readout | Exception]:
-        """One pass for all; if anything is wrong with it, one for each, so that errors part ways.
+        """One pass for all; if it fails, one pass for each, so that each caller gets its own error.
 
-        They must be read again: masked or not, a key that is not a number spoils every row.
+        All of them must be read again: a key that is NaN spoils every row, masked or not.
         """
         try:
             with self.memory_guard():
@@ -183,7 +183,7 @@ class Engine:
         ]
 
     def _outcome(self, one: Read) -> Readout | Exception:
-        """What comes of one read in a pass of its own."""
+        """The outcome of one read in a separate pass."""
         spot = one.spot
         try:
             with self.memory_guard():
@@ -195,9 +195,9 @@ class Engine:
         return replace(spot, prefix=prefix, unread=(), passes=spot.passes + 1), logits
 
     def _packs(self, one: Read) -> bool:
-        """Whether this model keeps dialogues apart that share a pass; found by trying, once.
+        """Whether this model keeps dialogues that share a pass separate; tested once.
 
-        A model that builds its attention mask otherwise than others would mix them up.
+        A model that builds its attention mask differently from others would mix them up.
         """
         if self.keeps_apart is None:
             ids = (one.spot.ids + one.ids)[len(one.spot.key[1]) :]  # words of a question
@@ -236,7 +236,7 @@ class Engine:
             # cache. A cache that cannot be cut needs a pass of its own for the image.
             if self.can_cut:
                 prefix, logits = self._prefill(spot.inputs, ids, image_end, keep)
-                # The question too: others begin with the same words, and take no room of their own.
+                # The question too: other dialogues begin with the same words, and share this part.
                 self.store.keep(spot.key, prefix.cut(image_end), prefix)
                 return replace(spot, prefix=prefix, unread=(), passes=passes), logits
             known, logits = self._prefill(spot.inputs, ids[:image_end], image_end, 1)

@@ -50,11 +50,11 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
 class LocalMllm:
-    """Holds dialogues about images with a transformers model on this machine.
+    """Dialogues about images with a transformers model on this machine.
 
     The image is encoded and prefilled once and cached; every later question continues from
-    there. Replies and probabilities are those of reading everything anew each time, within the
-    arithmetic of the dtype (float32: 1e-4). Safe from many threads: forward passes take turns.
+    there. Replies and probabilities equal those of a full recompute, within the rounding of the
+    dtype (float32: 1e-4). Thread-safe: forward passes take turns.
 
     Attributes:
         own_format: the format of a stock checkpoint with its processor's own limits, ``None``
@@ -66,8 +66,8 @@ class LocalMllm:
         name: for traces.
         format_name: dialogue format.
         notes: what the checkpoint states about itself.
-        cache_bytes: bound for kept keys and values; those of dialogues under way have a bound of
-            the same size for themselves.
+        cache_bytes: bound for kept keys and values; those of dialogues in progress have a separate
+            bound of the same size.
         thought_budget: tokens that a thinking model may think before it answers; 0 closes its
             thoughts at once.
         packed: whether dialogues about one picture, of one call or of several, share passes.
@@ -123,7 +123,7 @@ class LocalMllm:
         Args:
             checkpoint: directory or hub id; safetensors only, no remote code.
             adapter: directory or hub id of a LoRA adapter over it; a ``chat_template.jinja``
-                beside it takes the place of the checkpoint's.
+                beside it replaces the checkpoint's.
             device: ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
             dtype: ``"auto"`` (:func:`~sam4mllm_tool.mllm.placement.usual_dtype`) or a name.
             attn_implementation: as in transformers (``"sdpa"``, ``"flash_attention_2"``, …).
@@ -132,9 +132,9 @@ class LocalMllm:
             merge_adapter: fold the adapter into the weights (faster, same within rounding).
             compile: run forward passes through ``torch.compile``.
             cache_bytes: bound for kept keys and values of images and dialogues, and another of the
-                same size for dialogues under way; by default 4 GiB, or a quarter of what the
+                same size for dialogues in progress; by default 4 GiB, or a quarter of what the
                 device has left beside the weights.
-            reserve_bytes: memory of the device to leave for others.
+            reserve_bytes: memory of the device to leave free for other uses.
             thought_budget, packed: as in the constructor.
             name: what reports call it, instead of checkpoint and adapter.
 
@@ -160,7 +160,7 @@ class LocalMllm:
             model.forward = torch.compile(model.forward, dynamic=True)
         notes = _read_notes(folder)
         if adapted is not None:
-            # Published adapters say nothing of themselves; they speak the dialogue of the paper.
+            # Published adapters have no notes; their dialogue is the paper's.
             notes = {"format": "sam4mllm", **notes, **_read_notes(adapted)}
         stock = format_for(model.config.model_type, read_json(folder / PREPROCESSOR_FILE))
         found = cls(
@@ -186,7 +186,7 @@ class LocalMllm:
     ) -> Reply:
         """Greedy reply to the last user turn, restricted to ``grammar`` if one is given.
 
-        Thoughts are no part of the reply, nor of ``max_new_tokens``.
+        Thoughts count neither as part of the reply nor towards ``max_new_tokens``.
 
         Raises:
             ThoughtCutOff: the model thought for longer than it may.
@@ -215,8 +215,8 @@ class LocalMllm:
     ) -> list[Reply]:
         """Up to ``count`` different likely replies over the same prefix, best first, scored.
 
-        The first one is the greedy reply of :meth:`generate`; the others part from it at one
-        choice and go on greedily, so each costs only its own tail.
+        The first one is the greedy reply of :meth:`generate`; the others differ from it at one
+        choice and are greedy afterwards, so each costs only its own tail.
         """
         rules = self._grammar(grammar)
         with self._dialogues([(image, dialogue)], count * _USUAL_REPLY) as (spot,):
@@ -286,7 +286,7 @@ class LocalMllm:
     ) -> Iterator[list[Spot]]:
         """The ends of dialogues, once there is room for them and ``reply`` tokens more each.
 
-        The pictures are prepared before, without the model's turn and without that room.
+        The pictures are prepared first, before the call waits for the model or for room.
         """
         encoded = [(image.digest, *self._encoded(image, dialogue)) for image, dialogue in asked]
         own, shared = 0, {}
@@ -303,17 +303,17 @@ class LocalMllm:
             yield [self.engine.open(*one) for one in encoded]
 
     def _room(self, own: int, shared: Mapping[Hashable, int]) -> AbstractContextManager[None]:
-        """Room for so many tokens, those of pictures and headers counted once for all callers."""
+        """Room for that many tokens; those of pictures and headers count once for all callers."""
         each = self.engine.token_bytes
         if each is None:
-            # As long as nothing was read, nobody knows how much a token takes: one at a time.
+            # Before the first read, the size of a token is not known: one dialogue at a time.
             return self.under_way.held(self.under_way.max_bytes)
         return self.under_way.held(
             each * own, {key: each * tokens for key, tokens in shared.items()}
         )
 
     def _begun(self, spot: Spot) -> Decoding[Spot]:
-        """The place where the reply begins: behind the thought that the template has opened."""
+        """The place where the reply begins: after the thought that the template has opened."""
         if self.thinking is not None and self.thinking.is_open(spot.ids):
             spot = yield from self.thinking.past(spot, self.end_ids)
         return spot
@@ -321,7 +321,7 @@ class LocalMllm:
     def _thought_out(
         self, spot: Spot, speak: Callable[[Spot, Leads], Decoding[T | None]]
     ) -> Decoding[T]:
-        """What ``speak`` says at ``spot``, or behind the thought that the model opens there."""
+        """The result of ``speak`` at ``spot``, or after the thought that the model opens there."""
         spoken = yield from speak(spot, no_lead if self.thinking is None else self.thinking.leads)
         if spoken is None and self.thinking is not None:
             opened = yield from self.thinking.opened(spot)
@@ -347,7 +347,7 @@ class LocalMllm:
 
 
 def base_of(adapter: str) -> str | None:
-    """The base that an adapter says it was trained over.
+    """The base that an adapter names in its notes.
 
     Raises:
         CheckpointError: no such adapter.
@@ -385,5 +385,5 @@ def _checkpoint_notes(notes: dict[str, Any], folder: Path) -> CheckpointNotes:
 
 
 def _read_notes(folder: Path) -> dict[str, Any]:
-    """What the project's own checkpoints say about themselves beside their weights."""
+    """The notes that the project's own checkpoints have beside their weights."""
     return read_json(folder / "sam4mllm.json")

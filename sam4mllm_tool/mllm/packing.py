@@ -1,8 +1,8 @@
 """Several dialogues about one picture in a single forward pass.
 
-What all of them have read in common stands once in the row, then what each has read beyond it,
-then what each wants to read now. A mask keeps the dialogues apart, and positions are each
-dialogue's own, so that every token sees what it would see if its dialogue were read alone.
+The row holds once the tokens that all of them have read in common, then those that each has read
+beyond them, then those that each reads now. A mask keeps the dialogues apart, and each dialogue
+has its own positions, so that every token attends to the same tokens as if it were read alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sam4mllm_tool.mllm.prefix import BranchLayer, Prefix, common_length
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """What one dialogue wants read: ``ids`` behind ``prefix``, logits of the last ``keep``."""
+    """One dialogue's read: ``ids`` after ``prefix``, with the logits of the last ``keep``."""
 
     prefix: Prefix
     ids: tuple[int, ...]
@@ -29,7 +29,7 @@ class Row:
 
 
 class PackedLayer(DynamicLayer):
-    """A layer of several prefixes, what they share standing once; owns what the pass reads.
+    """A layer of several prefixes, their common part held once; owns the pass's own tokens.
 
     Tensors have shape (1, heads, tokens, head width).
     """
@@ -44,7 +44,7 @@ class PackedLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Take in what the pass reads, and return all of it."""
+        """Append the keys and values of the pass, and return all of them."""
         self.keys, self.values = key_states, value_states
         return torch.cat([*self._keys, self.keys], -2), torch.cat([*self._values, self.values], -2)
 
@@ -59,7 +59,7 @@ class Pack:
     """Rows in one pass.
 
     Attributes:
-        cache: hand it to the model, which fills it.
+        cache: to pass to the model, which fills it.
         shared: how many leading tokens all prefixes have in common.
     """
 
@@ -118,7 +118,7 @@ class Pack:
         return own & (place <= now[:, None])
 
     def prefixes(self) -> list[Prefix]:
-        """What each row has read after the pass, as prefixes of their own."""
+        """The tokens that each row has read after the pass, as separate prefixes."""
         found, start = [], 0
         for row, branch in zip(self.rows, self.branches, strict=True):
             here = slice(start, start := start + len(row.ids))

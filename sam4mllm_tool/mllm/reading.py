@@ -1,7 +1,7 @@
-"""What dialogues want to have read, as values: places in a dialogue, reads, and decodings.
+"""Places in a dialogue, reads and decodings, as values.
 
-A decoding is a generator. It never calls the model: it yields what it wants to have read and goes
-on with what came of it, so that many of them, in one call or in several, can share a pass.
+A decoding is a generator. It never calls the model: it yields the reads that it needs and is sent
+their results, so that many decodings, in one call or in several, can share a pass.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class Spot:
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """What a dialogue wants to have read: what is unread at ``spot``, then ``ids``.
+    """A request to read the unread ids of ``spot``, then ``ids``.
 
     Attributes:
-        keep: of how many of the last ids the logits are wanted.
+        keep: the number of last ids whose logits are wanted.
     """
 
     spot: Spot
@@ -67,10 +67,10 @@ class Read:
 
 
 Readout = tuple[Spot, Tensor]
-"""The new place, and float32 logits of shape (keep, vocabulary) behind the last ids read."""
+"""The new place, and float32 logits of shape (keep, vocabulary) after the last ids read."""
 
 Decoding = Generator[Sequence[Read], Sequence[Readout], T]
-"""Yields what it wants to have read, is sent what came of it, and returns what it has found."""
+"""Yields the reads that it needs, is sent their results, and returns what it has decoded."""
 
 
 def read(spot: Spot, ids: Sequence[int] = (), keep: int = 1) -> Decoding[Readout]:
@@ -80,7 +80,7 @@ def read(spot: Spot, ids: Sequence[int] = (), keep: int = 1) -> Decoding[Readout
 
 
 def together(decodings: Sequence[Decoding[T]]) -> Decoding[list[T]]:
-    """Several decodings in step: what they want to have read is asked for at the same time."""
+    """Several decodings in step: their next reads are requested at the same time."""
     found: dict[int, T] = {}
     sent: dict[int, Sequence[Readout] | None] = dict.fromkeys(range(len(decodings)))
     while sent:

@@ -1,8 +1,8 @@
-"""Who reads next: callers take turns in the order of asking, and share a turn where they can.
+"""Which caller reads next: callers take turns, first come first served, and share passes.
 
-The one whose turn it is runs a pass for itself and for all that wait with reads of its group.
-Nobody is served by a thread of the scheduler's own, so a pass that breaks off breaks off the call
-that ran it, and the others ask again.
+The caller whose turn it is runs a pass for itself and for all callers that wait with reads of its
+group. The scheduler has no thread of its own, so a pass that fails ends only the call that ran it,
+and the others ask again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class _Caller(Generic[R, T]):
-    """Who waits, and for what: a place in the queue.
+    """A waiting caller and its reads: a place in the queue.
 
     Attributes:
         outcomes: of the reads that were run, by their index.
@@ -53,15 +53,15 @@ class _Caller(Generic[R, T]):
 
 
 class Turns(Generic[R, T]):
-    """Runs what callers ask for, together where it belongs together.
+    """Runs the callers' reads, together where they belong to the same group.
 
-    Fair: a turn goes to the caller who has waited longest, and after it to the end of the queue;
-    within a shared turn every caller's first read comes before anybody's second.
+    Fair: the caller that has waited longest gets the turn and then goes to the end of the queue;
+    within a shared turn, the first reads of all callers come before any second read.
 
     Args:
-        run: runs the first of the reads given, and as many of the others as fit in with it: one
+        run: runs the first of the given reads, and as many of the others as fit into the pass: one
             outcome per read, ``None`` for those that must wait for another turn. An error of one
-            read is its outcome; an error raised is that of the caller whose turn it is.
+            read is its outcome; an error raised belongs to the caller whose turn it is.
         group: reads of the same group may be run together, a read of group ``None`` is run alone.
     """
 
@@ -106,10 +106,10 @@ class Turns(Generic[R, T]):
 
     @contextmanager
     def under_way(self, groups: Iterable[Hashable]) -> Iterator[None]:
-        """Say that reads of these groups are going to come, so that others wait for them a little.
+        """Announce reads of these groups, so that other callers wait for them for a moment.
 
-        Without it callers who share a turn would fall out of step: the first to come back from a
-        pass would lead the next one alone.
+        Without it, callers that share a turn would fall out of step: the first to return from a
+        pass would run the next one alone.
         """
         groups = set(groups)
         with self._lock:
@@ -119,7 +119,7 @@ class Turns(Generic[R, T]):
         finally:
             with self._lock:
                 self._under_way.subtract(groups)
-                self._under_way += Counter()  # drops what has come to zero
+                self._under_way += Counter()  # drops groups whose count is zero
                 self._arrived.notify_all()
 
     def _waited(self, caller: _Caller[R, T]) -> bool:
@@ -154,7 +154,7 @@ class Turns(Generic[R, T]):
                 self._call_next()
 
     def _gathered(self, leader: _Caller[R, T]) -> list[tuple[_Caller[R, T], int]]:
-        """The leader's first read, and what waits of its group: callers in turn, in their order."""
+        """The leader's first read and the waiting reads of its group, one per caller in turn."""
         first = leader.waiting[0]
         group = self._group(leader.reads[first])
         if group is None:
@@ -170,7 +170,7 @@ class Turns(Generic[R, T]):
         return [index for index in who.waiting if self._group(who.reads[index]) == group]
 
     def _await_others(self, group: Hashable) -> None:
-        """Wait for callers who are about to come, for at most half of what a pass has taken."""
+        """Wait for announced reads, for at most half the time of the last pass."""
         end = time.monotonic() + self._last_seconds / 2
         while (left := end - time.monotonic()) > 0:
             here = sum(bool(self._of_group(who, group)) for who in self._queue)
@@ -179,7 +179,7 @@ class Turns(Generic[R, T]):
             self._arrived.wait(left)
 
     def _dismiss(self) -> None:
-        """Let those go whose reads were all run."""
+        """Wake the callers whose reads were all run."""
         for who in [who for who in self._queue if who.served]:
             self._queue.remove(who)
             who.woken.notify()
