@@ -29,13 +29,6 @@ from sam4mllm_tool.cli import (
     train,
 )
 from sam4mllm_tool.cli.common import fail, quiet_libraries, remark
-from sam4mllm_tool.cli.settings import (
-    FILE_NAME,
-    FILE_VARIABLE,
-    default_map,
-    origins,
-    read_defaults,
-)
 from sam4mllm_tool.errors import Sam4MllmError
 
 app = typer.Typer(
@@ -57,7 +50,7 @@ def _set_up(
     context: typer.Context,
     settings: Annotated[
         Path | None,
-        typer.Option(envvar=FILE_VARIABLE, help="TOML file with defaults of the options."),
+        typer.Option(envvar="SAM4MLLM_SETTINGS", help="TOML file with defaults of the options."),
     ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
@@ -67,6 +60,9 @@ def _set_up(
     # Warnings are for those who call the libraries; -W or PYTHONWARNINGS brings them back.
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+    # Slow to import, and neither --help nor a completion needs it.
+    from sam4mllm_tool.cli.settings import FILE_NAME, default_map, origins, read_defaults
+
     context.obj = settings
     found = read_defaults(settings)
     defaults = default_map(context.command, {one.name: one.value for one in found})

@@ -12,7 +12,6 @@ import typer
 from rich.table import Table
 
 from sam4mllm_tool.cli.common import EXIT_BACKEND, JsonOption, alive, console, print_json
-from sam4mllm_tool.cli.settings import files_read, read_defaults
 from sam4mllm_tool.errors import Sam4MllmError
 
 PACKAGES = (
@@ -51,6 +50,8 @@ def _version(name: str) -> str | None:
 
 def _settings(named: Path | None) -> dict[str, Any]:
     """Defaults of the options that are set somewhere, and the files looked for."""
+    from sam4mllm_tool.cli.settings import files_read, read_defaults
+
     values = {one.name: {"value": one.value, "from": one.source} for one in read_defaults(named)}
     return {"files": [str(path) for path in files_read(named)], "values": values}
 

@@ -27,7 +27,6 @@ from pydantic_settings import (
 from sam4mllm_tool.errors import InputError, nearest
 
 FILE_NAME = "sam4mllm.toml"
-FILE_VARIABLE = "SAM4MLLM_SETTINGS"
 
 
 class Defaults(BaseSettings):
