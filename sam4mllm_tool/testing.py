@@ -6,8 +6,9 @@ that users can test their own agents without weights.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -207,22 +208,35 @@ class ColourSegmenter:
         away = [(p.x, p.y) for p in prompt.points if p.label is PointLabel.BACKGROUND]
         if not seeds and prompt.box is None:
             return None
-        logits = (reach - self._distance(image, seeds or [box.centre])) / 8
+        window = _pixels_of(box, image.size)
+        inside = (reach - _distance(image, seeds or [box.centre], window)) / 8
         if away:
-            logits = np.minimum(logits, (self._distance(image, away) - reach) / 8 + 1)
-        rows, columns = np.mgrid[: image.height, : image.width]
-        inside = (columns + 0.5 >= box.x_min) & (columns + 0.5 < box.x_max)
-        inside &= (rows + 0.5 >= box.y_min) & (rows + 0.5 < box.y_max)
-        kept: NDArray[np.float32] = np.where(inside, logits.clip(-16, 16), -16).astype(np.float32)
-        return kept
+            inside = np.minimum(inside, (_distance(image, away, window) - reach) / 8 + 1)
+        logits = np.full((image.height, image.width), -16, np.float32)
+        logits[window] = inside.clip(-16, 16)
+        return logits
 
-    def _distance(
-        self, image: RgbImage, places: Sequence[tuple[float, float]]
-    ) -> NDArray[np.float64]:
-        """Colour distance of every pixel to the nearest of the seeds' colours."""
-        pixels = image.array.astype(float)
-        seeds = [pixels[min(int(y), image.height - 1), min(int(x), image.width - 1)]
-                 for x, y in places]  # fmt: skip
-        distances = [np.linalg.norm(pixels - seed, axis=2) for seed in seeds]
-        nearest: Callable[..., NDArray[np.float64]] = np.minimum.reduce
-        return nearest(distances)
+
+def _pixels_of(box: Box, size: tuple[int, int]) -> tuple[slice, slice]:
+    """The rows and columns whose pixels' centres lie in the box."""
+    spans = ((box.y_min, box.y_max, size[1]), (box.x_min, box.x_max, size[0]))
+    rows, columns = (
+        slice(max(0, math.ceil(low - 0.5)), min(end, max(0, math.ceil(high - 0.5))))
+        for low, high, end in spans
+    )
+    return rows, columns
+
+
+def _distance(
+    image: RgbImage, places: Sequence[tuple[float, float]], window: tuple[slice, slice]
+) -> NDArray[np.float32]:
+    """Colour distance of the window's pixels to the nearest of the places' colours."""
+    pixels = image.array[window].astype(np.float32)
+    seeds = [
+        image.array[min(int(y), image.height - 1), min(int(x), image.width - 1)].astype(np.float32)
+        for x, y in places
+    ]
+    nearest = np.full(pixels.shape[:2], np.inf, np.float32)
+    for seed in np.unique(seeds, axis=0):
+        np.minimum(nearest, np.linalg.norm(pixels - seed, axis=2), out=nearest)
+    return nearest

@@ -20,6 +20,8 @@ from pycocotools import mask as coco_mask
 
 from sam4mllm_tool.display import encoded, show
 
+_DIGEST_ROWS = 256
+
 
 class Box(NamedTuple):
     """An axis-aligned box in pixels, maxima exclusive."""
@@ -114,8 +116,11 @@ class RgbImage:
     def from_pil(cls, image: Image.Image) -> RgbImage:
         """Wrap a PIL image (converted to RGB if needed; orientation is taken as upright)."""
         rgb = image if image.mode == "RGB" else image.convert("RGB")
-        digest = hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
-        return cls(pil=rgb, digest=digest)
+        digest = hashlib.sha256(f"{rgb.size}".encode())
+        for top in range(0, rgb.height, _DIGEST_ROWS):  # the bytes of a photograph are many
+            bottom = min(top + _DIGEST_ROWS, rgb.height)
+            digest.update(rgb.crop((0, top, rgb.width, bottom)).tobytes())
+        return cls(pil=rgb, digest=digest.hexdigest())
 
     @property
     def width(self) -> int:

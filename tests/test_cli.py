@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -244,6 +245,17 @@ def test_the_folder_one_works_in_chooses_nothing(user_file, loads):
     assert json.loads(found.stdout)["status"] == "found"
 
 
+def test_with_the_embedded_models_the_command_for_photographs_is_shown(loads):
+    told = RUNNER.invoke(app, ["segment", DEMO, "the tree"]).stderr
+    assert "drawn scenes only" in told
+    # what it shows is what the command takes
+    mllm, sam = re.findall(r"--mllm (\S+) --sam (\S+)", told)[0]
+    again = RUNNER.invoke(app, ["segment", DEMO, "the tree", "--mllm", mllm, "--sam", sam])
+    assert again.exit_code == 0 and loads == ["embedded", mllm]
+    assert "drawn scenes only" not in again.stderr
+    assert RUNNER.invoke(app, ["segment", DEMO, "the tree", "--json"]).stderr == ""
+
+
 def test_where_defaults_come_from_is_told_beside_the_output(user_file, monkeypatch, loads):
     user_file.write_text('mllm = "of-the-user"\nallow_dir = ["pictures"]\n')
     monkeypatch.setenv("SAM4MLLM_DEVICE", "cpu")
@@ -377,6 +389,21 @@ def test_help_and_import_need_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert "segment" in run("--help")
     assert Path(DEMO).is_file()
+
+
+@pytest.mark.parametrize(
+    ("module", "unneeded"),
+    [
+        # --help and each completion wait for this
+        ("sam4mllm_tool.cli", "torch scipy ssl jinja2 markdown_it pydantic_settings"),
+        # with a served MLLM and --server
+        ("sam4mllm_tool.mllm.endpoint", "torch transformers peft"),
+    ],
+)
+def test_only_what_is_needed_is_imported(module, unneeded):
+    code = f"import sys, {module}; print(*set(sys.modules) & set({unneeded.split()}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 @pytest.mark.parametrize(

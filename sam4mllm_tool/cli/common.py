@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sam4mllm_tool.catalogue import nearest_checkpoint
+from sam4mllm_tool import embedded
+from sam4mllm_tool.catalogue import FOR_PHOTOGRAPHS, nearest_checkpoint
 from sam4mllm_tool.errors import BackendError, CheckpointError, DialogueError, Sam4MllmError
 from sam4mllm_tool.formats import get_format
 from sam4mllm_tool.pipeline.points import PATTERNS, candidate_points
@@ -133,6 +134,11 @@ MaxBytesOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and no more.")]
 
+EMBEDDED_REMARK = (
+    "The embedded models know drawn scenes only. For photographs, add: "
+    f"{FOR_PHOTOGRAPHS} ('sam4mllm-tool models' lists more)"
+)
+
 # 1 is Python's own; scripts can distinguish a wrong call, an unreadable reply and a broken set-up.
 EXIT_INPUT, EXIT_DIALOGUE, EXIT_BACKEND = 2, 3, 4
 _WEIGHTS = (".pt", ".pth", ".safetensors")
@@ -177,6 +183,8 @@ def load_models(
         _check_place(option, place)
     if format:
         get_format(format)
+    if mllm == embedded.NAME and not quiet:
+        remark(EMBEDDED_REMARK)
     with alive(f"loading {mllm} and {sam} …", quiet=quiet):
         from sam4mllm_tool.pipeline.model import load
 

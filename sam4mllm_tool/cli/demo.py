@@ -8,7 +8,14 @@ from typing import Annotated
 
 import typer
 
-from sam4mllm_tool.cli.common import alive, console, show_dialogue, show_outcome
+from sam4mllm_tool.cli.common import (
+    EMBEDDED_REMARK,
+    alive,
+    console,
+    remark,
+    show_dialogue,
+    show_outcome,
+)
 from sam4mllm_tool.cli.segment import DEFAULT_FORMATS, Files, file_formats, write_trace
 
 
@@ -35,7 +42,4 @@ def demo(
     written += [write_trace(found, picture, out / name) for name in ("trace.html", "trace.json")]
     show_dialogue(found)
     show_outcome(found, [path.resolve() for path in written])
-    console.print(
-        "These models know drawn scenes only. For photographs, name real checkpoints: "
-        "[bold]sam4mllm-tool models[/] lists them with the commands.",
-    )
+    remark(EMBEDDED_REMARK)

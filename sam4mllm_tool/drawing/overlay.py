@@ -29,6 +29,7 @@ POINT_COLOURS: dict[str, Colour] = {
     "undecided": (128, 128, 128),
 }
 OPACITY = 0.5
+_LABEL_GRID = 1024
 CROP_SIDE = 448
 """A smaller crop is enlarged to this longer side in pixels, within the bound."""
 
@@ -49,8 +50,7 @@ def overlay_masks(image: RgbImage, masks: Mapping[int, Mask]) -> Image.Image:
     pixels = image.array.copy()
     for number, mask in masks.items():
         window, inside = _tight(mask)
-        tint = OPACITY * np.array(colour_of(number), np.float32)
-        pixels[window][inside] = np.round((1 - OPACITY) * pixels[window][inside] + tint)
+        _tint(pixels[window], inside, colour_of(number))
     for number, mask in masks.items():
         window, inside = _tight(mask)
         pixels[window][_rim(inside, mask.pixels.shape)] = colour_of(number)
@@ -143,6 +143,17 @@ def mask_layer(mask: Mask, colour: Colour) -> Image.Image:
     return Image.fromarray(layer)
 
 
+def _tint(pixels: NDArray[np.uint8], inside: NDArray[np.bool_], colour: Colour) -> None:
+    """Mix a colour into the pixels, by a table per channel: floats of a photograph take 12 times
+    its memory.
+    """
+    values = np.arange(256, dtype=np.float32)
+    for channel, value in enumerate(colour):
+        mixed = np.round((1 - OPACITY) * values + OPACITY * value).astype(np.uint8)
+        plane = pixels[..., channel]
+        plane[inside] = mixed[plane[inside]]
+
+
 def _tight(mask: Mask) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
     """The mask's own window of the picture, and the mask in it."""
     x0, y0, x1, y1 = map(int, mask.box or (0, 0, 0, 0))
@@ -163,9 +174,14 @@ def _inmost(mask: Mask) -> tuple[float, float]:
     (rows, columns), inside = _tight(mask)
     from scipy.ndimage import distance_transform_edt
 
-    depth = distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1]
+    # Distances take some 16 bytes per pixel: those of large masks are measured on a grid.
+    step = max(1, max(inside.shape) // _LABEL_GRID)
+    coarse = inside[::step, ::step]
+    if not coarse.any():  # too thin for the grid
+        step, coarse = 1, inside
+    depth = distance_transform_edt(np.pad(coarse, 1))[1:-1, 1:-1]
     row, column = np.unravel_index(int(depth.argmax()), depth.shape)
-    return columns.start + float(column) + 0.5, rows.start + float(row) + 0.5
+    return columns.start + step * float(column) + 0.5, rows.start + step * float(row) + 0.5
 
 
 def _around(image: RgbImage, masks: Sequence[Mask]) -> tuple[int, int, int, int]:
