@@ -4,11 +4,12 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import anyio
@@ -289,8 +290,6 @@ def test_hosts_and_origins_can_be_allowed(model):
 
 
 def test_listening_everywhere_the_machines_names_are_good(model):
-    import socket
-
     from sam4mllm_integrations.hosts import served_names
 
     names = served_names("0.0.0.0")
@@ -379,6 +378,23 @@ def test_the_client_library_gives_up_idle_connections_before_the_server_does():
 
     served = HttpServer(ToolServer(lambda: None), HttpSettings())
     assert served.config.timeout_keep_alive > 2 * httpx2.Limits().keepalive_expiry
+
+
+def test_many_idle_connections_keep_nobody_out():
+    """More than the usual limit on open files, here a smaller one, would let in."""
+    port = free_port()
+    code = (
+        "import resource, runpy, sys\n"
+        "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))\n"
+        "runpy.run_module('benchmarks.load', run_name='__main__', alter_sys=True)"
+    )
+    command = [sys.executable, "-c", code, "--serve", str(port)]
+    with server(command, port) as (url, _), ExitStack() as idle:
+        for _ in range(300):
+            idle.enter_context(socket.create_connection(("127.0.0.1", port)))
+        for _ in range(3):
+            assert httpx2.get(url.replace("/mcp", "/health"), timeout=60).text == "alive"
 
 
 async def test_a_connection_without_a_token_is_not_kept(model):

@@ -80,6 +80,12 @@ def test_the_dialogue_and_the_trace_come_back(url, blocks_file, tmp_path):
     assert "<html" in (tmp_path / "t.html").read_text(encoding="utf-8")
 
 
+async def test_it_works_where_a_loop_runs_already(url, blocks_file):
+    """In a notebook, for instance."""
+    trace = RemoteTools(url).segment(blocks_file.read_bytes(), RED)
+    assert trace.objects[0]["area"] == 3600
+
+
 def test_options_reach_the_server(url, blocks_file, tmp_path):
     options = ("--strategy", "box_only", "--count", "1", "--trace", tmp_path / "t.json")
     run("segment", blocks_file, RED, "--server", url, *options)

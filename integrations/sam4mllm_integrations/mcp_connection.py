@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-import anyio
+from anyio.from_thread import start_blocking_portal
 
 from sam4mllm_tool.errors import (
     AccessDenied,
@@ -69,7 +69,8 @@ class Connection:
         patience = self._busy_seconds
         while True:
             try:
-                return anyio.run(self._connected, ask)
+                with start_blocking_portal() as portal:  # a notebook has a loop of its own
+                    return portal.call(self._connected, ask)
             except Busy as busy:
                 pause = max(0.1, busy.retry_after)
                 if pause > patience:

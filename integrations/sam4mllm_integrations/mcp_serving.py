@@ -17,6 +17,7 @@ from sam4mllm_integrations.mcp_http import HttpSettings, http_app
 from sam4mllm_integrations.mcp_tools import ToolServer
 
 _SECONDS_FOR_LAST_BYTES = 5
+_OTHER_FILES = 512
 
 
 async def serve_stdio(tools: ToolServer) -> None:
@@ -45,7 +46,23 @@ def serve_http(tools: ToolServer, settings: HttpSettings) -> None:
     Raises:
         InputError: an address that other machines reach, without a token.
     """
+    _allow_files(settings.connections + _OTHER_FILES)
     HttpServer(tools, settings).run()
+
+
+def _allow_files(number: int) -> None:
+    """Raise the soft limit on open files, often 1,024, so far as the hard limit lets us.
+
+    Else idle connections use up what the bound on connections grants, and nobody gets in.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class HttpServer(uvicorn.Server):
