@@ -407,6 +407,7 @@ def test_stages_are_spans_of_the_call(model, blocks_file, tmp_path):
     """With the SDK of OpenTelemetry, in a process of its own: a provider is set once."""
     code = f"""
 import asyncio, json
+from pathlib import Path
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -419,7 +420,7 @@ from mcp import Client
 from blocks_stdio_server import load
 from sam4mllm_integrations.mcp_server import ToolServer
 async def main():
-    async with Client(ToolServer(load, [{str(tmp_path)!r}]).server) as client:
+    async with Client(ToolServer(load, [Path({str(tmp_path)!r})]).server) as client:
         arguments = {{"image": {str(blocks_file)!r}, "expression": "the red block"}}
         await client.call_tool("segment_object", arguments)
 asyncio.run(main())
