@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from recipes.embedded_mllm import scenes as shards
 from recipes.embedded_mllm.circuits import shift_code
 from recipes.embedded_mllm.forward import forward, to_pixels
 from recipes.embedded_mllm.lessons import FORMAT, TOPICS, UNIT, Plan, Teacher
@@ -95,6 +96,21 @@ def test_held_out_wordings_are_new_sentences_of_known_words():
     for text in held:
         told = re.sub(r"\{\w+\}", "", text).lower()
         assert {*re.findall("[a-z]+", told)} <= words, text
+
+
+def test_shards_are_described_anew_without_new_pictures(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(shards, "SHARD", 4)
+    shards.write_shard(2, tmp_path, SMALL_WORLD, "train", 5, image_size=24)
+    described = tmp_path / "train-00002.json"
+    before, wanted = (tmp_path / "train-00002-images.npy").stat(), described.read_text()
+    lines = [json.loads(line) for line in wanted.splitlines()]
+    described.write_text("\n".join(json.dumps([things, []]) for things, _ in lines))
+    shards.describe_shard(2, tmp_path, SMALL_WORLD, "train", 5)
+    assert described.read_text() == wanted
+    assert (tmp_path / "train-00002-images.npy").stat().st_mtime_ns == before.st_mtime_ns
+    with pytest.raises(SystemExit, match="other scenes"):
+        shards.describe_shard(2, tmp_path, SMALL_WORLD, "train", 6)
+    assert described.read_text() == wanted
 
 
 def test_numbers_and_answers_are_single_tokens() -> None:

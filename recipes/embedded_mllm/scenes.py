@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sam4mllm_tool.disk import write_whole
 from sam4mllm_tool.scenes.expressions import expressions
 from sam4mllm_tool.scenes.render import Scene, render_scene
 from sam4mllm_tool.scenes.world import WORLDS, World
@@ -129,7 +130,7 @@ def describe_shard(number: int, folder: Path, world: World, split: str, seed: in
     earlier = path.read_text(encoding="utf-8").splitlines()
     if [json.loads(line)[0] for line in lines] != [json.loads(line)[0] for line in earlier]:
         raise SystemExit(f"{path} holds other scenes: check --world, --split and --seed")
-    path.write_text("\n".join(lines), encoding="utf-8")
+    write_whole(path, "\n".join(lines))
 
 
 def _stem(folder: Path, split: str, number: int) -> Path:

@@ -66,15 +66,18 @@ def expressions(
         found += _ordinals(scene, group, say)
         found += _relations(scene, group, say)
     absent, untrue = [*_absent(scene, say), *_miscounted(scene, say)], []
-    told = {phrase.text for phrase in found}  # with two red of three, place and colour say it too
     for numerous in (_compounds, negations, nearest, clauses):
         some = _some(rng, numerous(scene, say))
-        found += [phrase for phrase in some if phrase.targets and phrase.text not in told]
+        found += [phrase for phrase in some if phrase.targets]
         untrue += [phrase for phrase in some if not phrase.targets]
     absent += rng.sample(untrue, min(MOST_UNTRUE, len(untrue)))
     found += _requests(found, say, MOST)
     absent += _requests(absent, say, 1)
-    return list(dict.fromkeys(_shortened(phrase, rng) for phrase in [*found, *absent]))
+    by_text: dict[str, ReferringExpression] = {}  # some texts are of two kinds: the simpler counts
+    for phrase in [*found, *absent]:
+        short = _shortened(phrase, rng)
+        by_text.setdefault(short.text, short)
+    return list(by_text.values())
 
 
 def _named(scene: Scene, say: Speaker) -> Iterator[ReferringExpression]:
