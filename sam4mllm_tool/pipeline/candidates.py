@@ -108,15 +108,18 @@ def judge(
     image = to_rgb_image(image)
     if not candidates:
         return []
-    by_marks = (steps.settings.point_asking or steps.speech.point_asking) == "marks"
-    ask = _ask_by_marks if by_marks else _ask_by_points
-    answers = ask(steps, image, expression, candidates)
-    points = [() if by_marks else some for some in answers]
-    masks = _masks(steps, image, [one.proposal for one in candidates], points)
-    judged = [
-        replace(one, drawn=drawn, points=some, share=_share(answered))
-        for one, drawn, some, answered in zip(candidates, masks, points, answers, strict=True)
-    ]
+    if (steps.settings.point_asking or steps.speech.point_asking) == "marks":
+        answers = _ask_by_marks(steps, image, expression, candidates)
+        judged = [
+            replace(one, share=_share(some)) for one, some in zip(candidates, answers, strict=True)
+        ]
+    else:
+        answers = _ask_by_points(steps, image, expression, candidates)
+        masks = _masks(steps, image, [one.proposal for one in candidates], answers)
+        judged = [
+            replace(one, drawn=drawn, points=some, share=_share(some))
+            for one, drawn, some in zip(candidates, masks, answers, strict=True)
+        ]
     return sorted(judged, key=lambda one: one.share or 0.0, reverse=True)
 
 
