@@ -19,7 +19,7 @@ from sam4mllm_tool.errors import BackendError
 from sam4mllm_tool.mllm.engine import Engine
 from sam4mllm_tool.mllm.local import LocalMllm
 from sam4mllm_tool.mllm.packing import Pack, Row
-from sam4mllm_tool.mllm.prefix import Prefix
+from sam4mllm_tool.mllm.prefix import Prefix, common_length
 from sam4mllm_tool.mllm.reading import Read
 from sam4mllm_tool.protocols import Question, Reply
 from sam4mllm_tool.types import RgbImage, TargetCount
@@ -156,6 +156,12 @@ def test_thirty_marks_take_one_pass_and_the_pictures(serial: LocalMllm) -> None:
         check_same([one], answers(serial, image, question.dialogue, 1))
 
 
+def whole(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """All keys and values of a branch's layer."""
+    keys, values = zip(*layer.pieces(0), strict=True)
+    return torch.cat(keys, -2), torch.cat(values, -2)
+
+
 def test_rows_go_on_from_what_they_have_read(serial: LocalMllm) -> None:
     """Prefixes of different lengths, one of them inside another, and what comes of them later."""
     engine, image = serial.engine, picture(6)
@@ -176,7 +182,7 @@ def test_rows_go_on_from_what_they_have_read(serial: LocalMllm) -> None:
         torch.testing.assert_close(ours, logits, atol=1e-4, rtol=0)
         assert after.prefix is not None and prefix.ids == after.prefix.ids
         for layer, ours_layer in zip(after.prefix.cache.layers, prefix.cache.layers, strict=True):
-            for one, other in zip(layer.span(0), ours_layer.span(0), strict=True):
+            for one, other in zip(whole(layer), whole(ours_layer), strict=True):
                 torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
 
 
@@ -276,6 +282,16 @@ def test_what_callers_share_counts_once(serial: LocalMllm) -> None:
     hook.remove()
     assert max(nbytes for nbytes, _ in held) <= room
     assert max(callers for _, callers in held) == 3
+
+
+def test_how_far_two_dialogues_are_the_same() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        first = tuple(rng.choices((1, 2), weights=(9, 1), k=rng.randint(0, 12)))
+        second = tuple(rng.choices((1, 2), weights=(9, 1), k=rng.randint(0, 12)))
+        pairs = enumerate(zip(first, second, strict=False))
+        expected = next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+        assert common_length(first, list(second)) == expected
 
 
 def test_long_reads_do_not_all_fit_in_one_pass(

@@ -289,7 +289,7 @@ class LocalMllm:
         The pictures are prepared first, before the call waits for the model or for room.
         """
         encoded = [(image.digest, *self._encoded(image, dialogue)) for image, dialogue in asked]
-        own, shared = 0, {}
+        own, shared = 0, dict[Hashable, int]()
         for digest, ids, _ in encoded:
             longest = reply
             if self.thinking is not None and self.thinking.is_open(ids.ids):

@@ -36,9 +36,11 @@ class PackedLayer(DynamicLayer):
 
     def __init__(self, layers: Sequence[BranchLayer], shared: int) -> None:
         super().__init__()
-        spans = [layers[0].span(0, shared), *(layer.span(shared) for layer in layers)]
-        self._keys = [keys for keys, _ in spans]
-        self._values = [values for _, values in spans]
+        pieces = [*layers[0].pieces(0, shared)]
+        for layer in layers:
+            pieces += layer.pieces(shared)
+        self._keys = [keys for keys, _ in pieces]
+        self._values = [values for _, values in pieces]
         self.lazy_initialization(self._keys[0], self._values[0])
 
     def update(
@@ -95,8 +97,8 @@ class Pack:
         ]
         ends = torch.tensor([len(row.ids) for row in self.rows]).cumsum(0).tolist()
         kept = [torch.arange(e - row.keep, e) for e, row in zip(ends, self.rows, strict=True)]
-        mask = torch.zeros(self.visible().shape, dtype=dtype)
-        mask.masked_fill_(~self.visible(), torch.finfo(dtype).min)
+        hidden = ~self.visible()
+        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
         arguments = {
             "input_ids": torch.tensor([ids]),
             "position_ids": torch.cat(positions)[None],

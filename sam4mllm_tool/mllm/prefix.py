@@ -53,19 +53,17 @@ class BranchLayer(DynamicLayer):
         self.keys = torch.cat([self.keys, keys], dim=-2)
         self.values = torch.cat([self.values, values], dim=-2)
 
-    def span(self, start: int, end: int | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values of the tokens from ``start`` to ``end``; a view where it can be one."""
+    def pieces(self, start: int, end: int | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Views of the keys and values of the tokens from ``start`` to ``end``, in order."""
         trunk = self.trunk_keys.shape[-2]
         end = self.get_seq_length() if end is None else end
         old = slice(start, min(end, trunk))
         new = slice(max(0, start - trunk), max(0, end - trunk))
-        keys, values = self.trunk_keys[..., old, :], self.trunk_values[..., old, :]
-        if new.start == new.stop:
-            return keys, values
-        return (
-            torch.cat([keys, self.keys[..., new, :]], dim=-2),
-            torch.cat([values, self.values[..., new, :]], dim=-2),
-        )
+        found = [
+            (self.trunk_keys[..., old, :], self.trunk_values[..., old, :]),
+            (self.keys[..., new, :], self.values[..., new, :]),
+        ]
+        return [(keys, values) for keys, values in found if keys.shape[-2]]
 
     def get_seq_length(self) -> int:
         """Tokens in trunk and tail."""
@@ -151,10 +149,15 @@ def _own(value: Any) -> Any:
 
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:
     """How many leading tokens two dialogues share."""
-    for index, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return index
-    return min(len(first), len(second))
+    first, second = tuple(first), tuple(second)
+    same, most = 0, min(len(first), len(second))
+    while same < most:  # bisected, as slices of thousands of tokens compare fast
+        middle = (same + most + 1) // 2
+        if first[same:middle] == second[same:middle]:
+            same = middle
+        else:
+            most = middle - 1
+    return same
 
 
 def _storages(cache: Cache) -> dict[int, int]:
