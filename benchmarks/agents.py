@@ -139,7 +139,9 @@ def _queries(kind: str, agents: int, seed: int) -> list[Query]:
     if kind == "known":
         image = random_picture(seed)
         return [partial(_dialogue, image=image, expression=f"object {n}") for n in range(agents)]
-    ask = _marks if kind == "marks" else partial(_dialogue, expression="the red apple")
+    ask: Callable[..., list[YesNo]] = _marks
+    if kind == "new":
+        ask = partial(_dialogue, expression="the red apple")
     return [partial(ask, image=random_picture(1000 * seed + n)) for n in range(agents)]
 
 
