@@ -73,6 +73,10 @@ def test_the_wheel_holds_the_right_names_and_the_weights(wheel):
         "sam4mllm_tool/embedded/sam/model.safetensors",
         "sam4mllm_tool/embedded/demo/demo.png",
         "sam4mllm_integrations/langchain_tools.py",
+        *(
+            f"sam4mllm_tool/playground/static/{name.name}"
+            for name in (ROOT / "sam4mllm_tool" / "playground" / "static").iterdir()
+        ),
     ]
     assert [n for n in needed if n not in names] == []
     assert not [n for n in names if "__pycache__" in n]

@@ -422,11 +422,12 @@ def test_a_folder_of_pictures_is_offered_beside_the_scenes(model, blocks, tmp_pa
 
 
 def test_the_models_are_loaded_in_the_script_as_they_were_on_the_command_line():
-    assert loading("embedded", None, None, "embedded", None) == "load()"
-    text = loading("org/vlm", "adapter", "sam4mllm", "sam.pt", "decoder.pt")
-    assert text == (
+    usual = {"sam_dtype": "auto", "proposer": "mllm"}
+    assert loading("embedded", None, None, "embedded", None, **usual) == "load()"
+    given = ("org/vlm", "adapter", "sam4mllm", "sam.pt", "decoder.pt")
+    assert loading(*given, sam_dtype="bfloat16", proposer="sam3") == (
         "load('org/vlm', adapter='adapter', segmenter='sam.pt', format='sam4mllm', "
-        "segmenter_options={'decoder': 'decoder.pt'})"
+        "proposer='sam3', segmenter_options={'decoder': 'decoder.pt', 'dtype': 'bfloat16'})"
     )
 
 

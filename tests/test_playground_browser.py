@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -13,18 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import chromium
 from playground_server import playground
 
 from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.testing import ColourSegmenter, TruthfulMllm
 from sam4mllm_tool.tools.toolbox import Toolbox
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-if CHROMIUM is None:
-    pytest.skip("Chromium is not installed", allow_module_level=True)
-pytest.importorskip("playwright", reason="the Python package playwright is not installed")
+pytest.importorskip("playwright", reason="playwright is not installed")
 
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright  # noqa: E402
+from playwright.sync_api import Browser, Locator, Page, expect
 
 expect.set_options(timeout=30_000)
 MASK_PIXELS = """async (image) => {
@@ -65,21 +62,21 @@ def address(standing_in) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+def running_chromium() -> Iterator[Browser]:
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
-def new_page(chromium, address, mllm):
+def new_page(running_chromium, address, mllm):
     """Opens the playground in a browser session of its own; no page may have errors."""
     mllm.go_on.set()
     contexts, errors = [], []
 
     def opened(**options) -> Page:
-        context = chromium.new_context(**{"viewport": {"width": 1300, "height": 900}, **options})
+        context = running_chromium.new_context(
+            **{"viewport": {"width": 1300, "height": 900}, **options}
+        )
         context.set_default_timeout(30_000)
         contexts.append(context)
         page = context.new_page()
@@ -479,12 +476,14 @@ def test_light_and_dark_are_readable(new_page, blocks_png, scheme):
     assert (other > 0.8) if scheme == "dark" else (other < 0.1)
 
 
-def test_only_the_embedded_models_are_warned_of(new_page, chromium, standing_in, blocks_png):
+def test_only_the_embedded_models_are_warned_of(
+    new_page, running_chromium, standing_in, blocks_png
+):
     page = new_page()
     expect(page.locator("#caution")).to_be_hidden()
     notes = with_caution(standing_in)
     with playground(notes) as url:
-        context = chromium.new_context()
+        context = running_chromium.new_context()
         warned = context.new_page()
         warned.goto(url)
         expect(warned.locator("#caution-text")).to_have_text("Demo models: drawn scenes only.")

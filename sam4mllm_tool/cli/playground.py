@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import webbrowser
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,7 +15,9 @@ from sam4mllm_tool.cli.common import (
     MaxBytesOption,
     MaxPixelsOption,
     MllmOption,
+    ProposerOption,
     SamDecoderOption,
+    SamDtypeOption,
     SamOption,
     console,
     load_models,
@@ -46,6 +48,8 @@ def playground(
     format: FormatOption = None,
     sam: SamOption = "embedded",
     sam_decoder: SamDecoderOption = None,
+    sam_dtype: SamDtypeOption = "auto",
+    proposer: ProposerOption = "mllm",
     device: DeviceOption = "auto",
 ) -> None:
     """Click on pictures, see the dialogue happen (needs the extra 'playground')."""
@@ -62,27 +66,37 @@ def playground(
         if open_browser:
             webbrowser.open(url)
 
+    options = {"sam_dtype": sam_dtype, "proposer": proposer}
     serve(
-        lambda: load_models(mllm, adapter, format, sam, sam_decoder, device),
+        lambda: load_models(mllm, adapter, format, sam, sam_decoder, device, **options),
         Address.on(host, port, allowed_host or ()),
         announce,
-        loading=loading(mllm, adapter, format, sam, sam_decoder),
+        loading=loading(mllm, adapter, format, sam, sam_decoder, **options),
         folder=folder,
         policy=ImagePolicy(allow_network=network, max_pixels=max_pixels, max_bytes=max_bytes),
     )
 
 
 def loading(
-    mllm: str, adapter: str | None, format: str | None, sam: str, sam_decoder: str | None
+    mllm: str,
+    adapter: str | None,
+    format: str | None,
+    sam: str,
+    sam_decoder: str | None,
+    *,
+    sam_dtype: str,
+    proposer: str,
 ) -> str:
-    """The options as a call of :func:`sam4mllm_tool.load`."""
-    arguments = [] if mllm == "embedded" else [repr(mllm)]
-    if adapter:
-        arguments.append(f"adapter={adapter!r}")
-    if sam != "embedded":
-        arguments.append(f"segmenter={sam!r}")
-    if format:
-        arguments.append(f"format={format!r}")
-    if sam_decoder:
-        arguments.append(f"segmenter_options={{'decoder': {sam_decoder!r}}}")
-    return f"load({', '.join(arguments)})"
+    """The options as a call of :func:`sam4mllm_tool.load`, those with their defaults left out."""
+    of_segmenter = {"decoder": sam_decoder or None, "dtype": sam_dtype or "auto"}
+    given: dict[str, Any] = {
+        "adapter": adapter or None,
+        "segmenter": sam,
+        "format": format or None,
+        "proposer": proposer or "mllm",
+        "segmenter_options": {k: v for k, v in of_segmenter.items() if v not in (None, "auto")},
+    }
+    defaults = (None, "embedded", "mllm", {})
+    words = [] if mllm == "embedded" else [repr(mllm)]
+    words += [f"{name}={value!r}" for name, value in given.items() if value not in defaults]
+    return f"load({', '.join(words)})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from sam4mllm_tool.concurrency import run_in_thread
 from sam4mllm_tool.errors import BackendError, DialogueError, ImageError, InputError, Sam4MllmError
 from sam4mllm_tool.images.access import ImagePolicy
 from sam4mllm_tool.images.loading import load_image
+from sam4mllm_tool.pipeline.strategies import STRATEGIES
 from sam4mllm_tool.playground import pictures
 from sam4mllm_tool.playground.gallery import Offer
 from sam4mllm_tool.playground.gate import SESSION, Address, Gate
@@ -122,6 +124,10 @@ class Playground:
                     {"name": one.name, "kind": one.kind, "expressions": one.expressions}
                     for one in self.offers
                 ],
+                "strategies": {
+                    name: (inspect.getdoc(type(one)) or "").partition("\n")[0]
+                    for name, one in STRATEGIES.items()
+                },
                 "strategy": settings.strategy,
                 "points": settings.points,
                 "p_yes_above": settings.thresholds.foreground,

@@ -1,11 +1,6 @@
 // How one side of a comparison is asked: strategy, number of points, thresholds.
 
-const STRATEGIES = {
-  pqpp: "pqpp: a box, then points spread over it",
-  ppg: "ppg: box and points in one reply",
-  adaptive: "adaptive: points where the mask is unsure",
-  box_only: "box_only: no points",
-};
+const ASK_NO_POINTS = ["ppg", "box_only"];
 
 export class Settings {
   constructor(fieldset, defaults, changed) {
@@ -14,14 +9,17 @@ export class Settings {
     const legend = document.createElement("legend");
     legend.textContent = fieldset.dataset.panel === "a" ? "How it is asked" : "B: how it is asked";
     this.strategy = document.createElement("select");
-    for (const [name, text] of Object.entries(STRATEGIES)) this.strategy.add(new Option(text, name));
+    for (const name of Object.keys(defaults.strategies)) this.strategy.add(new Option(name));
+    this.about = document.createElement("p");
+    this.about.className = "quiet";
     this.points = number({ min: 1, max: 100, step: 1, value: defaults.points });
     this.inside = number({ min: 0, max: 1, step: 0.05, value: defaults.p_yes_above });
     this.outside = number({ min: 0, max: 1, step: 0.05, value: defaults.p_no_above });
     this.strategy.value = defaults.strategy;
     fieldset.append(
       legend,
-      labelled("Strategy", this.strategy, "column"),
+      labelled("Strategy", this.strategy),
+      this.about,
       labelled("Points to ask about", this.points),
       labelled("Inside above p_yes", this.inside),
       labelled("Outside above p_no", this.outside),
@@ -38,8 +36,8 @@ export class Settings {
   // What the strategy does not use is disabled.
   fit() {
     const { strategy } = this.value;
-    const asks = strategy === "pqpp" || strategy === "adaptive";
-    for (const input of [this.points, this.inside, this.outside]) input.disabled = !asks;
+    this.about.textContent = this.defaults.strategies[strategy];
+    for (const input of [this.points, this.inside, this.outside]) input.disabled = ASK_NO_POINTS.includes(strategy);
   }
 
   get value() {
@@ -68,9 +66,9 @@ function number(attributes) {
   return input;
 }
 
-function labelled(text, input, kind = "line") {
+function labelled(text, input) {
   const label = document.createElement("label");
-  label.className = kind;
+  label.className = "line";
   label.append(text, input);
   return label;
 }
