@@ -8,25 +8,26 @@ import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import anyio
 from sam4mllm_integrations.mcp_work import Limits, ModelQueue, deadline
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from sam4mllm_tool.concurrency import run_in_thread
-from sam4mllm_tool.errors import BackendError, DialogueError, ImageError, InputError, Sam4MllmError
+from sam4mllm_tool.errors import BackendError, DialogueError, InputError, Sam4MllmError
 from sam4mllm_tool.images.access import ImagePolicy
 from sam4mllm_tool.images.loading import load_image
 from sam4mllm_tool.pipeline.strategies import STRATEGIES
 from sam4mllm_tool.playground import pictures
 from sam4mllm_tool.playground.gallery import Offer
 from sam4mllm_tool.playground.gate import SESSION, Address, Gate
+from sam4mllm_tool.playground.requests import Call, Named, parsed, read_body
+from sam4mllm_tool.playground.saving import saved_file
 from sam4mllm_tool.playground.sessions import Session, Sessions
 from sam4mllm_tool.playground.view import About, page_state
 from sam4mllm_tool.playground.watching import Event, listening
@@ -35,28 +36,7 @@ from sam4mllm_tool.tools.toolbox import Toolbox
 STATIC = Path(__file__).parent / "static"
 LIMITS = Limits(clients=64, memory_bytes=2 * 1024**3, client_bytes=768 * 1024**2, idle_seconds=7200)
 """What browsers are granted; see :class:`Limits`."""
-MOST_JSON = 1024**2
 _KEEP = {"cache-control": "private, max-age=86400, immutable"}
-
-Action = Callable[[Session], Any]
-
-
-class Call(BaseModel):
-    """A tool call that the page asks for."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    tool: str = Field(max_length=100)
-    arguments: dict[str, Any] = {}
-    panel: Literal["a", "b"] = "a"
-
-
-class Named(BaseModel):
-    """A request that names one thing."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: str = Field(max_length=4000)
 
 
 @dataclass
@@ -80,6 +60,8 @@ class Playground:
 
     def __post_init__(self) -> None:
         self._sessions = Sessions(self.toolbox, self.policy, self.limits)
+        self._uploads = anyio.CapacityLimiter(self.limits.other_calls)
+        self._thumbnails: dict[str, pictures.File] = {}
         self._queue = ModelQueue(self.limits.model_calls, self.limits.waiting_calls)
 
     def routes(self) -> list[BaseRoute]:
@@ -137,12 +119,12 @@ class Playground:
 
     async def thumbnail(self, request: Request) -> Response:
         """An offered picture, small."""
-        offer = self._offer(str(request.path_params["number"]))
-
-        def draw() -> pictures.File:
-            return pictures.thumbnail_file(load_image(offer.read(), self.policy).image)
-
-        return _file(await run_in_thread(draw), _KEEP)
+        number = str(request.path_params["number"])
+        if number not in self._thumbnails:
+            offer = self._offer(number)
+            image = await run_in_thread(lambda: load_image(offer.read(), self.policy).image)
+            self._thumbnails[number] = pictures.thumbnail_file(image)
+        return _file(self._thumbnails[number], _KEEP)
 
     async def picture(self, request: Request) -> Response:
         """A picture for display."""
@@ -161,45 +143,54 @@ class Playground:
 
     async def upload(self, request: Request) -> Response:
         """Open the picture in the request's body."""
-        data = await _body(request, self.policy.max_bytes)
+        session = self._session(request)
         name = Path(request.query_params.get("name", "picture")).name
-        return await self._change(request, lambda session: session.open_picture(data, name))
+        with deadline(self.limits.call_seconds):
+            async with self._uploads:
+                data = await read_body(request, self.policy.max_bytes)
+                return await self._opened(session, data, name)
 
     async def choose(self, request: Request) -> Response:
         """Open an offered picture."""
-        offer = self._offer((await _parsed(request, Named)).name)
-        return await self._change(request, lambda s: s.open_picture(offer.read(), offer.name))
+        offer = self._offer((await parsed(request, Named)).name)
+        data = await run_in_thread(offer.read)
+        return await self._opened(self._session(request), data, offer.name)
 
     async def open(self, request: Request) -> Response:
         """Open the picture at an address, where the policy allows it."""
-        address = (await _parsed(request, Named)).name
-        return await self._change(request, lambda session: session.open_picture(address))
+        address = (await parsed(request, Named)).name
+        return await self._opened(self._session(request), address)
 
     async def remove(self, request: Request) -> Response:
         """Take an object off the page."""
-        name = (await _parsed(request, Named)).name
-        return await self._change(request, lambda session: session.remove(name))
+        name = (await parsed(request, Named)).name
+        return await self._changed(request, lambda session: session.remove(name))
 
     async def undo(self, request: Request) -> Response:
         """Undo the last change."""
-        return await self._change(request, Session.undo)
+        return await self._changed(request, Session.undo)
 
     async def clear(self, request: Request) -> Response:
         """Take everything off the page but the picture."""
-        return await self._change(request, Session.clear)
+        return await self._changed(request, Session.clear)
 
     async def call(self, request: Request) -> Response:
         """Make a tool call; answers with a JSON line per event, the last one state or error."""
-        call = await _parsed(request, Call)
+        call = await parsed(request, Call)
         session = self._session(request)
         lines = self._events(session, request.scope[SESSION], call)
         return StreamingResponse(lines, media_type="application/x-ndjson")
 
-    async def _change(self, request: Request, action: Action) -> Response:
-        session = self._session(request)
+    async def _opened(self, session: Session, source: str | bytes, name: str = "") -> Response:
         with deadline(self.limits.call_seconds):
             async with session.lock:
-                await run_in_thread(action, session)
+                await session.open_picture(source, name)
+        return self._answer(session)
+
+    async def _changed(self, request: Request, change: Callable[[Session], None]) -> Response:
+        session = self._session(request)
+        async with session.lock:
+            change(session)
         return self._answer(session)
 
     async def _events(self, session: Session, key: str, call: Call) -> AsyncIterator[str]:
@@ -227,9 +218,7 @@ class Playground:
         try:
             with deadline(self.limits.call_seconds), listening(tell):
                 async with session.lock, self._queue.place(key):
-                    output = await run_in_thread(
-                        session.call, call.tool, call.arguments, call.panel
-                    )
+                    output = await session.call(call.tool, call.arguments, call.panel)
             result = output.result.model_dump(mode="json")
             tell({"event": "state", "state": page_state(session, self.about), "result": result})
         except Sam4MllmError as error:
@@ -243,35 +232,10 @@ class Playground:
     async def save(self, request: Request) -> Response:
         """A file to keep: the overlay, masks, COCO, a trace, the picture, the calls."""
         session, file = self._session(request), request.path_params["file"]
-        data, media_type = await run_in_thread(
-            self._saved, session, file, request.query_params.get("panel", "a")
-        )
+        panel = request.query_params.get("panel", "a")
+        data, media_type = await run_in_thread(saved_file, session, self.about, file, panel)
         headers = {"content-disposition": f'attachment; filename="{file}"'}
         return Response(data, media_type=media_type, headers=headers)
-
-    def _saved(self, session: Session, file: str, panel: str) -> pictures.File:
-        image = session.workspace.image(session.board.image_id)
-        pairs = [(one, session.record(one.object_id)) for one in session.board.shown]
-        objects = [(one, record) for one, record in pairs if record and one.panel == panel]
-        stem, _, suffix = file.rpartition(".")
-        match file:
-            case "overlay.png":
-                masks = {one.number: record.mask for one, record in objects if record.mask}
-                return pictures.overlay_download(image, masks)
-            case "coco.json":
-                return pictures.coco_download(image, [record for _, record in objects])
-            case "picture.png":
-                return pictures.full_download(image)
-            case "calls.json" | "calls.py":
-                text = page_state(session, self.about)["json" if suffix == "json" else "python"]
-                return text.encode(), "text/plain; charset=utf-8"
-        shown = session.board.find(stem)
-        record = session.record(stem)
-        if suffix == "png" and record is not None and record.mask is not None:
-            return pictures.mask_download(record)
-        if suffix in ("html", "json") and shown is not None and shown.trace is not None:
-            return pictures.trace_download(shown.trace, image, suffix)
-        raise InputError(f"there is nothing to save as {file[:60]!r}")
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -318,39 +282,3 @@ def _error(error: Sam4MllmError) -> dict[str, Any]:
 
 def _file(file: pictures.File, headers: dict[str, str]) -> Response:
     return Response(file[0], media_type=file[1], headers=headers)
-
-
-async def _body(request: Request, most: int) -> bytes:
-    """The request's body.
-
-    Raises:
-        ImageError: it is larger than ``most`` bytes; the rest is not read.
-    """
-    parts, size = [], 0
-    stated = request.headers.get("content-length", "")
-    if stated.isdecimal() and int(stated) > most:
-        raise _too_large(most)
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
-            raise _too_large(most)
-        parts.append(part)
-    return b"".join(parts)
-
-
-def _too_large(most: int) -> ImageError:
-    return ImageError(
-        f"The file is larger than {most // 1024**2} MiB.",
-        hint="Use a smaller or better compressed picture.",
-    )
-
-
-async def _parsed(request: Request, model: type[Any]) -> Any:
-    """The request's JSON body. A page of another origin cannot send this type unasked."""
-    if request.headers.get("content-type", "").partition(";")[0] != "application/json":
-        raise HTTPException(415, "Send application/json.")
-    data = await _body(request, MOST_JSON)
-    try:
-        return model.model_validate_json(data)
-    except ValidationError as error:
-        raise InputError("the request cannot be read", hint="Load the page again.") from error

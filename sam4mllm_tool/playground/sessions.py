@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import anyio
 from sam4mllm_integrations.mcp_work import Limits
 
+from sam4mllm_tool.concurrency import run_in_thread
 from sam4mllm_tool.errors import Busy, InputError, UnknownHandle
 from sam4mllm_tool.images.access import ImagePolicy
 from sam4mllm_tool.playground.board import Board, Step, named_handles
@@ -19,6 +20,8 @@ from sam4mllm_tool.tools.registry import ToolOutput
 from sam4mllm_tool.tools.toolbox import Toolbox
 from sam4mllm_tool.tools.workspace import ObjectRecord, Workspace
 
+MOST_STEPS = 300
+"""Calls on one page."""
 MOST_UNDO = 200
 """How many changes can be undone."""
 
@@ -62,27 +65,30 @@ class Session:
         """The session's pictures and objects."""
         return self.toolbox.workspace
 
-    def open_picture(self, source: str | bytes, name: str = "") -> None:
+    async def open_picture(self, source: str | bytes, name: str = "") -> None:
         """Start over with another picture.
 
         Raises:
             ImageError, AccessDenied: as :func:`sam4mllm_tool.load_image`.
         """
-        record = self.workspace.open_image(source, name=name)
+        record = await run_in_thread(partial(self.workspace.open_image, source, name=name))
         self.former.clear()
         self.board = Board(record.image_id)
 
-    def call(self, tool: str, arguments: Mapping[str, Any], panel: str) -> ToolOutput:
-        """Make a tool call and put what it made on the page.
+    async def call(self, tool: str, arguments: Mapping[str, Any], panel: str) -> ToolOutput:
+        """Make a tool call and put what it made on the page; a cancelled one leaves no trace there.
 
         Raises:
-            InputError, DialogueError, BackendError: as :meth:`Toolbox.call`.
+            InputError: too many calls on one page, or as :meth:`Toolbox.call`.
+            DialogueError, BackendError: as :meth:`Toolbox.call`.
         """
+        if len(self.board.steps) >= MOST_STEPS:
+            raise InputError(f"{MOST_STEPS} calls are on this page", hint="Clear it first.")
         begun = time.monotonic()
         before = self.record(str(arguments.get("object_id", "")))
         known = {one.object_id for one in self.workspace.objects()}
-        output = self.toolbox.call(tool, arguments)
-        result = json.loads(output.result.model_dump_json())
+        output = await self.toolbox.acall(tool, arguments)
+        result = output.result.model_dump(mode="json")
         step = Step(tool, dict(arguments), result, round(time.monotonic() - begun, 3))
         handles = dict.fromkeys(handle for handle, _ in named_handles(result))
         new = tuple(handle for handle in handles if handle not in known)

@@ -38,7 +38,11 @@ def page_state(session: Session, about: About) -> dict[str, Any]:
     shown = [(one, session.record(one.object_id)) for one in board.shown]
     return {
         "picture": picture,
-        "objects": [_object(one, record) for one, record in shown if record is not None],
+        "objects": [
+            _object(one, record)
+            for one, record in shown
+            if record is not None and record.image_id == board.image_id
+        ],
         "relations": list(board.relations),
         "steps": [asdict(step) for step in board.steps],
         "json": as_json(board.steps),

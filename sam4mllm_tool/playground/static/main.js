@@ -459,7 +459,7 @@ async function start() {
       settings[panel] = new Settings(document.querySelector(`.settings[data-panel=${panel}]`), common, draw);
     }
     settings.b.choose("box_only");
-    $("models").textContent = `${about.mllm} + ${about.segmenter}`;
+    $("models").textContent = `MLLM: ${about.mllm} · segmenter: ${about.segmenter}`;
     $("caution").hidden = !about.caution;
     $("caution-text").textContent = capitalised(`${about.caution.split(";")[0]}.`);
     $("caution-command").textContent = about.command;
