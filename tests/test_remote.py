@@ -194,6 +194,14 @@ def test_the_token_comes_from_the_option_or_the_environment(model, blocks_file, 
         assert run(*asked)
 
 
+def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(url, blocks_file, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert RemoteTools(url).segment(blocks_file.read_bytes(), RED).objects
+
+
 def test_a_busy_server_is_asked_again_for_a_while(model, blocks_file, monkeypatch):
     pauses = []
     with over_http(lambda: model, limits=Limits(clients=1)) as url:

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from anyio.from_thread import start_blocking_portal
 
+from sam4mllm_integrations.hosts import is_loopback
 from sam4mllm_tool.errors import (
     AccessDenied,
     BackendError,
@@ -85,6 +86,8 @@ class Connection:
                     headers=self._headers,
                     timeout=httpx2.Timeout(self._call_seconds, connect=_CONNECT_SECONDS),
                     event_hooks={"response": [self._check_status]},
+                    # A proxy of the environment does not reach this machine's own servers.
+                    trust_env=not is_loopback(urlsplit(self.url).hostname or ""),
                 ) as http,
                 # A session is closed at the end, so that the server forgets its pictures; the
                 # newest protocol knows only clients that come back or not.
