@@ -1,7 +1,7 @@
 """The flow over truthful stand-ins, planted faults in the replies, and the shipped models."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations, cycle, islice
 
 import numpy as np
@@ -84,6 +84,43 @@ def test_several_objects_and_none_are_results(model, blocks, truth):
     assert none.status is Status.NOT_FOUND
     assert none.objects == ()
     assert len(model.segment(blocks, "all blocks", count="1").objects) == 1
+
+
+@dataclass
+class SeveralAtOnce(TruthfulMllm):
+    """Can be asked several questions at once; remembers how many there were each time."""
+
+    asked: list[int] = field(default_factory=list)
+
+    def answer_each(self, questions, *, words):
+        self.asked.append(len(questions))
+        return [
+            self.answer_yes_no(one.image, one.dialogue, words=words, count=one.count)
+            for one in questions
+        ]
+
+
+def test_all_points_of_all_objects_are_asked_at_once(blocks, truth):
+    notes = CheckpointNotes(points_per_question=4)  # nine points per object: three questions
+    together = Sam4MLLM(SeveralAtOnce(truth, notes=notes), ColourSegmenter())
+    alone = Sam4MLLM(TruthfulMllm(truth, notes=notes), ColourSegmenter())
+    found, expected = (
+        side.segment(blocks, "all blocks", count=TargetCount.ONE_OR_MORE)
+        for side in (together, alone)
+    )
+    assert together.mllm.asked == [6]
+    assert together.mllm.said == alone.mllm.said
+    assert [o.points for o in found.objects] == [o.points for o in expected.objects]
+    assert [o.mask for o in found.objects] == truth["all blocks"]
+    assert [e.kind for e in found.trace.exchanges] == ["generate", *["yes_no"] * 6]
+    assert [e.count for e in found.trace.exchanges[1:]] == [4, 4, 1] * 2
+
+
+def test_all_boxes_are_verified_at_once(blocks, truth):
+    mllm = SeveralAtOnce(truth)
+    settings = Settings(strategy="box_only", verified_boxes=3)
+    Sam4MLLM(mllm, ColourSegmenter(), settings).segment(blocks, "the red block")
+    assert mllm.asked == [2], "the box of the reply and its one alternate"
 
 
 def test_unsure_answers_are_not_shown_to_the_segmenter(truth, blocks):
