@@ -159,6 +159,12 @@ def test_how_many_may_be_meant(blocks, truth):
     assert empty.status is Status.NOT_FOUND
 
 
+def test_a_part_of_an_accepted_candidate_is_no_object_of_its_own(blocks, truth):
+    part = Box(100, 15, 190, 45)
+    model = over(truth, Proposal(part, 0.3), Proposal(RED, 0.6), Proposal(BLUE, 0.5))
+    assert [o.located.box for o in model.segment(blocks, "all blocks").objects] == [RED, BLUE]
+
+
 def test_a_run_is_replayed_from_its_trace_with_the_proposers_masks(blocks, truth, tmp_path):
     odd = {"the red block": [corner(RED)]}
     model = over(odd, Proposal(BLUE, 0.9), Proposal(RED, 0.8, corner(RED)))

@@ -14,17 +14,19 @@ from dataclasses import dataclass, replace
 from sam4mllm_tool.concurrency import stage
 from sam4mllm_tool.geometry import different_boxes, union_box
 from sam4mllm_tool.images.loading import ImageLike, to_rgb_image
-from sam4mllm_tool.masks.relations import mask_iou
+from sam4mllm_tool.masks.relations import share_inside
 from sam4mllm_tool.pipeline.points import inner_points
 from sam4mllm_tool.pipeline.results import ScoredBox
 from sam4mllm_tool.pipeline.steps import DialogueSteps
 from sam4mllm_tool.pipeline.validation import check_expression
 from sam4mllm_tool.protocols import MaskCandidate, Proposal, SegmentPrompt
-from sam4mllm_tool.types import Box, Point, PromptPoint, RgbImage, TargetCount
+from sam4mllm_tool.types import Box, Mask, Point, PromptPoint, RgbImage, TargetCount
 
 ACCEPTED = 0.5
 """Share of yes from which a candidate is what the expression describes."""
 _SAME_MASK = 0.7
+"""Share of one mask within another from which they are the same thing."""
+_POINTS_EACH = 3
 
 _DETERMINER = re.compile(r"^(?:the|an?|all|every|each|both|any)\s+", re.IGNORECASE)
 _RELATION = re.compile(
@@ -96,7 +98,7 @@ def propose(
 def judge(
     steps: DialogueSteps, image: ImageLike, expression: str, candidates: Sequence[Candidate]
 ) -> list[Candidate]:
-    """The candidates as judged by the MLLM, the surest first.
+    """The candidates as judged by the MLLM, the surest first: by share of yes times confidence.
 
     It is asked about the innermost points of each mask: named by coordinates, several a candidate,
     which also guide its mask; or, for a family that reads marks better, by one numbered mark for
@@ -120,7 +122,7 @@ def judge(
             replace(one, drawn=drawn, points=some, share=_share(some))
             for one, drawn, some in zip(candidates, masks, answers, strict=True)
         ]
-    return sorted(judged, key=lambda one: one.share or 0.0, reverse=True)
+    return sorted(judged, key=_belief, reverse=True)
 
 
 def accept(judged: Sequence[Candidate], count: TargetCount) -> list[Candidate]:
@@ -135,9 +137,19 @@ def accept(judged: Sequence[Candidate], count: TargetCount) -> list[Candidate]:
         sure = sure or list(judged[:1])
     kept: list[Candidate] = []
     for one in sure[:1] if count is TargetCount.ONE else sure:
-        if all(mask_iou(one.drawn.mask, other.drawn.mask) <= _SAME_MASK for other in kept):
+        if not any(_same(one.drawn.mask, other.drawn.mask) for other in kept):
             kept.append(one)
     return kept
+
+
+def _belief(one: Candidate) -> float:
+    confidence = one.proposal.confidence
+    return (one.share or 0.0) * (1.0 if confidence is None else confidence)
+
+
+def _same(a: Mask, b: Mask) -> bool:
+    """Whether two candidates of one phrase are the same thing, or one is a part of the other."""
+    return max(share_inside(a, b), share_inside(b, a)) > _SAME_MASK
 
 
 def _answered(steps: DialogueSteps, image: RgbImage, phrase: str, limit: int) -> list[Proposal]:
@@ -172,7 +184,7 @@ def _ask_by_points(
     """Several points of each candidate, each candidate's box in a dialogue of its own."""
     answers = []
     for one in candidates:
-        places = _places(one, steps.settings.per_question)
+        places = _places(one, _POINTS_EACH)
         location = steps.stated(image, expression, one.box)
         answers.append(steps.check_points(image, location, one.box, places))
     return answers
