@@ -4,7 +4,6 @@ import math
 import random
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +17,6 @@ from sam4mllm_tool.pipeline.points import (
     jittered_points,
     label_point,
     poisson_disk_points,
-    uncertain_points,
 )
 from sam4mllm_tool.types import Box, PointLabel, YesNo
 
@@ -121,11 +119,3 @@ def test_any_count_of_jittered_points_lies_inside(count):
 )
 def test_only_sure_answers_count(answer, label):
     assert label_point(answer, Thresholds()) is label
-
-
-def test_uncertain_points_are_the_peaks_and_keep_apart():
-    doubt = np.zeros((50, 60), dtype=np.float32)
-    doubt[30, 20], doubt[30, 22], doubt[10, 50], doubt[45, 45] = 0.9, 0.8, 0.7, 0.95
-    points = uncertain_points(doubt, Box(0, 0, 60, 44), 5, spacing=5)
-    # (45,45) lies below the box, (22,30) too near to the first peak
-    assert points == [(20.5, 30.5), (50.5, 10.5)]

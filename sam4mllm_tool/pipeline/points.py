@@ -111,34 +111,6 @@ def candidate_points(pattern: str, box: Box, count: int) -> list[Point]:
     return PATTERNS[pattern](box, count)
 
 
-def uncertain_points(
-    uncertainty: NDArray[np.float32], box: Box, count: int, spacing: float
-) -> list[Point]:
-    """The ``count`` most uncertain pixel centres of the box, at least ``spacing`` pixels apart.
-
-    Args:
-        uncertainty: shape (height, width), larger = less sure; values <= 0 are never picked.
-        box: where to look, pixels.
-        count: how many points at most.
-        spacing: smallest distance between two points in pixels.
-    """
-    height, width = uncertainty.shape
-    x0, y0 = max(0, math.floor(box.x_min)), max(0, math.floor(box.y_min))
-    x1, y1 = min(width, math.ceil(box.x_max)), min(height, math.ceil(box.y_max))
-    window = np.array(uncertainty[y0:y1, x0:x1], dtype=np.float32)
-    points: list[Point] = []
-    if not window.size:
-        return points
-    rows, columns = np.mgrid[: window.shape[0], : window.shape[1]]
-    for _ in range(count):
-        row, column = np.unravel_index(int(window.argmax()), window.shape)
-        if window[row, column] <= 0:
-            break
-        points.append(Point(x0 + float(column) + 0.5, y0 + float(row) + 0.5))
-        window[(rows - row) ** 2 + (columns - column) ** 2 < spacing**2] = 0
-    return points
-
-
 _FINE_ENOUGH = 256
 
 

@@ -40,7 +40,7 @@ class Settings:
             ("does this region show …?") and the surest is taken, if one object is found.
         positive, negative: points asked for in a PPG reply.
         budget: most points *adaptive* asks about per object.
-        per_question: points *adaptive* asks about at a time, and *propose* per candidate.
+        per_question: points *adaptive* asks about at a time.
         proposals: most candidates *propose* judges.
         choose_by: which of SAM's masks is taken: the best predicted IoU (the paper), or that plus
             the share of confident points it agrees with.
@@ -55,7 +55,7 @@ class Settings:
     positive: int = 3
     negative: int = 1
     budget: int = 9
-    per_question: int = 3
+    per_question: int = 5
     proposals: int = 8
     choose_by: Literal["predicted_iou", "agreement"] = "predicted_iou"
 

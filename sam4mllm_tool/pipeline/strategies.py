@@ -27,11 +27,14 @@ from sam4mllm_tool.concurrency import stage
 from sam4mllm_tool.errors import InputError, nearest
 from sam4mllm_tool.geometry import clip_box
 from sam4mllm_tool.pipeline.candidates import accept, judge, noun_phrase, propose
-from sam4mllm_tool.pipeline.points import uncertain_points
+from sam4mllm_tool.pipeline.points import inner_points
 from sam4mllm_tool.pipeline.results import LocatedObject, Location, ScoredBox, SegmentedObject
 from sam4mllm_tool.pipeline.steps import DialogueSteps, agreement, choose_mask
 from sam4mllm_tool.protocols import MaskCandidate, SegmentPrompt
 from sam4mllm_tool.types import PromptPoint, RgbImage, TargetCount
+
+SMALLEST_REGION = 0.06
+"""Depth from which *adaptive* asks about a region, as a share of √(area of the box)."""
 
 Found = tuple[Location, tuple[SegmentedObject, ...]]
 
@@ -96,7 +99,12 @@ class Ppg:
 
 @dataclass(frozen=True)
 class Adaptive:
-    """Ask next where SAM is least sure, until answers and mask agree or the budget is spent."""
+    """Ask deep inside the regions that SAM's masks leave, until answers and mask agree.
+
+    Points near outlines are what an MLLM answers worst and what changes a mask least. The deepest
+    places of what all masks hold, what some hold and what none holds tell the object from its
+    neighbours; what is smaller than ``SMALLEST_REGION`` would change nothing.
+    """
 
     name: str = "adaptive"
 
@@ -183,39 +191,39 @@ def _adapt(
 ) -> SegmentedObject:
     settings = steps.settings
     box = clip_box(found.box, image.width, image.height)
-    spacing = math.sqrt(max(box.area, 1.0)) / 8
+    least = SMALLEST_REGION * math.sqrt(max(box.area, 1.0))
     points: tuple[PromptPoint, ...] = ()
-    drawn, doubt = _draw_with_doubt(steps, image, SegmentPrompt(box))
+    drawn, regions = _draw_with_regions(steps, image, SegmentPrompt(box))
     while len(points) < settings.budget:
         wanted = min(settings.per_question, settings.budget - len(points))
-        for point in points:
-            _blot(doubt, point, spacing)
-        places = uncertain_points(doubt, box, wanted, spacing)
+        places = inner_points(regions, wanted, points, least)
         if not places:
             break
         new = steps.check_points(image, location, found.box, places)
         points += new
         settled = agreement(drawn.mask, new) == 1.0
-        drawn, doubt = _draw_with_doubt(steps, image, SegmentPrompt(box, points))
+        drawn, regions = _draw_with_regions(steps, image, SegmentPrompt(box, points))
         if settled:
             break
     return SegmentedObject(found, points, drawn)
 
 
-def _draw_with_doubt(
+def _draw_with_regions(
     steps: DialogueSteps, image: RgbImage, prompt: SegmentPrompt
 ) -> tuple[MaskCandidate, np.ndarray]:
-    """The chosen mask, and at each pixel how much the three masks and the logits leave open."""
+    """The chosen mask, and the regions that SAM's masks divide the box into.
+
+    Pixels are of one region if the same masks hold them, so that what all masks hold, what some
+    hold and what none holds are apart; 0 outside the box.
+    """
     (candidates,) = steps.draw_all(image, [prompt])
     drawn = choose_mask(candidates, prompt.points, steps.settings.choose_by)
-    votes = np.mean([c.mask.pixels for c in candidates], axis=0, dtype=np.float32)
-    assert drawn.logits is not None  # a segmenter's
-    logits = steps.segmenter.logits_at_image_size(image, drawn.logits)
-    disagreement = 4 * votes * (1 - votes)  # 1 where the masks are split evenly
-    return drawn, (disagreement + np.exp(-np.abs(logits))).astype(np.float32)
-
-
-def _blot(doubt: np.ndarray, point: PromptPoint, radius: float) -> None:
-    """Set the doubt around a point that was asked about to zero, in place."""
-    rows, columns = np.ogrid[: doubt.shape[0], : doubt.shape[1]]
-    doubt[(rows + 0.5 - point.y) ** 2 + (columns + 0.5 - point.x) ** 2 < radius**2] = 0
+    assert prompt.box is not None
+    x0, y0, x1, y1 = (round(edge) for edge in prompt.box)
+    rows, columns = slice(y0, max(y1, y0 + 1)), slice(x0, max(x1, x0 + 1))
+    regions = np.zeros((image.height, image.width), dtype=np.int64)
+    regions[rows, columns] = 1 + sum(
+        one.mask.pixels[rows, columns].astype(np.int64) << number
+        for number, one in enumerate(candidates)
+    )
+    return drawn, regions
