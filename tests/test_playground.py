@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -455,3 +456,10 @@ def test_a_port_that_is_taken_is_found_before_the_models_are_loaded(monkeypatch)
             command_line, ["playground", "--port", str(address.port), "--mllm", "/no/such/place"]
         )
     assert isinstance(result.exception, InputError) and "listened on" in str(result.exception)
+
+
+def test_without_its_extra_the_command_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sam4mllm_tool.playground.serving", None)
+    result = CliRunner().invoke(command_line, ["playground"])
+    assert isinstance(result.exception, InputError)
+    assert 'pip install "sam4mllm-tool[playground]"' in result.exception.hint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import webbrowser
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +24,9 @@ from sam4mllm_tool.cli.common import (
 )
 from sam4mllm_tool.errors import InputError
 from sam4mllm_tool.images.access import ImagePolicy
+
+if TYPE_CHECKING:
+    from sam4mllm_tool.pipeline.model import Sam4MLLM
 
 
 def playground(
@@ -66,12 +69,18 @@ def playground(
         if open_browser:
             webbrowser.open(url)
 
-    options = {"sam_dtype": sam_dtype, "proposer": proposer}
+    def load() -> Sam4MLLM:
+        return load_models(
+            mllm, adapter, format, sam, sam_decoder, device, sam_dtype=sam_dtype, proposer=proposer
+        )
+
     serve(
-        lambda: load_models(mllm, adapter, format, sam, sam_decoder, device, **options),
+        load,
         Address.on(host, port, allowed_host or ()),
         announce,
-        loading=loading(mllm, adapter, format, sam, sam_decoder, **options),
+        loading=loading(
+            mllm, adapter, format, sam, sam_decoder, sam_dtype=sam_dtype, proposer=proposer
+        ),
         folder=folder,
         policy=ImagePolicy(allow_network=network, max_pixels=max_pixels, max_bytes=max_bytes),
     )

@@ -67,20 +67,24 @@ class WatchedModel(Sam4MLLM):
             _tell({"event": "answers", "points": _points(one.points)})
         return found
 
-    def check_points(
+    def check_points_of_each(
         self,
         image: ImageLike,
         location: Location,
-        box: Box,
-        points: Sequence[Point] | None = None,
+        boxes: Sequence[Box],
+        points: Sequence[Sequence[Point]] | None = None,
         *,
         thresholds: Thresholds | None = None,
-    ) -> tuple[PromptPoint, ...]:
+    ) -> list[tuple[PromptPoint, ...]]:
         """As the pipeline; the points are reported first, then the answers."""
-        asked = self.candidate_points(box, image) if points is None else points
-        _tell({"event": "asking", "points": [{"x": p.x, "y": p.y} for p in asked]})
-        answers = super().check_points(image, location, box, asked, thresholds=thresholds)
-        _tell({"event": "answers", "points": _points(answers)})
+        if points is None:
+            points = [self.candidate_points(box, image) for box in boxes]
+        listed = [{"x": point.x, "y": point.y} for some in points for point in some]
+        _tell({"event": "asking", "points": listed})
+        answers = super().check_points_of_each(
+            image, location, boxes, points, thresholds=thresholds
+        )
+        _tell({"event": "answers", "points": [one for some in answers for one in _points(some)]})
         return answers
 
 
