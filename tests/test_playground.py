@@ -199,7 +199,12 @@ def test_a_comparison_has_two_sides_of_the_same_colours(browser, blocks):
     assert (a["panel"], b["panel"]) == ("a", "b") and a["colour"] == b["colour"]
     both = {"object_ids": [a["object_id"], b["object_id"]]}
     compared = call(browser, "compare_objects", both)[-1]["state"]
-    assert [pair["iou"] for pair in compared["relations"]] == [1.0]
+    assert [pair["iou"] for pair in compared["relations"]] == [pytest.approx(1)]
+    segment(browser, image_id, "the blue block")
+    segment(browser, image_id, "all blocks")
+    later = segment(browser, image_id, "the blue block", panel="b")["objects"]
+    numbers = [(one["panel"], one["name"], one["number"]) for one in later]
+    assert ("a", "the blue block", 2) in numbers and ("b", "the blue block", 2) in numbers
 
 
 def test_two_browsers_are_apart(model, blocks):
