@@ -27,12 +27,13 @@ from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import psutil
 import ray
 from mcp import MCPError
+from mcp.types import RequestParamsMeta
 from sam4mllm_integrations.mcp_ray import NAME, ServeSettings, deploy, front
 from sam4mllm_integrations.mcp_tools import CALL_ID
 
@@ -113,7 +114,7 @@ class Served:
     def deploy(self, replicas: int) -> None:
         """Deploy it, or change the number of replicas of what is deployed."""
         cpus = self.settings.cpus
-        options = {"replicas": replicas, "cpus": cpus, "gpus": 0, "calls": 8}
+        options: dict[str, Any] = {"replicas": replicas, "cpus": cpus, "gpus": 0, "calls": 8}
         deploy(
             front(
                 self.settings,
@@ -209,7 +210,10 @@ async def _called(
         try:
             async with as_user(url, number) as client:
                 return await client.call_tool(
-                    name, arguments, read_timeout_seconds=PATIENCE, meta={CALL_ID: call_id}
+                    name,
+                    arguments,
+                    read_timeout_seconds=PATIENCE,
+                    meta=cast(RequestParamsMeta, {CALL_ID: call_id}),
                 )
         except Exception as error:
             broken = not isinstance(error, MCPError) or "Busy" in str(error.error.data)

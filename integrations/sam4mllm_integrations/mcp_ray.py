@@ -76,12 +76,12 @@ class ServeSettings(BaseModel):
     sam_decoder: str | None = None
     sam_dtype: str = "auto"
     device: str = "auto"
-    replicas: int = Field(1, ge=1)
-    sam_replicas: int | None = Field(None, ge=1)
-    servers: int = Field(1, ge=1)
-    cpus: float = Field(0.5, ge=0)
-    gpus: float = Field(0, ge=0)
-    sam_gpus: float = Field(0, ge=0)
+    replicas: int = Field(default=1, ge=1)
+    sam_replicas: int | None = Field(default=None, ge=1)
+    servers: int = Field(default=1, ge=1)
+    cpus: float = Field(default=0.5, ge=0)
+    gpus: float = Field(default=0, ge=0)
+    sam_gpus: float = Field(default=0, ge=0)
     host: str = "127.0.0.1"
     port: int = 8765
     token: str | None = None
@@ -98,7 +98,7 @@ class ServeSettings(BaseModel):
     read_only: bool = False
     deadline: float = 120.0
     max_clients: int = 1000
-    model_calls: int | None = Field(None, ge=1)
+    model_calls: int | None = Field(default=None, ge=1)
     memory: float = 4.0
 
     @model_validator(mode="after")
@@ -200,7 +200,7 @@ def _with_threads(app: Any, threads: int) -> Any:
 
 def app(settings: ServeSettings) -> serve.Application:
     """The application, as a Serve config file or :func:`serve_ray` deploys it."""
-    where = {} if is_address(settings.mllm) else {"device": settings.device}
+    where: dict[str, Any] = {} if is_address(settings.mllm) else {"device": settings.device}
     mllm = model_deployment(
         "Mllm",
         partial(load_mllm, settings.mllm, adapter=settings.adapter, **where),
@@ -237,7 +237,7 @@ def front(
     check_reach(settings.host, settings.credentials)
     # Other machines do not have this one's environment.
     settings = settings.model_copy(update={"token": settings.credentials.token})
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         ToolFront,
         name="Tools",
         num_replicas=settings.servers,
@@ -246,7 +246,8 @@ def front(
         health_check_period_s=2,
         graceful_shutdown_timeout_s=Limits.drain_seconds,
     )
-    return deployment.bind(settings, mllm, segmenter)
+    bound: serve.Application = deployment.bind(settings, mllm, segmenter)
+    return bound
 
 
 def serve_ray(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from sam4mllm_tool.errors import EndpointError, ExpressionError, InputError
 from sam4mllm_tool.pipeline.trace import Trace
@@ -148,7 +148,8 @@ async def _call(
         InputError: the tool refuses the call.
     """
     given = {key: value for key, value in arguments.items() if value is not None}
-    answer = await client.call_tool(name, given, meta={TRACE: True} if trace else None)
+    meta = cast(types.RequestParamsMeta, {TRACE: True}) if trace else None
+    answer = await client.call_tool(name, given, meta=meta)
     if answer.is_error:
         texts = [block.text for block in answer.content if isinstance(block, types.TextContent)]
         message, _, hint = "\n".join(texts).removeprefix("Error: ").partition(" Hint: ")

@@ -105,7 +105,7 @@ def loading(
         "proposer": proposer or "mllm",
         "segmenter_options": {k: v for k, v in of_segmenter.items() if v not in (None, "auto")},
     }
-    defaults = (None, "embedded", "mllm", {})
+    defaults: tuple[Any, ...] = (None, "embedded", "mllm", {})
     words = [] if mllm == "embedded" else [repr(mllm)]
     words += [f"{name}={value!r}" for name, value in given.items() if value not in defaults]
     return f"load({', '.join(words)})"

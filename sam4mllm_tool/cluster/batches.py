@@ -70,7 +70,7 @@ class Workers:
             [{"item": json.dumps(item)} for item in items],
             override_num_blocks=min(blocks, len(items)),
         ).map(
-            _Mapper,
+            _Mapper,  # type: ignore[arg-type]  # a class, for a pool of actors
             fn_constructor_args=(kind, self.load, *arguments),
             compute=ActorPoolStrategy(size=self.number),
             num_cpus=self.cpus,
@@ -79,7 +79,7 @@ class Workers:
             max_task_retries=DEATHS,
         )
         try:
-            for row in data.iter_rows(prefetch_batches=0):
+            for row in data.iter_rows(prefetch_batches=0):  # type: ignore[call-arg]
                 yield json.loads(row["result"])
         except Exception as error:  # Ray Data wraps what a worker raised more than once
             raise _own(error) from error

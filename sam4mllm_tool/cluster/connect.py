@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ def cluster(address: str | None = None) -> Iterator[None]:
         if address not in (None, "auto", "local"):
             _check_answers(address)
         ray.init(address or "local", include_dashboard=False if address is None else None,
-                 logging_level="warning", log_to_driver=False)  # fmt: skip
+                 logging_level=logging.WARNING, log_to_driver=False)  # fmt: skip
     except Exception as error:  # Ray's own errors, gRPC's and the operating system's
         raise ClusterError(
             f"there is no Ray cluster at {address}" if address else "Ray cannot start here",

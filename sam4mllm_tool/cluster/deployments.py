@@ -68,7 +68,7 @@ def model_deployment(
         cpus, gpus: what Ray sets aside for each.
         calls: given to a replica at a time; a local model works on one and lets the others wait.
     """
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         ModelReplica,
         name=name,
         num_replicas=replicas,
@@ -78,4 +78,5 @@ def model_deployment(
         health_check_period_s=2,
         graceful_shutdown_timeout_s=120,
     )
-    return deployment.bind(load)
+    bound: Application = deployment.bind(load)
+    return bound

@@ -31,7 +31,7 @@ from sam4mllm_tool.pipeline.points import inner_points
 from sam4mllm_tool.pipeline.results import LocatedObject, Location, ScoredBox, SegmentedObject
 from sam4mllm_tool.pipeline.steps import DialogueSteps, agreement, choose_mask
 from sam4mllm_tool.protocols import MaskCandidate, SegmentPrompt
-from sam4mllm_tool.types import PromptPoint, RgbImage, TargetCount
+from sam4mllm_tool.types import Point, PromptPoint, RgbImage, TargetCount
 
 SMALLEST_REGION = 0.06
 """Depth from which *adaptive* asks about a region, as a share of √(area of the box)."""
@@ -196,7 +196,7 @@ def _adapt(
     drawn, regions = _draw_with_regions(steps, image, SegmentPrompt(box))
     while len(points) < settings.budget:
         wanted = min(settings.per_question, settings.budget - len(points))
-        places = inner_points(regions, wanted, points, least)
+        places = inner_points(regions, wanted, [Point(one.x, one.y) for one in points], least)
         if not places:
             break
         new = steps.check_points(image, location, found.box, places)
