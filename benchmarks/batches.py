@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from sam4mllm_tool.annotate import Job, annotate
+from sam4mllm_tool.cluster.batches import PICTURES_PER_BLOCK
 from sam4mllm_tool.images.access import ImagePolicy
 from sam4mllm_tool.masks.coco import coco_annotation
 from sam4mllm_tool.types import Mask, TargetCount
@@ -37,16 +38,18 @@ class Sleepers:
     Attributes:
         number: how many pictures they are at together.
         seconds: per picture.
+        together: entries that come, and are written, at a time.
     """
 
     number: int
     seconds: float
+    together: int = 1
     names: tuple[str, str] = ("sleeping", "sleeping")
 
     def annotate(
         self, jobs: Sequence[Job], count: TargetCount, policy: ImagePolicy | None
-    ) -> Iterator[dict[str, Any]]:
-        """Entries in the order of the jobs."""
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Entries in the order of the jobs, ``together`` at a time."""
         found = _objects()
 
         def work(job: Job) -> dict[str, Any]:
@@ -54,8 +57,14 @@ class Sleepers:
             return {"picture": job.name, "size": [1024, 768], "found": found, "failures": {}}
 
         with ThreadPoolExecutor(self.number) as pool:
+            done: list[dict[str, Any]] = []
             for begin in range(0, len(jobs), 64 * self.number):  # so that memory is bounded
-                yield from pool.map(work, jobs[begin : begin + 64 * self.number])
+                for entry in pool.map(work, jobs[begin : begin + 64 * self.number]):
+                    done.append(entry)
+                    if len(done) == self.together:
+                        yield done
+                        done = []
+            yield done
 
 
 def _objects() -> list[tuple[str, dict[str, Any]]]:
@@ -70,7 +79,7 @@ def _objects() -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def measure(pictures: int, workers: int, seconds: float) -> dict[str, Any]:
+def measure(pictures: int, workers: int, seconds: float, together: int) -> dict[str, Any]:
     """One run: pictures per second, and what the driver took."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -79,13 +88,14 @@ def measure(pictures: int, workers: int, seconds: float) -> dict[str, Any]:
         (folder / "list.jsonl").write_text("\n".join(lines))
         out = folder / "coco.json"
         before, cpu, wall = _rss(), time.process_time(), time.perf_counter()
-        annotate(Sleepers(workers, seconds), folder / "list.jsonl", None, out)
+        annotate(Sleepers(workers, seconds, together), folder / "list.jsonl", None, out)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         journal = out.with_name("coco.json.journal.jsonl")
         return {
             "pictures": pictures,
             "workers": workers,
             "seconds_per_picture": seconds,
+            "written_together": together,
             "pictures_per_second": round(pictures / wall, 1),
             "of_ideal": round(pictures / wall * seconds / workers, 3) if seconds else None,
             "driver_cpu_ms_per_picture": round(1000 * cpu / pictures, 3),
@@ -124,8 +134,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     report = {
         "fsync_ms": fsync_ms(),
-        "driver_alone": measure(args.pictures, 1, 0.0),
-        "simulated": [measure(args.per_worker * n, n, args.seconds) for n in args.workers],
+        "driver_alone": [measure(args.pictures, 1, 0.0, n) for n in (1, PICTURES_PER_BLOCK)],
+        "simulated": [
+            measure(args.per_worker * n, n, args.seconds, PICTURES_PER_BLOCK) for n in args.workers
+        ],
     }
     print(json.dumps(report, indent=1) if args.json else report)
 

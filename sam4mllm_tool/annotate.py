@@ -62,8 +62,11 @@ class Engine(Protocol):
 
     def annotate(
         self, jobs: Sequence[Job], count: TargetCount, policy: ImagePolicy | None
-    ) -> Iterator[dict[str, Any]]:
-        """The journal's entries of the pictures (:func:`annotate_picture`), in any order."""
+    ) -> Iterator[Sequence[dict[str, Any]]]:
+        """The journal's entries of the pictures (:func:`annotate_picture`), in any order.
+
+        Those that are done together come together.
+        """
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,9 @@ class InThisProcess:
 
     def annotate(
         self, jobs: Sequence[Job], count: TargetCount, policy: ImagePolicy | None
-    ) -> Iterator[dict[str, Any]]:
-        """The entries, in the order of the jobs."""
-        return (annotate_picture(self.model, job, count, policy) for job in jobs)
+    ) -> Iterator[Sequence[dict[str, Any]]]:
+        """The entries, one by one, in the order of the jobs."""
+        return ([annotate_picture(self.model, job, count, policy)] for job in jobs)
 
 
 def annotate(
@@ -138,10 +141,11 @@ def _annotate(
     for name in wanted.keys() & done.keys():
         on_picture(name)
     with open_journal(journal) as lines:
-        for entry in engine.annotate(jobs, count, policy) if jobs else ():
-            lines.add(entry)
-            done[entry["picture"]] = entry
-            on_picture(entry["picture"])
+        for entries in engine.annotate(jobs, count, policy) if jobs else ():
+            lines.add(*entries)
+            for entry in entries:
+                done[entry["picture"]] = entry
+                on_picture(entry["picture"])
     document = _coco(done, wanted)
     write_whole(out, json.dumps(document))
     failures = {k: v for name in wanted for k, v in done[name]["failures"].items()}

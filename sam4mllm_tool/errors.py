@@ -49,7 +49,7 @@ class Sam4MllmError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Errors go from process to process, whatever their constructors ask for."""
-        return _same_error, (type(self), self.args, self.__dict__)
+        return same_error, (type(self), self.args, self.__dict__)
 
     @property
     def message(self) -> str:
@@ -172,7 +172,10 @@ class CallTimeout(BackendError):
     retryable_by_default = True
 
 
-def _same_error(kind: type[Sam4MllmError], args: tuple[Any, ...], state: dict[str, Any]) -> Any:
+def same_error(
+    kind: type[Sam4MllmError], args: tuple[Any, ...], state: dict[str, Any]
+) -> Sam4MllmError:
+    """An error as it was in another process, past its constructor."""
     error = kind.__new__(kind, *args)
     error.__dict__.update(state)
     return error

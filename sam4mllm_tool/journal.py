@@ -41,13 +41,15 @@ class Journal:
     def __init__(self, file: Path, descriptor: int) -> None:
         self._file, self._descriptor = file, descriptor
 
-    def add(self, entry: Any) -> None:
-        """Write one JSON-ready entry, and wait until it is on disk.
+    def add(self, *entries: Any) -> None:
+        """Write JSON-ready entries, and wait until they are on disk.
+
+        The waiting takes milliseconds: entries that come together are written together.
 
         Raises:
-            StorageError: there is no room; the journal ends with its last whole entry.
+            StorageError: there is no room; the journal ends with its last whole entry from before.
         """
-        rest = memoryview(json.dumps(entry).encode() + b"\n")
+        rest = memoryview(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
         end = os.fstat(self._descriptor).st_size
         try:
             with storing(self._file):

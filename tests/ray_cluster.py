@@ -16,18 +16,55 @@ _SECONDS = 240
 _SLOW = {
     # On a busy machine Ray's own helpers take longer to start than it waits for them.
     "RAY_agent_register_timeout_ms": "300000",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "240",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120",
     "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "OMP_NUM_THREADS": "1",
 }
+# "ray start" for a machine that is busy with other tests. Ray gives its helpers 15 seconds to tell
+# which ports they chose, and the node 30 to appear. Here the ports are chosen for them, and the
+# node is waited for.
+_PATIENT_START = """
+import time
+from ray import _raylet as names
+from ray._private import services
+from ray._private.node import Node
+from ray.scripts.scripts import main
+
+start_raylet, get_node = Node.start_raylet, services.get_node
+
+def start_with_known_ports(node, *args, **kwargs):
+    chosen = node._ray_params
+    for name, port in (
+        (names.METRICS_AGENT_PORT_NAME, chosen.metrics_agent_port),
+        (names.METRICS_EXPORT_PORT_NAME, chosen.metrics_export_port),
+        (names.DASHBOARD_AGENT_LISTEN_PORT_NAME, chosen.dashboard_agent_listen_port),
+        (names.RUNTIME_ENV_AGENT_PORT_NAME, chosen.runtime_env_agent_port),
+    ):
+        names.persist_port(node._session_dir, node._node_id, name, port)
+    return start_raylet(node, *args, **kwargs)
+
+def get_node_at_last(*args, **kwargs):
+    until = time.monotonic() + 200
+    while True:
+        try:
+            return get_node(*args, **kwargs)
+        except RuntimeError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.2)
+
+Node.start_raylet, services.get_node = start_with_known_ports, get_node_at_last
+main()
+"""
 
 
 @contextmanager
 def started(log_folder: Path) -> Iterator[int]:
     """Start a cluster, join it, start Serve; the port on which Serve listens.
 
-    ``ray start`` rather than ``ray.init``: with ports given to its helpers, the node does not
-    give up when they take more than 15 seconds.
+    ``ray start`` rather than ``ray.init``: it can be given more time, see above.
     """
     import ray
     from ray import serve
@@ -40,7 +77,7 @@ def started(log_folder: Path) -> Iterator[int]:
         "metrics-export",
     )
     command = [
-        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
+        *(sys.executable, "-c", _PATIENT_START, "start", "--head", "--block"),
         *("--node-ip-address", "127.0.0.1", "--port", str(gcs), "--num-cpus", "2"),
         *("--include-dashboard", "false", "--disable-usage-stats"),
         *("--object-store-memory", str(100 * 1024**2)),
@@ -57,7 +94,7 @@ def started(log_folder: Path) -> Iterator[int]:
         ending.callback(end, psutil.Process(head.pid))
         _wait_for(gcs, head)
         ending.callback(ray.shutdown)
-        _join(f"127.0.0.1:{gcs}")
+        _join(f"127.0.0.1:{gcs}", head)
         ending.callback(serve.shutdown)
         serve.start(http_options={"host": "127.0.0.1", "port": http})
         yield http
@@ -96,7 +133,7 @@ def _wait_for(port: int, head: subprocess.Popen) -> None:
     raise TimeoutError("the Ray cluster did not start")
 
 
-def _join(address: str) -> None:
+def _join(address: str, head: subprocess.Popen) -> None:
     import ray
 
     until = time.monotonic() + _SECONDS
@@ -105,6 +142,6 @@ def _join(address: str) -> None:
             ray.init(address, logging_level="warning", log_to_driver=False)
             return
         except Exception:  # the node is not there yet
-            if time.monotonic() > until:
+            if time.monotonic() > until or head.poll() is not None:
                 raise
             time.sleep(1)

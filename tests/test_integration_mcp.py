@@ -230,6 +230,27 @@ async def test_a_small_picture_is_sent_without_loss(model, blocks, blocks_file):
     assert sent.size == blocks.size
 
 
+@ERAS
+async def test_a_call_repeated_under_its_id_gets_the_first_answer(era, address, blocks_file):
+    arguments = {"image": str(blocks_file), **RED}
+    async with Client(address, mode=era) as client:
+
+        async def handles(call_id):
+            meta = {"sam4mllm/call-id": call_id}
+            answer = await client.call_tool("segment_object", arguments, meta=meta)
+            return [one["object_id"] for one in answer.structured_content["objects"]], answer
+
+        first, answer = await handles("a")
+        assert (first, await handles("a")) == (["obj_1"], (first, answer))
+        assert (await handles("b"))[0] == ["obj_2"]
+        assert (await handles("a"))[0] == ["obj_1"]
+        seen = await client.call_tool("view_objects", {"image": str(blocks_file)})
+        assert sorted(seen.structured_content["shown"].values()) == ["obj_1", "obj_2"]
+        for bad in (7, "x" * 201):
+            with pytest.raises(MCPError, match="call-id"):
+                await handles(bad)
+
+
 async def test_links_can_be_left_out(model, blocks_file):
     tools = ToolServer(lambda: model, [blocks_file.parent], mask_links=False)
     async with Client(tools.server) as client:

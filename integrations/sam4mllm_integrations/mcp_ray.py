@@ -267,12 +267,12 @@ def serve_ray(
         ClusterError: there is no cluster, it is too small, or the models cannot be loaded.
     """
     ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
     with cluster(address):
-        deploy(app(settings), settings)
-        on_ready()
         try:
+            deploy(app(settings), settings)
+            for number in (signal.SIGINT, signal.SIGTERM):  # Ray has set handlers of its own
+                signal.signal(number, lambda *_: ended.set())
+            on_ready()
             ended.wait()
         finally:
             serve.delete(NAME)
@@ -295,5 +295,6 @@ def deploy(application: serve.Application, settings: ServeSettings) -> None:
     except RuntimeError as error:
         serve.delete(NAME)
         raise ClusterError(
-            f"the application cannot be started: {error}", hint="See above why a replica ended."
+            f"the application cannot be started: {error}",
+            hint="'sam4mllm-tool check' tests the models in one process.",
         ) from error

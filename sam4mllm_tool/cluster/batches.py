@@ -7,19 +7,22 @@ the block of pictures it was at; the driver takes each picture's entry once.
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
 
+from sam4mllm_tool import errors
 from sam4mllm_tool.annotate import Job, annotate_picture
-from sam4mllm_tool.errors import ClusterError, Sam4MllmError
+from sam4mllm_tool.errors import BackendError, ClusterError, Sam4MllmError, same_error
 from sam4mllm_tool.evaluation.cases import Cases
 from sam4mllm_tool.evaluation.run import Shard, measure
 from sam4mllm_tool.images.access import ImagePolicy
@@ -32,8 +35,8 @@ PICTURES_PER_BLOCK = 16
 
 SHARDS_PER_WORKER = 8
 
-DEATHS = 4
-"""How often a block may end its worker before the run ends."""
+DEATHS = 5
+"""How often an item may end its worker before it is given up."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,10 @@ class Workers:
     cpus: float = 1.0
     gpus: float = 0.0
 
-    def stream(self, kind: type, items: Sequence[Any], *arguments: Any) -> Iterator[Any]:
-        """What ``kind(load, *arguments)`` gives for each item, in any order.
+    def stream(
+        self, kind: type[_Work], items: Sequence[Any], *arguments: Any
+    ) -> Iterator[list[Any]]:
+        """What ``kind(load, *arguments)`` gives for each item, block by block, in any order.
 
         Args:
             kind: a class whose objects are called with an item.
@@ -71,17 +76,20 @@ class Workers:
             override_num_blocks=min(blocks, len(items)),
         ).map(
             _Mapper,  # type: ignore[arg-type]  # a class, for a pool of actors
-            fn_constructor_args=(kind, self.load, *arguments),
+            fn_constructor_args=(
+                ray.remote(num_cpus=0)(_Deaths).remote(),
+                kind,
+                self.load,
+                *arguments,
+            ),
             compute=ActorPoolStrategy(size=self.number),
             num_cpus=self.cpus,
             num_gpus=self.gpus,
-            max_restarts=-1,
-            max_task_retries=DEATHS,
         )
         try:
-            for row in data.iter_rows(prefetch_batches=0):  # type: ignore[call-arg]
-                yield json.loads(row["result"])
-        except Exception as error:  # Ray Data wraps what a worker raised more than once
+            for block in data.iter_batches(batch_size=None, batch_format="pyarrow"):
+                yield [_opened(text) for text in block["result"].to_pylist()]
+        except RayError as error:
             raise _own(error) from error
 
     @cached_property
@@ -112,7 +120,7 @@ class RayAnnotation:
 
     def annotate(
         self, jobs: Sequence[Job], count: TargetCount, policy: ImagePolicy | None
-    ) -> Iterator[dict[str, Any]]:
+    ) -> Iterator[list[dict[str, Any]]]:
         """The entries, in the order in which they are done."""
         return self.workers.stream(_Annotator, [astuple(job) for job in jobs], count, policy)
 
@@ -146,9 +154,24 @@ class RayEvaluation:
         """Write the lines that are missing; see :func:`~sam4mllm_tool.evaluation.run.measure`."""
         total = SHARDS_PER_WORKER * self.workers.number
         what = cases, tuple(strategies), folder.resolve(), about, unreadable_limit, total
-        for done in self.workers.stream(_Judge, range(total), *what):
-            for case in done:
+        for shards in self.workers.stream(_Judge, range(total), *what):
+            for case in itertools.chain.from_iterable(shards):
                 on_case(case)
+
+
+class _Work(Protocol):
+    """What is done with an item."""
+
+    def __call__(self, item: Any) -> Any:
+        """The result, JSON-ready."""
+
+    @staticmethod
+    def given_up(item: Any) -> Any:
+        """The result for an item that keeps ending its worker.
+
+        Raises:
+            ClusterError: there is none.
+        """
 
 
 class _Judge:
@@ -176,6 +199,13 @@ class _Judge:
         )
         return done
 
+    @staticmethod
+    def given_up(index: int) -> list[str]:
+        raise ClusterError(
+            f"a picture of shard {index} ended its worker {DEATHS} times",
+            hint="The shard's file ends before it. What was done is kept.",
+        )
+
 
 class _Annotator:
     def __init__(
@@ -187,15 +217,59 @@ class _Annotator:
         root, name, texts = item
         return annotate_picture(self._model, Job(root, name, tuple(texts)), *self._rest)
 
+    @staticmethod
+    def given_up(item: tuple[str, str, list[str]]) -> dict[str, Any]:
+        name = item[1]
+        why = f"the picture ended its worker {DEATHS} times: the memory may be too small for it"
+        return {"picture": name, "size": None, "found": [], "failures": {name: why}}
+
+
+class _Deaths:
+    """Knows which items were begun and never ended: Ray Data itself repeats a block for ever."""
+
+    def __init__(self) -> None:
+        self._begun: Counter[str] = Counter()
+
+    def begin(self, item: str) -> int:
+        """How often a worker has died of it."""
+        self._begun[item] += 1
+        return self._begun[item] - 1
+
+    def end(self, item: str) -> None:
+        """It is done."""
+        del self._begun[item]
+
 
 class _Mapper:
-    """Ray Data gives and takes rows of plain columns."""
+    """Ray Data gives and takes rows of plain columns; an error of ours is a row too.
 
-    def __init__(self, kind: type, *arguments: Any) -> None:
-        self._work = kind(*arguments)
+    Raised, it would come to the driver inside two of Ray's, without its type.
+    """
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"result": json.dumps(self._work(json.loads(row["item"])))}
+    def __init__(self, deaths: Any, kind: type[_Work], *arguments: Any) -> None:
+        self._deaths, self._kind = deaths, kind
+        self._make = cache(partial(kind, *arguments))
+
+    def __call__(self, row: dict[str, str]) -> dict[str, str]:
+        item = json.loads(row["item"])
+        try:
+            if ray.get(self._deaths.begin.remote(row["item"])) < DEATHS:
+                done = {"done": self._make()(item)}
+            else:
+                done = {"done": self._kind.given_up(item)}
+        except Sam4MllmError as error:
+            done = {"error": [type(error).__name__, error.args, vars(error)]}
+        self._deaths.end.remote(row["item"])
+        return {"result": json.dumps(done)}
+
+
+def _opened(result: str) -> Any:
+    """What a worker sent; an error is raised."""
+    sent = json.loads(result)
+    if "error" in sent:
+        name, arguments, state = sent["error"]
+        raise same_error(getattr(errors, name, BackendError), tuple(arguments), state)
+    return sent["done"]
 
 
 def _names(load: Callable[[], Sam4MLLM]) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray import serve
@@ -10,13 +10,14 @@ from ray.serve import Application
 
 from sam4mllm_tool.cluster.replicas import About
 from sam4mllm_tool.concurrency import run_in_thread
-from sam4mllm_tool.types import RgbImage
+from sam4mllm_tool.protocols import Dialogue, Question, YesNoWords, answer_each
+from sam4mllm_tool.types import RgbImage, YesNo
 
 PICTURES_KNOWN = 64
 """Pictures a replica is known to have. It may have forgotten one: then it reads it anew."""
 
 _METHODS = {
-    "generate", "alternates", "answer_yes_no",
+    "generate", "alternates", "answer_yes_no", "answer_each",
     "embed", "predict", "logits_at_image_size",
 }  # fmt: skip
 
@@ -42,7 +43,14 @@ class ModelReplica:
         if method not in _METHODS:
             raise AttributeError(method)
         await self._has_picture(serve.get_multiplexed_model_id() or image.digest)
-        return await run_in_thread(getattr(self._model, method), image, *args, **options)
+        function = self._answer_each if method == "answer_each" else getattr(self._model, method)
+        return await run_in_thread(function, image, *args, **options)
+
+    def _answer_each(
+        self, image: RgbImage, asked: Sequence[tuple[Dialogue, int]], *, words: YesNoWords
+    ) -> list[list[YesNo]]:
+        questions = [Question(image, dialogue, count) for dialogue, count in asked]
+        return answer_each(self._model, questions, words=words)
 
     @serve.multiplexed(max_num_models_per_replica=PICTURES_KNOWN)
     async def _has_picture(self, digest: str) -> str:

@@ -35,6 +35,7 @@ from sam4mllm_tool.protocols import (
     CheckpointNotes,
     Dialogue,
     MaskCandidate,
+    Question,
     Reply,
     SegmentPrompt,
     YesNoWords,
@@ -171,6 +172,17 @@ class RemoteMllm:
     ) -> list[YesNo]:
         """Answers to yes-no questions."""
         return self._replicas.call("answer_yes_no", image, dialogue, words=words, count=count)
+
+    def answer_each(self, questions: Sequence[Question], *, words: YesNoWords) -> list[list[YesNo]]:
+        """Answers to several questions, those about one picture in one call."""
+        answers: dict[int, list[YesNo]] = {}
+        for digest in dict.fromkeys(one.image.digest for one in questions):
+            places = [n for n, one in enumerate(questions) if one.image.digest == digest]
+            asked = [(questions[n].dialogue, questions[n].count) for n in places]
+            image = questions[places[0]].image
+            found = self._replicas.call("answer_each", image, asked, words=words)
+            answers |= zip(places, found, strict=True)
+        return [answers[n] for n in range(len(questions))]
 
 
 class RemoteSegmenter:
