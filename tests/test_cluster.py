@@ -24,6 +24,8 @@ from sam4mllm_tool.protocols import NO_NOTES, Reply, Turn
 from sam4mllm_tool.types import RgbImage
 
 CLIENTS, CALLS = 6, 9
+# The first test waits for the cluster too.
+pytestmark = pytest.mark.timeout(900)
 EXAMPLES = Path(__file__).parents[1] / "examples" / "ray"
 
 

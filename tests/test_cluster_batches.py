@@ -19,6 +19,8 @@ from sam4mllm_tool.testing import ColourSegmenter, TruthfulMllm
 from sam4mllm_tool.types import Mask
 
 TEXTS = ["the red block", "all blocks"]
+# The first test waits for the cluster too.
+pytestmark = pytest.mark.timeout(900)
 
 
 @dataclass
