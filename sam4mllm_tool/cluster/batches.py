@@ -35,7 +35,7 @@ PICTURES_PER_BLOCK = 16
 
 SHARDS_PER_WORKER = 8
 
-DEATHS = 5
+DEATHS = 3
 """How often an item may end its worker before it is given up."""
 
 
