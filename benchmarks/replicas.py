@@ -270,6 +270,7 @@ async def run(
     victims: Sequence[str] = (),
     every: float = 5.0,
     beside: Callable[[], Any] | None = None,
+    repeat: bool = False,
 ) -> dict[str, Any]:
     """All clients at once; what came of their calls.
 
@@ -277,6 +278,7 @@ async def run(
         victims: deployments whose processes are killed.
         every: seconds between kills.
         beside: an asynchronous function run meanwhile.
+        repeat: clients repeat calls whose connection broke, as they do if Tools are victims.
     """
     tally, killed = Tally(), list[str]()
     cpu = _cpu_seconds("Tools")
@@ -287,8 +289,8 @@ async def run(
         anyio.create_task_group() as clients,
     ):
         for number, question in enumerate(questions):
-            repeat = "Tools" in victims
-            clients.start_soon(one_client, url, number, question, calls, tally, repeat)
+            again = repeat or "Tools" in victims
+            clients.start_soon(one_client, url, number, question, calls, tally, again)
     seconds, total = time.perf_counter() - begun, len(questions) * calls
     wanted = ("ok", "failed", "crossed", "doubled", "lost")
     return {
