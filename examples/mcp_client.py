@@ -26,7 +26,7 @@ async def segment() -> None:
     async with Client(SERVER) as client:
         tools = (await client.list_tools()).tools
         print("tools:", ", ".join(tool.name for tool in tools))
-        assert len(tools) == 7
+        assert len(tools) == 8
 
         async def tell(number: float, total: float | None, stage: str | None) -> None:
             print(f"  stage {number:.0f}: {stage}")

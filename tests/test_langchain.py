@@ -25,7 +25,7 @@ BOX = [10, 10, 100, 100]
 EXAMPLES: dict[str, dict[str, Any]] = {
     "segment_object": {"image": DEMO, "expression": "the tree", "count": "1"},
     "locate_object": {"image": DEMO, "expression": "the tree", "count": "1"},
-    "propose_objects": {"image": DEMO, "phrase": "the tree", "limit": 2},
+    "propose_objects": {"image": DEMO, "phrase": "the tree"},
     "is_point_inside_object": {"object_id": "obj_1", "points": [{"x": 40, "y": 40}]},
     "segment_with_prompts": {"image": DEMO, "box": BOX},
     "compare_objects": {"object_ids": ["obj_1", "obj_2"]},

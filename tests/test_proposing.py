@@ -217,10 +217,10 @@ def test_candidates_get_handles_and_earlier_objects_keep_theirs(blocks_file, tru
     assert [one.is_meant for one in output.result.candidates] == [None, None]
     assert output.masks["obj_3"] == truth["the red block"][0]
     assert "view_objects" in output.text and "confidence 0.90" in output.text
-    again = call(box, "propose_objects", image=image, phrase="block", limit=1)
-    assert [one.object_id for one in again.result.candidates] == ["obj_4"]
+    again = call(box, "propose_objects", image=image, phrase="block")
+    assert [one.object_id for one in again.result.candidates] == ["obj_4", "obj_5"]
     view = call(box, "view_objects", image=image)
-    assert list(view.result.shown.values()) == ["obj_1", "obj_2", "obj_3", "obj_4"]
+    assert list(view.result.shown.values()) == ["obj_1", "obj_2", "obj_3", "obj_4", "obj_5"]
 
 
 def test_with_an_expression_the_model_judges_and_round_2_goes_on(blocks_file, truth):

@@ -224,7 +224,6 @@ class _Flow:
                 image=image_id,
                 phrase=noun_phrase(expression) if text_prompted else expression,
                 expression=expression,
-                limit=self.settings.candidates,
             )
         return self._call(
             "locate_object",
@@ -239,8 +238,9 @@ class _Flow:
         if not isinstance(result, ProposeResult):
             assert isinstance(result, ObjectsResult)
             return [one.object_id for one in result.objects]
-        every = [one.object_id for one in result.candidates]
-        meant = [o.object_id for o in result.candidates if (o.is_meant or 0.0) >= ACCEPTED]
+        judged = result.candidates[: self.settings.candidates]
+        every = [one.object_id for one in judged]
+        meant = [one.object_id for one in judged if (one.is_meant or 0.0) >= ACCEPTED]
         return every if getattr(self.thinker, "vision", False) else meant
 
     def probe(self, state: QuestionState) -> QuestionState:

@@ -30,7 +30,6 @@ class ProposeObjectsArguments(ToolArguments):
         description="What is meant, in full ('the red apple left of the dog'): the model is asked "
         "of each candidate whether it is that. Leave out to look for yourself.",
     )
-    limit: int = Field(8, ge=1, le=32, description="How many candidates at most.")
 
 
 class ProposedObject(ObjectSummary):
@@ -53,7 +52,7 @@ class ProposeResult(ImageResult):
 def propose_objects(context: ToolContext, arguments: ProposeObjectsArguments) -> ToolOutput:
     """Find candidates, let the model judge them if it is told what is meant, keep all of them."""
     record = context.workspace.open_image(arguments.image)
-    found = propose(context.model, record.image, arguments.phrase, arguments.limit)
+    found = propose(context.model, record.image, arguments.phrase)
     if arguments.expression is not None:
         found = judge(context.model, record.image, arguments.expression, found)
     kept = [context.workspace.add_object(_object(context, record, arguments, one)) for one in found]
