@@ -277,7 +277,7 @@ def test_the_workflow_proposes_and_selects(blocks_file, truth, proposer):
     assert masks == truth["the red block"]
     assert len(toolbox.workspace.objects()) == 2  # the other candidate is there to go back to
     if proposer:
-        assert proposer.asked == [("red block", 4)]
+        assert proposer.asked == [("red block", 8)]  # as many as the settings of the model say
 
 
 def test_a_proposer_in_the_way_of_a_point(blocks, truth):
