@@ -105,7 +105,7 @@ class QuestionSettings:
         alternates: other boxes to try for an expression whose box was judged wrong.
         max_objects: objects of one attempt that are looked at.
         count: how many objects an expression may mean.
-        candidates: with more than 0, so many candidates that ``propose_objects`` finds are looked at,
+        candidates: with more than 0, so many candidates of ``propose_objects`` are looked at,
             instead of locating the expression. A judge that sees is shown all of them,
             any other those that the MLLM takes to be meant.
         keep_best_above: confidence from which the best objects are the answer though none were
