@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 from recipes.embedded_mllm.packing import Packed
+
+ATTENTION = "float32 in chunks"
+CHUNK = 112
+"""Queries per call of the attention kernel: later ones see more keys."""
+
+
+def chunked_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention in float32, the keys behind a chunk of queries left out.
+
+    PyTorch's CPU kernel is several times slower in bfloat16 than in float32, and does not know that
+    half of a causal mask is empty.
+    """
+    query, key, value = query.float(), key.float(), value.float()
+    attend = partial(functional.scaled_dot_product_attention, scale=scaling)
+    if attention_mask is None:
+        causal = bool(module.is_causal) and query.shape[2] == key.shape[2] > 1
+        return attend(query, key, value, is_causal=causal).transpose(1, 2), None
+    length, parts = query.shape[2], []
+    behind = key.shape[2] - length
+    for start in range(0, length, CHUNK):
+        end = min(start + CHUNK, length)
+        seen, rows = behind + end, slice(start, end)
+        mask = attention_mask[:, :, rows, :seen]
+        parts.append(attend(query[:, :, rows], key[:, :, :seen], value[:, :, :seen], mask))
+    return torch.cat(parts, 2).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, chunked_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def to_pixels(pictures: Tensor) -> Tensor:
@@ -16,21 +53,33 @@ def to_pixels(pictures: Tensor) -> Tensor:
 
 def tower_features(tower: Any, pixels: Tensor) -> Tensor:
     """The features LLaVA takes from the tower: (B, patches, width)."""
+    side = tower.config.image_size
+    if pixels.shape[-1] != side:
+        pixels = functional.interpolate(pixels, (side, side), mode="bicubic", antialias=True)
     features: Tensor = tower(pixels, output_hidden_states=True).hidden_states[-1]
     return features
 
 
-def forward(model: Any, pictures: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
-    """Tower features, and hidden states of the decoder: what LLaVA's own forward computes."""
+def forward(
+    model: Any, pictures: Tensor, packed: Packed, layer: int = -1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What LLaVA's own forward computes.
+
+    Returns:
+        features: of the tower, (B, patches, width).
+        hidden: last states of the decoder, B x L x width.
+        early: its states after ``layer`` layers.
+    """
     features = tower_features(model.model.vision_tower, to_pixels(pictures))
     seen = model.model.multi_modal_projector(features)
     embedded = model.get_input_embeddings()(packed.tokens)
     places = packed.tokens == model.config.image_token_id
     embedded = embedded.masked_scatter(places[..., None], seen.to(embedded.dtype))
-    hidden = model.model.language_model(
+    read = model.model.language_model(
         inputs_embeds=embedded,
-        attention_mask=packed.mask,
+        attention_mask=torch.zeros(packed.mask.shape).masked_fill_(~packed.mask, -torch.inf),
         position_ids=packed.positions,
         use_cache=False,
-    ).last_hidden_state
-    return features, hidden
+        output_hidden_states=True,
+    )
+    return features, read.last_hidden_state, read.hidden_states[layer]

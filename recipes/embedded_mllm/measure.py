@@ -34,6 +34,8 @@ from sam4mllm_tool.types import Box, TargetCount
 EACH_KIND = 24
 BATCH = 36
 GRIDS = (9, 16)
+CROWDED = 300
+"""Scenes with overlapping objects that are asked about."""
 
 
 class Examination:
@@ -52,13 +54,14 @@ class Examination:
         shards = SceneShards(folder / "scenes", "val")
         self.scenes = [shards[index] for index in range(600)]
         self.asked = _pick(self.scenes, EACH_KIND, random.Random(5))
+        self.crowded = SceneShards(folder / "scenes-hard", "val")
 
     @torch.no_grad()
     def run(self) -> dict[str, float]:
         """All figures; the model is left in training mode."""
         self.model.eval()
         try:
-            return self._boxes() | self._points() | self._words()
+            return self._boxes() | self._points() | self._words() | self._neighbours()
         finally:
             self.model.train()
 
@@ -131,7 +134,7 @@ class Examination:
                 first = FORMAT.ask_boxes(reference.text, TargetCount.ZERO_OR_MORE, UNIT)
                 turns = (
                     Turn(first, boxes_reply(scene, reference), taught=False),
-                    Turn(question, "\n" + "".join("Yes" if one else "No" for one in inside)),
+                    Turn(question, "".join("Yes" if one else "No" for one in inside)),
                 )
                 said.append((scene, [Lesson("points", turns)]))
                 truth += inside
@@ -144,6 +147,31 @@ class Examination:
             found[f"points{size}"] = _balanced(correct, truth_array)
             found[f"geometry{size}"] = _balanced(blind, truth_array)
         return {"points": found["points9"], **found}
+
+    def _neighbours(self) -> dict[str, float]:
+        """Scenes whose objects overlap: round 2 right on background, target and other objects.
+
+        Half of each grid's points off the target are moved onto other objects, boxes are inexact.
+        """
+        if not len(self.crowded):
+            return {}
+        teacher, hits = Teacher(random.Random(7)), defaultdict[str, list[bool]](list)
+        plan = Plan(list_sizes=(9,), hard=0.5, jitter=0.1)
+        half = len(self.crowded) // 2
+        for index in range(0, len(self.crowded), max(1, len(self.crowded) // CROWDED)):
+            scene = self.crowded[index]
+            if (lesson := teacher.points(scene, plan)) is None:
+                continue
+            world = "overlap" if index < half else "alike"
+            question, reply = lesson.turns[1].question, lesson.turns[1].reply
+            places = re.findall(r"\((\d{3}),(\d{3})\)", question)
+            answers = re.findall("Yes|No", reply)
+            right = self._forced([(scene, [lesson])], {"Yes", "No"})[-len(answers) :]
+            for (x, y), answer, good in zip(places, answers, right, strict=True):
+                on = scene.object_at((int(x) + 0.5) / 1000, (int(y) + 0.5) / 1000) >= 0
+                place = "target" if answer == "Yes" else "other" if on else "background"
+                hits[f"{world} {place}"].append(good)
+        return {name: float(np.mean(good)) for name, good in sorted(hits.items())}
 
     def _words(self) -> dict[str, float]:
         """What-at: single questions, and lists of five; verification."""
@@ -172,7 +200,7 @@ class Examination:
             part = asked[start : start + BATCH]
             packed: Packed = self.packer.pack([lessons for _, lessons in part])
             pictures = torch.from_numpy(np.stack([scene.image for scene, _ in part]))
-            _, hidden = forward(self.model, pictures, packed)
+            _, hidden, _ = forward(self.model, pictures, packed)
             for row in range(len(part)):
                 chosen = packed.targets[row] != -100
                 targets = packed.targets[row][chosen]

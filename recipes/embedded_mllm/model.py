@@ -194,6 +194,12 @@ def build_model(
     return model
 
 
+def shape_of(model: LlavaForConditionalGeneration) -> BaseShape:
+    """The sizes of a saved base."""
+    vision, text = model.config.vision_config, model.config.text_config
+    return BaseShape(vision.image_size, vision.patch_size, text_layers=text.num_hidden_layers)
+
+
 def save_base(
     folder: Path,
     model: LlavaForConditionalGeneration,

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from recipes.embedded_mllm.lessons import Lesson
 from recipes.embedded_mllm.model import ASSISTANT, END, IMAGE, START, USER
-from sam4mllm_tool.formats.sam4mllm import SYSTEM_PROMPT
+from sam4mllm_tool.formats.sam4mllm import STEPS, SYSTEM_PROMPT
 
 IGNORED = -100
 
@@ -40,6 +40,20 @@ class Packed:
     mask: Tensor
 
 
+@dataclass(frozen=True)
+class Looks:
+    """The points that a batch of sequences names, where they are written; N of them.
+
+    Attributes:
+        rows, places: sequence and position of the token of the point's y.
+        points: N x 2, shares of the sides.
+    """
+
+    rows: Tensor
+    places: Tensor
+    points: Tensor
+
+
 class Packer:
     """Turns lessons into token sequences."""
 
@@ -52,6 +66,21 @@ class Packer:
         self._patches = patches
         self.prefix = [self._id(START), *self.encode(SYSTEM_PROMPT), self._id(USER)]
         self.prefix += [self._id(IMAGE)] * patches
+
+        numbers = self._id([f"{number:03d}" for number in range(STEPS)])
+        self._number = torch.full((len(tokenizer) + 64,), -1)
+        self._number[torch.tensor(numbers)] = torch.arange(STEPS)
+        self._opens = torch.tensor(self._id(["(", "Ġ("]))
+
+    def looks(self, packed: Packed) -> Looks:
+        """Every ``(xxx,yyy)`` of the sequences."""
+        tokens = packed.tokens
+        number = self._number[tokens]
+        opens = torch.isin(tokens, self._opens)
+        written = opens[:, :-3] & (number[:, 1:-2] >= 0) & (number[:, 3:] >= 0)
+        rows, starts = written.nonzero(as_tuple=True)
+        read = torch.stack([number[rows, starts + 1], number[rows, starts + 3]], -1)
+        return Looks(rows, starts + 3, (read + 0.5) / STEPS)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text in which special tokens do not occur."""

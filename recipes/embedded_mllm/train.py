@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +23,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from recipes.embedded_mllm.forward import forward, to_pixels, tower_features
+from recipes.embedded_mllm.forward import ATTENTION, forward, to_pixels, tower_features
 from recipes.embedded_mllm.init import init_language, place_codes
 from recipes.embedded_mllm.layout import Layout, make_meanings
 from recipes.embedded_mllm.lessons import TOPICS, Plan, Teacher
 from recipes.embedded_mllm.measure import Examination
 from recipes.embedded_mllm.model import (
+    IMAGE,
     LONGEST_LIST,
     BaseShape,
     build_model,
     build_processor,
     build_tokenizer,
     save_base,
+    shape_of,
 )
 from recipes.embedded_mllm.optimizer import Optimizers, make_optimizers
-from recipes.embedded_mllm.packing import Packed, Packer
+from recipes.embedded_mllm.packing import Looks, Packed, Packer
 from recipes.embedded_mllm.projector import fold_projector
 from recipes.embedded_mllm.scenes import BaseScene, SceneShards
-from recipes.embedded_mllm.vision import DenseHeads, dense_loss, patch_answers
+from recipes.embedded_mllm.vision import DenseHeads, dense_loss, patch_answers, point_answers
 from recipes.embedded_mllm.vision_train import fit_heads
 from recipes.embedded_mllm.world import known_words, questions_of, words_of
 from sam4mllm_tool.scenes.world import WORLDS
@@ -51,13 +55,27 @@ COURSE = (
     Plan(boxes=5, absent=1.5, what=2, what_lists=1, points=3, verify=1, list_sizes=(2, 4, 6, 9)),
     Plan(boxes=5, absent=1.5, what=0.5, what_lists=0.5, points=3, verify=0.5, ppg=0.7,
          list_sizes=(4, 6, 9, 9, 10, 12, LONGEST_LIST)),
-    Plan(boxes=2, absent=1, what=0.2, what_lists=0.4, points=3, verify=0.2, ppg=0.4, hard=0.5,
+    Plan(boxes=2, absent=1, what=0.2, what_lists=0.3, points=4, verify=0.5, ppg=0.5, hard=0.5,
          shared=0.15, jitter=0.25, list_sizes=(6, 9, 9, 12, LONGEST_LIST, LONGEST_LIST)),
 )  # fmt: skip
 """Lesson plans, easy to hard; the last asks which thing a point lies on."""
 GATES = ({"what": 0.7, "lists": 0.55}, {"points": 0.72}, {"box": 0.85})
 """What an examination must show before the next plan."""
-Batch = tuple[Tensor, Packed, Tensor, Tensor]
+LOOKED = 2
+"""After this many layers the token of a point's y knows what lies at the point."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B pictures (uint8), their lessons, and what patches and written points should say."""
+
+    pictures: Tensor
+    packed: Packed
+    answers: Tensor  # B x patches x questions
+    boxes: Tensor  # B x patches x 4
+    looks: Looks
+    look_answers: Tensor  # N x questions
+    look_boxes: Tensor  # N x 4
 
 
 class LessonBatches(IterableDataset[Batch]):
@@ -86,9 +104,15 @@ class LessonBatches(IterableDataset[Batch]):
                 lessons = [teacher.lessons(scene, COURSE[stage]) for scene in scenes]
                 dense = [patch_answers(s, self.questions, self.shape.grid) for s in scenes]
                 answers, boxes = (np.stack(part) for part in zip(*dense, strict=True))
-                pictures = torch.from_numpy(np.stack([scene.image for scene in scenes]))
                 packed = self.packer.pack(lessons, self.longest)
-                yield pictures, packed, torch.from_numpy(answers), torch.from_numpy(boxes)
+                looks = self.packer.looks(packed)
+                rows, points = looks.rows.tolist(), looks.points.tolist()
+                seen = point_answers(scenes, rows, points, self.questions)
+                yield Batch(
+                    torch.from_numpy(np.stack([scene.image for scene in scenes])), packed,
+                    torch.from_numpy(answers), torch.from_numpy(boxes),
+                    looks, torch.from_numpy(seen[0]), torch.from_numpy(seen[1]),
+                )  # fmt: skip
 
 
 def gentle(name: str) -> float:
@@ -104,6 +128,17 @@ def gentle(name: str) -> float:
     return 0.3 if "layers.2.self_attn" in name else 1.0
 
 
+def steady(name: str) -> float:
+    """The same for a base that has learnt its dialogue: nothing is fragile, but much is right."""
+    if name.startswith("eyes."):
+        return 6.0
+    if "vision_tower" in name or "lm_head" in name:
+        return 0.5
+    if "projector" in name or "embed_tokens" in name:
+        return 0.25
+    return 0.4 if any(f"layers.{n}.self_attn" in name for n in (0, 1, 2)) else 1.0
+
+
 def start_model(
     folder: Path, world: str, shape: BaseShape, seed: int
 ) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerFast, DenseHeads]:
@@ -113,10 +148,7 @@ def start_model(
     tokenizer = build_tokenizer(words_of(WORLDS[world]))
     model = build_model(tokenizer, shape)
     heads = DenseHeads(shape.vision_width, questions)
-    stored = load_file(folder / "vision.safetensors")
-    for module, prefix in ((model.model.vision_tower, "tower."), (heads, "heads.")):
-        own = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
-        module.load_state_dict(own)
+    load_tower(folder / "vision.safetensors", model, heads)
     meanings = make_meanings(questions, seed)
     init_language(model, tokenizer, questions, meanings)
     shards = SceneShards(folder / "scenes", "train")
@@ -128,16 +160,56 @@ def start_model(
 
 
 def earlier_model(
-    folder: Path, start: Path, world: str, shape: BaseShape, dense: float
+    folder: Path, start: Path, world: str, tower: Path | None, dense: float
 ) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerFast, DenseHeads]:
-    """A saved base to go on with, and stage 1's heads read anew off its tower if they are used."""
+    """A saved base to continue with, and stage 1's heads.
+
+    Tower and heads come from a run of stage 1 (``tower``); otherwise the heads are fitted anew on
+    the base's own tower, if they are used.
+    """
     tokenizer = build_tokenizer(words_of(WORLDS[world]))
     model = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
-    heads = DenseHeads(shape.vision_width, questions_of(WORLDS[world]))
-    if dense:
-        read = fit_heads(folder / "scenes", model.model.vision_tower, heads, shape)
+    adapt_vocabulary(model, AutoTokenizer.from_pretrained(start), tokenizer)
+    heads = DenseHeads(BaseShape().vision_width, questions_of(WORLDS[world]))
+    if tower:
+        load_tower(tower, model, heads)
+    elif dense:
+        read = fit_heads(folder / "scenes", model.model.vision_tower, heads, shape_of(model))
         print("heads", read, flush=True)
     return model, tokenizer, heads
+
+
+def load_tower(file: Path, model: LlavaForConditionalGeneration, heads: DenseHeads) -> None:
+    """Tower and heads as stage 1 wrote them."""
+    stored = load_file(file)
+    for module, prefix in ((model.model.vision_tower, "tower."), (heads, "heads.")):
+        own = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+        module.load_state_dict(own)
+
+
+@torch.no_grad()
+def adapt_vocabulary(
+    model: LlavaForConditionalGeneration,
+    old: PreTrainedTokenizerFast,
+    new: PreTrainedTokenizerFast,
+) -> None:
+    """Give the tokens of another vocabulary their rows; a new word begins as the mean word."""
+    before, after = old.get_vocab(), new.get_vocab()
+    if before == after:
+        return
+    size = -(-len(new) // 64) * 64
+    words = [index for token, index in before.items() if re.fullmatch("Ġ?[a-z]{2,}", token)]
+    rows = {index: before.get(token) for token, index in after.items()}
+    tables = (model.get_input_embeddings().weight, model.lm_head.weight)
+    kept = [table.detach().clone() for table in tables]
+    model.resize_token_embeddings(size)
+    tables = (model.get_input_embeddings().weight, model.lm_head.weight)
+    for table, known in zip(tables, kept, strict=True):
+        middle, spread = known[words].mean(0), known[words].std(0)
+        for index, source in rows.items():
+            fresh = middle + 0.3 * spread * torch.randn(len(middle))
+            table[index] = fresh if source is None else known[source]
+    model.config.image_token_index = after[IMAGE]
 
 
 def main() -> None:
@@ -152,6 +224,11 @@ def main() -> None:
     parser.add_argument(
         "--dense", type=float, default=0.3, help="weight of stage 1's loss; 0: none"
     )
+    parser.add_argument(
+        "--look", type=float, default=0.03,
+        help="weight of saying at each written point what lies there; 0: none",
+    )  # fmt: skip
+    parser.add_argument("--tower", type=Path, help="with --start: tower and heads of stage 1")
     parser.add_argument("--optimizer", default="adamw", choices=["muon", "adamw"])
     parser.add_argument("--examine", type=float, default=8, help="minutes between examinations")
     parser.add_argument("--seed", type=int, default=0)
@@ -163,23 +240,32 @@ def main() -> None:
         model, tokenizer, heads = start_model(folder, options.world, shape, options.seed)
     else:
         model, tokenizer, heads = earlier_model(
-            folder, options.start, options.world, shape, options.dense
+            folder, options.start, options.world, options.tower, options.dense
         )
+        shape = shape_of(model)
+    model.set_attn_implementation(ATTENTION)
     heads.requires_grad_(False)
-    optimizers = make_optimizers(model.named_parameters(), options.rate, options.optimizer, gentle)
+    eyes = DenseHeads(shape.text_width, heads.questions)
+    if options.start and (options.start / "eyes.safetensors").exists():
+        eyes.load_state_dict(load_file(options.start / "eyes.safetensors"))
+    trained = [*model.named_parameters(), *((f"eyes.{k}", v) for k, v in eyes.named_parameters())]
+    optimizers = make_optimizers(trained, options.rate, options.optimizer,
+                                 gentle if options.start is None else steady)  # fmt: skip
     state = {"step": 0, "seconds": 0.0, "pictures": 0}
     state["stage"] = 0 if options.start is None else len(GATES)
     if (folder / "resume.pt").exists():
-        state = resume(folder, model, optimizers)
+        state = resume(folder, model, eyes, optimizers)
     (folder / "stage").write_text(str(state["stage"]))
     packer = Packer(tokenizer, shape.grid**2, TOPICS)
     batches = LessonBatches(folder, packer, shape, options.batch, options.seed + state["step"],
                             options.longest, options.world)  # fmt: skip
     loader = iter(DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=6))
     examination = Examination(folder, model, tokenizer, packer, build_processor(tokenizer, shape))
-    loss_of, parameters = TokenLoss(tokenizer), list(model.parameters())
+    loss_of, parameters = TokenLoss(tokenizer), [parameter for _, parameter in trained]
     weights = torch.ones(heads.answers.out_features)
     weights[questions_of(WORLDS[options.world]).groups["flags"]] = 3.0  # ranks come hardest
+    of_points = weights.clone()
+    of_points[heads.questions.groups["cells"]] = 0
     places = place_codes(shape)  # a patch must go on knowing where it is
     clock = time.time() - state["seconds"]
     next_exam = state["seconds"] + (options.examine * 60 if state["step"] or options.start else 0)
@@ -188,7 +274,7 @@ def main() -> None:
         state["seconds"] = time.time() - clock
         share = state["seconds"] / (options.minutes * 60)
         if state["seconds"] >= next_exam or share >= 1:
-            examine(state, examination, folder, model, optimizers, options, shape)
+            examine(state, examination, folder, model, eyes, optimizers, options, shape)
             clock = time.time() - state["seconds"]
             next_exam = state["seconds"] + options.examine * 60
             if share >= 1:
@@ -196,21 +282,29 @@ def main() -> None:
         optimizers.set_scale(
             min(1, (state["step"] + 1) / 60) * min(1, max(0.02, (1 - share) / 0.35))
         )
-        pictures, packed, answers, boxes = next(loader)
+        batch = next(loader)
+        packed = batch.packed
         with torch.autocast("cpu", torch.bfloat16):
-            features, hidden = forward(model, pictures, packed)
+            features, hidden, early = forward(model, batch.pictures, packed, LOOKED)
             chosen = packed.targets != -100
             logits = model.lm_head(hidden[chosen])
         targets = packed.targets[chosen]
         loss, each = loss_of(logits, targets)
         dense = torch.zeros(())
         if options.dense:
-            dense, _ = dense_loss(heads, features.float(), answers, boxes, weights)
+            dense, _ = dense_loss(heads, features.float(), batch.answers, batch.boxes, weights)
+        looked = torch.zeros(())
+        if options.look and len(batch.looks.rows):
+            known = early[batch.looks.rows, batch.looks.places].float()
+            known = functional.rms_norm(known, known.shape[-1:])
+            looked, _ = dense_loss(eyes, known[None], batch.look_answers[None],
+                                   batch.look_boxes[None], of_points)  # fmt: skip
         seen = model.model.multi_modal_projector(features.float())[..., Layout.place]
         lost = functional.mse_loss(seen, places.expand_as(seen))
-        optimizers.step(loss + options.dense * dense + lost, parameters)
+        whole = loss + options.dense * dense + options.look * looked + lost
+        optimizers.step(whole, parameters)
         state["step"] += 1
-        state["pictures"] += len(pictures)
+        state["pictures"] += len(batch.pictures)
         topics, right = packed.topics[chosen].numpy(), (logits.argmax(-1) == targets).numpy()
         decisive = (loss_of.weigh(targets) > 0.3).numpy()
         for topic in range(len(TOPICS)):
@@ -223,7 +317,7 @@ def main() -> None:
             )  # fmt: skip
             print(
                 f"{state['seconds'] / 60:.1f} min step {state['step']} dense {dense:.2f} "
-                f"place {lost:.2f} tokens {packed.tokens.shape[1]} {said}",
+                f"look {looked:.2f} place {lost:.2f} tokens {packed.tokens.shape[1]} {said}",
                 flush=True,
             )
             sums[:] = 0
@@ -234,6 +328,7 @@ def examine(
     examination: Examination,
     folder: Path,
     model: LlavaForConditionalGeneration,
+    eyes: DenseHeads,
     optimizers: Optimizers,
     options: argparse.Namespace,
     shape: BaseShape,
@@ -251,17 +346,20 @@ def examine(
         curve.write(json.dumps(line) + "\n")
     save_base(folder / "model", model, examination.processor, known_words(WORLDS[options.world]),
               options.world, shape)  # fmt: skip
-    save_file(
-        {k: v.contiguous() for k, v in model.state_dict().items()}, folder / "last.safetensors"
-    )
+    save_file(eyes.state_dict(), folder / "model" / "eyes.safetensors")
+    kept = {k: v.contiguous() for k, v in model.state_dict().items()}
+    kept |= {f"eyes.{k}": v for k, v in eyes.state_dict().items()}
+    save_file(kept, folder / "last.safetensors")
     torch.save({"state": state, "optimizers": optimizers.state_dict()}, folder / "resume.pt")
 
 
 def resume(
-    folder: Path, model: LlavaForConditionalGeneration, optimizers: Optimizers
+    folder: Path, model: LlavaForConditionalGeneration, eyes: DenseHeads, optimizers: Optimizers
 ) -> dict[str, Any]:
     """Take up weights, optimiser and clock of the last checkpoint."""
-    model.load_state_dict(load_file(folder / "last.safetensors"))
+    kept = load_file(folder / "last.safetensors")
+    eyes.load_state_dict({k[5:]: kept.pop(k) for k in list(kept) if k.startswith("eyes.")})
+    model.load_state_dict(kept)
     stored = torch.load(folder / "resume.pt", weights_only=True)
     optimizers.load_state_dict(stored["optimizers"])
     return dict(stored["state"])

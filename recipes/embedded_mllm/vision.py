@@ -10,6 +10,7 @@ projector.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,6 +125,33 @@ def patch_answers(
     on_main = (seen == (main + 1)[:, None, None]).reshape(-1, CELLS, 2, CELLS, 2).mean((2, 4))
     answers[:, questions.groups["cells"]] = on_main.reshape(-1, CELLS**2)
     return answers, np.where(busy[:, None], boxes[main], np.nan).astype(np.float32)
+
+
+def point_answers(
+    scenes: Sequence[BaseScene],
+    rows: Sequence[int],
+    points: Sequence[Sequence[float]],
+    questions: Questions,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """What points should say of the object they lie on, as :func:`patch_answers`; no cells.
+
+    Args:
+        scenes: of the batch.
+        rows: which of them each point is about, N.
+        points: N places, shares of the sides.
+        questions: what is asked.
+    """
+    answers = np.zeros((len(rows), questions.count), dtype=np.float32)
+    boxes = np.full((len(rows), 4), np.nan, dtype=np.float32)
+    of_things: dict[tuple[int, int], NDArray[np.float32]] = {}
+    for index, (row, (x, y)) in enumerate(zip(rows, points, strict=True)):
+        scene = scenes[row]
+        if (number := scene.object_at(x, y)) < 0:
+            continue
+        if (row, number) not in of_things:
+            of_things[row, number] = questions.of_thing(number, scene.things)
+        answers[index], boxes[index] = of_things[row, number], scene.things[number].box
+    return answers, boxes
 
 
 class DenseHeads(nn.Module):

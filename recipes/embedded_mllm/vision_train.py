@@ -9,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import LlavaForConditionalGeneration
 
 from recipes.embedded_mllm.forward import to_pixels, tower_features
-from recipes.embedded_mllm.init import init_vision
-from recipes.embedded_mllm.model import BaseShape, build_model, build_tokenizer
+from recipes.embedded_mllm.init import init_vision, place_codes
+from recipes.embedded_mllm.layout import Layout
+from recipes.embedded_mllm.model import BaseShape, build_model, build_tokenizer, shape_of
 from recipes.embedded_mllm.optimizer import make_optimizers
 from recipes.embedded_mllm.scenes import SceneShards
 from recipes.embedded_mllm.vision import DenseHeads, Questions, dense_loss, patch_answers
@@ -118,10 +120,12 @@ def main() -> None:
     parser.add_argument(
         "--start", type=Path, help="a saved base whose tower goes on; its code stays what it is"
     )
+    parser.add_argument("--heads", type=Path, help="read-outs that the tower must satisfy")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     shape, world = BaseShape(), WORLDS[options.world]
+    projector: torch.nn.Module | None = None
     questions = questions_of(world)
     heads = DenseHeads(shape.vision_width, questions)
     weights = torch.ones(questions.count)
@@ -133,9 +137,14 @@ def main() -> None:
         tower = model.model.vision_tower
     else:
         model = LlavaForConditionalGeneration.from_pretrained(options.start, dtype=torch.float32)
-        tower = model.model.vision_tower
-        print("heads", fit_heads(scenes, tower, heads, shape), flush=True)
+        shape, tower = shape_of(model), model.model.vision_tower
+        projector = model.model.multi_modal_projector.requires_grad_(False)
+        if options.heads:
+            heads.load_state_dict(load_file(options.heads))
+        else:
+            print("heads", fit_heads(scenes, tower, heads, shape), flush=True)
         heads.requires_grad_(False)  # the decoder has learnt to read what they read
+    places = place_codes(shape)
     batches = DenseBatches(scenes, questions, shape.grid, options.batch, options.seed, "train")
     loader = iter(DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=4))
     held_out = dense_batch(SceneShards(scenes, "val"), np.arange(200), questions, shape.grid)
@@ -149,6 +158,9 @@ def main() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             features = tower_features(tower, to_pixels(pictures))
         loss, parts = dense_loss(heads, features.float(), answers, boxes, weights)
+        if projector is not None:  # a patch must go on knowing where it is
+            seen = projector(features.float())[..., Layout.place]
+            loss = loss + functional.mse_loss(seen, places.expand_as(seen))
         optimizers.step(loss, [p for _, p in named])
         step += 1
         sums += [parts["answers"], parts["boxes"]]
@@ -160,15 +172,19 @@ def main() -> None:
             )
             sums[:] = 0
         if step % 200 == 0:
+            save(options.folder / f"{options.name}.safetensors", tower, heads)
             found = measure(tower, heads, held_out, questions)
             print("  ", {k: round(v, 3) for k, v in found.items()}, flush=True)
     found = measure(tower, heads, held_out, questions)
     print("end", {k: round(v, 3) for k, v in found.items()}, flush=True)
+    save(options.folder / f"{options.name}.safetensors", tower, heads)
+
+
+def save(file: Path, tower: torch.nn.Module, heads: DenseHeads) -> None:
+    """Write tower and heads, their names behind ``tower.`` and ``heads.``."""
     kept = {f"tower.{k}": v for k, v in tower.state_dict().items()}
     kept |= {f"heads.{k}": v for k, v in heads.state_dict().items()}
-    save_file(
-        {k: v.contiguous() for k, v in kept.items()}, options.folder / f"{options.name}.safetensors"
-    )
+    save_file({k: v.contiguous() for k, v in kept.items()}, file)
 
 
 if __name__ == "__main__":
