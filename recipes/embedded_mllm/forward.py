@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,32 +12,38 @@ from transformers.masking_utils import sdpa_mask
 
 from recipes.embedded_mllm.packing import Packed
 
-ATTENTION = "float32 in chunks"
+ATTENTION = "chunks"
 CHUNK = 112
-"""Queries per call of the attention kernel: later ones see more keys."""
+"""Queries per matrix product of attention: later ones see more keys."""
 
 
 def chunked_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, **_: Any,
+    scaling: float = 1.0, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention in float32, the keys behind a chunk of queries left out.
+    """Attention as plain matrix products, the keys behind a chunk of queries left out.
 
-    PyTorch's CPU kernel is several times slower in bfloat16 than in float32, and does not know that
-    half of a causal mask is empty.
+    PyTorch's fused CPU kernel is slow with a mask, in bfloat16 by three times, and does not know
+    that half of a causal mask is empty. Without a mask it is fast in float32.
     """
-    query, key, value = query.float(), key.float(), value.float()
-    attend = partial(functional.scaled_dot_product_attention, scale=scaling)
     if attention_mask is None:
         causal = bool(module.is_causal) and query.shape[2] == key.shape[2] > 1
-        return attend(query, key, value, is_causal=causal).transpose(1, 2), None
-    length, parts = query.shape[2], []
-    behind = key.shape[2] - length
+        with torch.autocast("cpu", enabled=False):
+            fused = functional.scaled_dot_product_attention(
+                query.float(), key.float(), value.float(), is_causal=causal, scale=scaling
+            )
+        return fused.transpose(1, 2), None
+    query, length, parts = query * scaling, query.shape[2], []
+    if attention_mask.dtype == torch.bool:
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(
+            ~attention_mask, torch.finfo(query.dtype).min
+        )
     for start in range(0, length, CHUNK):
         end = min(start + CHUNK, length)
-        seen, rows = behind + end, slice(start, end)
-        mask = attention_mask[:, :, rows, :seen]
-        parts.append(attend(query[:, :, rows], key[:, :, :seen], value[:, :, :seen], mask))
+        seen = key.shape[2] - length + end
+        scores = query[:, :, start:end] @ key[:, :, :seen].transpose(-1, -2)
+        scores = scores + attention_mask[:, :, start:end, :seen].to(scores.dtype)
+        parts.append(scores.softmax(-1) @ value[:, :, :seen])
     return torch.cat(parts, 2).transpose(1, 2), None
 
 
@@ -75,9 +80,12 @@ def forward(
     embedded = model.get_input_embeddings()(packed.tokens)
     places = packed.tokens == model.config.image_token_id
     embedded = embedded.masked_scatter(places[..., None], seen.to(embedded.dtype))
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else embedded.dtype
     read = model.model.language_model(
         inputs_embeds=embedded,
-        attention_mask=torch.zeros(packed.mask.shape).masked_fill_(~packed.mask, -torch.inf),
+        attention_mask=torch.zeros(packed.mask.shape, dtype=dtype).masked_fill_(
+            ~packed.mask, torch.finfo(dtype).min
+        ),
         position_ids=packed.positions,
         use_cache=False,
         output_hidden_states=True,

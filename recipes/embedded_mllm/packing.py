@@ -72,6 +72,17 @@ class Packer:
         self._number[torch.tensor(numbers)] = torch.arange(STEPS)
         self._opens = torch.tensor(self._id(["(", "Ġ("]))
 
+    def ids(self, *tokens: str) -> list[int]:
+        """Ids of tokens by their text."""
+        return list(self._id(list(tokens)))
+
+    def last_box(self, packed: Packed) -> tuple[list[int], list[int]]:
+        """Places and values of the numbers of the first sequence's last ``[a,b,c,d]``."""
+        number = self._number[packed.tokens[0]]
+        four = torch.stack([number[place : len(number) - 6 + place] for place in (0, 2, 4, 6)], 1)
+        start = int((four >= 0).all(1).nonzero()[-1])
+        return [start + place for place in (0, 2, 4, 6)], four[start].tolist()
+
     def looks(self, packed: Packed) -> Looks:
         """Every ``(xxx,yyy)`` of the sequences."""
         tokens = packed.tokens

@@ -1,0 +1,207 @@
+"""One more decoder layer, which compares: ``python -m recipes.embedded_mllm.compare START OUT …``.
+
+Whether a point lies on *that* thing is a comparison: the box of what is seen at the point against
+the box that the question names. Gradient descent hardly finds it from answers of one bit, so it is
+written in, fitted to the states of the trained model: four heads of the new layer, one per edge.
+The token of a point's y asks with the code of the edge of what it sees, the box's numbers offer
+their code, and a start token that nothing fits catches the rest; what is moved is the direction in
+which a point's state makes its answer "Yes". The rest of the layer begins silent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer, LlavaForConditionalGeneration
+
+from recipes.embedded_mllm.forward import forward
+from recipes.embedded_mllm.lessons import Plan, Teacher
+from recipes.embedded_mllm.model import build_model, shape_of
+from recipes.embedded_mllm.packing import Packer
+from recipes.embedded_mllm.scenes import SceneShards
+from recipes.embedded_mllm.train import LOOKED, TOPICS
+from recipes.embedded_mllm.vision import CODE, fourier
+
+PAIRS = slice(5, 13)
+"""Rotating pairs that hardly turn within a dialogue: they compare contents at any distance."""
+NULL = 13
+"""The pair by which a point looks at the start token if nothing fits."""
+Model = LlavaForConditionalGeneration
+
+
+@dataclass
+class States:
+    """What the new layer would read (normalised), T tokens; indices into them."""
+
+    tokens: Tensor  # T x width
+    points: Tensor  # N: tokens of a point's y
+    seen: Tensor  # N x 4: box of the object there, NaN on background
+    on: Tensor  # N: 0 background, 1 the target, 2 another object
+    edges: Tensor  # M x 4: tokens of a question's box
+    numbers: Tensor  # M x 4: what they say, shares
+    asked: Tensor  # N: which of the M boxes the point is asked about
+    starts: Tensor  # tokens of the start
+    toward_yes: Tensor  # width: how a point's state raises its answer
+
+
+def inserted(model: Model, tokenizer: Any, at: int) -> Model:
+    """The same model with a silent layer after ``at`` layers."""
+    shape = shape_of(model)
+    deeper = build_model(tokenizer, replace(shape, text_layers=shape.text_layers + 1))
+    layers = model.model.language_model.layers
+    weights = {k: v for k, v in model.state_dict().items() if ".language_model.layers." not in k}
+    deeper.load_state_dict(weights, strict=False)
+    for number, layer in enumerate(deeper.model.language_model.layers):
+        if number != at:
+            layer.load_state_dict(layers[number - (number > at)].state_dict())
+    new = deeper.model.language_model.layers[at]
+    for parameter in new.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    torch.nn.init.zeros_(new.self_attn.o_proj.weight)
+    torch.nn.init.zeros_(new.mlp.down_proj.weight)
+    return deeper
+
+
+def states_of(model: Model, packer: Packer, scenes: list[Any], seed: int) -> States:
+    """Round 2 about overlapping objects, and the gradient of its answers."""
+    teacher, plan = Teacher(random.Random(seed)), Plan(list_sizes=(9,), hard=0.5, jitter=0.1)
+    yes, no = packer.ids("Yes", "No")
+    found: dict[str, list[Any]] = {name: [] for name in States.__annotations__}
+    offset = 0
+    for scene in scenes:
+        lesson = teacher.points(scene, plan)
+        if lesson is None:
+            continue
+        packed = packer.pack([[lesson]])
+        looks = packer.looks(packed)
+        picture = torch.from_numpy(scene.image[None])
+        _, hidden, early = forward(model, picture, packed, LOOKED)
+        logits = model.lm_head(hidden[0])
+        answers = torch.isin(packed.targets[0], torch.tensor([yes, no]))
+        raised = (logits[answers, yes] - logits[answers, no]).sum()
+        (gradient,) = torch.autograd.grad(raised, early)
+        truth = [int(scene.object_at(x, y)) for x, y in looks.points.tolist()]
+        said = packed.targets[0][answers] == yes
+        found["tokens"].append(normalised(early[0].detach()))
+        found["points"] += [offset + place for place in looks.places.tolist()]
+        found["seen"] += [scene.things[t].box if t >= 0 else (np.nan,) * 4 for t in truth]
+        found["on"] += [1 if s else 2 * (t >= 0) for s, t in zip(said.tolist(), truth, strict=True)]
+        places, numbers = packer.last_box(packed)
+        found["asked"] += [len(found["edges"])] * len(truth)
+        found["edges"].append([offset + place for place in places])
+        found["numbers"].append([(number + 0.5) / 1000 for number in numbers])
+        found["starts"].append(offset)
+        found["toward_yes"].append(gradient[0, looks.places].mean(0))
+        offset += packed.tokens.shape[1]
+    return States(
+        torch.cat(found["tokens"]), torch.tensor(found["points"]),
+        torch.tensor(np.array(found["seen"], dtype=np.float32)), torch.tensor(found["on"]),
+        torch.tensor(found["edges"]), torch.tensor(found["numbers"]),
+        torch.tensor(found["asked"]), torch.tensor(found["starts"]),
+        torch.stack(found["toward_yes"]).mean(0),
+    )  # fmt: skip
+
+
+def normalised(states: Tensor) -> Tensor:
+    """As the new layer's norm gives them, whose weights are one."""
+    return torch.nn.functional.rms_norm(states, states.shape[-1:])
+
+
+def fitted(x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Rows that read y (T x n) from states x (T x width), by least squares: n x width."""
+    w = torch.ones(len(x)) if weights is None else weights
+    a, b = x.double() * w[:, None], y.double()
+    gram = a.T @ x.double()
+    ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    solved: Tensor = torch.linalg.solve(gram + ridge, a.T @ b)
+    return solved.T.float()
+
+
+@torch.no_grad()
+def write_comparing(layer: Any, states: States, sharpness: float, strength: float) -> None:
+    """Fit and write the heads; see the module's text.
+
+    Args:
+        layer: the new layer.
+        states: of the model that it stands in.
+        sharpness: attention score of an edge that fits exactly.
+        strength: by how much a point's answer is raised if all four edges fit.
+    """
+    attention = layer.self_attn
+    width = attention.head_dim
+    half, root = width // 2, width**0.25
+    x, generator = states.tokens, torch.Generator().manual_seed(0)
+    others = torch.randint(len(x), (4000,), generator=generator)
+    others = others[~torch.isin(others, states.edges)]
+    pairs = torch.arange(PAIRS.start, PAIRS.stop)
+    rows = torch.cat([pairs, pairs + half])
+    push = strength / states.toward_yes.pow(2).sum() * states.toward_yes
+    seen = states.on > 0
+    code = fourier(states.seen.nan_to_num(0))
+    code[~seen] = 0
+    scale = (sharpness / CODE) ** 0.5 * root
+    for edge in range(4):
+        head = edge * width
+        for weight in (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight):
+            weight[head : head + width] = 0
+        attention.q_proj.weight[head + rows] = scale * fitted(x[states.points], code[:, edge])
+        mine = states.edges[:, edge]
+        rest = torch.cat([others, states.edges[:, [e for e in range(4) if e != edge]].flatten()])
+        keys = torch.cat([mine, states.starts, rest])
+        weights = torch.cat(
+            [torch.full((len(mine),), 3.0), torch.ones(len(states.starts) + len(rest))]
+        )
+        wanted = torch.zeros(len(keys), CODE)
+        wanted[: len(mine)] = fourier(states.numbers[:, edge])
+        attention.k_proj.weight[head + rows] = scale * fitted(x[keys], wanted, weights)
+        caught = torch.zeros(len(keys), 1)
+        caught[len(mine) : len(mine) + len(states.starts)] = 1
+        ones = torch.ones(len(states.points), 1)
+        limit = (0.7 * sharpness) ** 0.5 * root
+        attention.q_proj.weight[head + NULL] = limit * fitted(x[states.points], ones)[0]
+        attention.k_proj.weight[head + NULL] = limit * fitted(x[keys], caught)[0]
+        offered = torch.zeros(len(keys), 1)
+        offered[: len(mine)] = 1
+        attention.v_proj.weight[head] = fitted(x[keys], offered, weights)[0]
+        attention.o_proj.weight[:, head] = push / 4
+
+
+def main() -> None:
+    """Insert the layer, fit it on crowded scenes, write the deeper base."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("start", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--scenes", type=Path, required=True, help="shards with crowded scenes")
+    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--sharpness", type=float, default=14.0)
+    parser.add_argument("--strength", type=float, default=3.0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(options.start)
+    model = LlavaForConditionalGeneration.from_pretrained(options.start, dtype=torch.float32)
+    model = inserted(model, tokenizer, LOOKED)
+    packer = Packer(tokenizer, shape_of(model).grid ** 2, TOPICS)
+    shards = SceneShards(options.scenes, "train")
+    scenes = [shards[index] for index in range(options.count)]
+    states = states_of(model, packer, scenes, 0)
+    layer = model.model.language_model.layers[LOOKED]
+    write_comparing(layer, states, options.sharpness, options.strength)
+    model.save_pretrained(options.out)
+    tokenizer.save_pretrained(options.out)
+    eyes = options.start / "eyes.safetensors"
+    if eyes.exists():
+        save_file(load_file(eyes), options.out / eyes.name)
+
+
+if __name__ == "__main__":
+    main()
