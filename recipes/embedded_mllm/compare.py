@@ -18,16 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
+from recipes.embedded_mllm.early import SEEN
 from recipes.embedded_mllm.forward import forward
-from recipes.embedded_mllm.lessons import Plan, Teacher
+from recipes.embedded_mllm.lessons import TOPICS, Plan, Teacher
 from recipes.embedded_mllm.model import build_model, shape_of
 from recipes.embedded_mllm.packing import Packer
 from recipes.embedded_mllm.scenes import SceneShards
-from recipes.embedded_mllm.train import LOOKED, TOPICS
 from recipes.embedded_mllm.vision import CODE, fourier
 
 PAIRS = slice(5, 13)
@@ -83,8 +82,9 @@ def states_of(model: Model, packer: Packer, scenes: list[Any], seed: int) -> Sta
             continue
         packed = packer.pack([[lesson]])
         looks = packer.looks(packed)
-        picture = torch.from_numpy(scene.image[None])
-        _, hidden, early = forward(model, picture, packed, LOOKED)
+        picture = torch.from_numpy(np.array(scene.image[None]))
+        _, hidden, layers = forward(model, picture, packed)
+        early = layers[SEEN]
         logits = model.lm_head(hidden[0])
         answers = torch.isin(packed.targets[0], torch.tensor([yes, no]))
         raised = (logits[answers, yes] - logits[answers, no]).sum()
@@ -189,18 +189,15 @@ def main() -> None:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(options.start)
     model = LlavaForConditionalGeneration.from_pretrained(options.start, dtype=torch.float32)
-    model = inserted(model, tokenizer, LOOKED)
+    model = inserted(model, tokenizer, SEEN)
     packer = Packer(tokenizer, shape_of(model).grid ** 2, TOPICS)
     shards = SceneShards(options.scenes, "train")
     scenes = [shards[index] for index in range(options.count)]
     states = states_of(model, packer, scenes, 0)
-    layer = model.model.language_model.layers[LOOKED]
+    layer = model.model.language_model.layers[SEEN]
     write_comparing(layer, states, options.sharpness, options.strength)
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
-    eyes = options.start / "eyes.safetensors"
-    if eyes.exists():
-        save_file(load_file(eyes), options.out / eyes.name)
 
 
 if __name__ == "__main__":

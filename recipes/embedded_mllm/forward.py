@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,38 +13,32 @@ from transformers.masking_utils import sdpa_mask
 
 from recipes.embedded_mllm.packing import Packed
 
-ATTENTION = "chunks"
-CHUNK = 112
-"""Queries per matrix product of attention: later ones see more keys."""
+ATTENTION = "float32 in chunks"
+CHUNK = 288
+"""Queries per call of the attention kernel: later ones see more keys."""
 
 
+@torch.autocast("cpu", enabled=False)
 def chunked_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float = 1.0, **_: Any,
+    scaling: float | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention as plain matrix products, the keys behind a chunk of queries left out.
+    """Attention in float32, the keys behind a chunk of queries left out.
 
-    PyTorch's fused CPU kernel is slow with a mask, in bfloat16 by three times, and does not know
-    that half of a causal mask is empty. Without a mask it is fast in float32.
+    PyTorch's CPU kernel is two to three times slower in bfloat16, which autocast would choose, and
+    does not know that half of a causal mask is empty.
     """
+    query, key, value = query.float(), key.float(), value.float()
+    attend = partial(functional.scaled_dot_product_attention, scale=scaling)
     if attention_mask is None:
         causal = bool(module.is_causal) and query.shape[2] == key.shape[2] > 1
-        with torch.autocast("cpu", enabled=False):
-            fused = functional.scaled_dot_product_attention(
-                query.float(), key.float(), value.float(), is_causal=causal, scale=scaling
-            )
-        return fused.transpose(1, 2), None
-    query, length, parts = query * scaling, query.shape[2], []
-    if attention_mask.dtype == torch.bool:
-        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(
-            ~attention_mask, torch.finfo(query.dtype).min
-        )
+        return attend(query, key, value, is_causal=causal).transpose(1, 2), None
+    length, parts = query.shape[2], []
     for start in range(0, length, CHUNK):
         end = min(start + CHUNK, length)
         seen = key.shape[2] - length + end
-        scores = query[:, :, start:end] @ key[:, :, :seen].transpose(-1, -2)
-        scores = scores + attention_mask[:, :, start:end, :seen].to(scores.dtype)
-        parts.append(scores.softmax(-1) @ value[:, :, :seen])
+        mask = attention_mask[:, :, start:end, :seen]
+        parts.append(attend(query[:, :, start:end], key[:, :, :seen], value[:, :, :seen], mask))
     return torch.cat(parts, 2).transpose(1, 2), None
 
 
@@ -66,28 +61,25 @@ def tower_features(tower: Any, pixels: Tensor) -> Tensor:
 
 
 def forward(
-    model: Any, pictures: Tensor, packed: Packed, layer: int = -1
-) -> tuple[Tensor, Tensor, Tensor]:
+    model: Any, pictures: Tensor, packed: Packed
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """What LLaVA's own forward computes.
 
     Returns:
         features: of the tower, (B, patches, width).
         hidden: last states of the decoder, B x L x width.
-        early: its states after ``layer`` layers.
+        states: of the decoder before the first layer and after each.
     """
     features = tower_features(model.model.vision_tower, to_pixels(pictures))
     seen = model.model.multi_modal_projector(features)
     embedded = model.get_input_embeddings()(packed.tokens)
     places = packed.tokens == model.config.image_token_id
     embedded = embedded.masked_scatter(places[..., None], seen.to(embedded.dtype))
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else embedded.dtype
     read = model.model.language_model(
         inputs_embeds=embedded,
-        attention_mask=torch.zeros(packed.mask.shape, dtype=dtype).masked_fill_(
-            ~packed.mask, torch.finfo(dtype).min
-        ),
+        attention_mask=torch.zeros(packed.mask.shape).masked_fill_(~packed.mask, -torch.inf),
         position_ids=packed.positions,
         use_cache=False,
         output_hidden_states=True,
     )
-    return features, read.last_hidden_state, read.hidden_states[layer]
+    return features, read.last_hidden_state, read.hidden_states

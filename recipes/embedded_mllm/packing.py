@@ -47,11 +47,13 @@ class Looks:
     Attributes:
         rows, places: sequence and position of the token of the point's y.
         points: N x 2, shares of the sides.
+        answers: whether round 2 answers "Yes" (1) or "No" (0); -1 where another lesson names it.
     """
 
     rows: Tensor
     places: Tensor
     points: Tensor
+    answers: Tensor
 
 
 class Packer:
@@ -71,6 +73,7 @@ class Packer:
         self._number = torch.full((len(tokenizer) + 64,), -1)
         self._number[torch.tensor(numbers)] = torch.arange(STEPS)
         self._opens = torch.tensor(self._id(["(", "Ġ("]))
+        self._answers = torch.tensor(self._id(["Yes", "No"]))
 
     def ids(self, *tokens: str) -> list[int]:
         """Ids of tokens by their text."""
@@ -91,7 +94,13 @@ class Packer:
         written = opens[:, :-3] & (number[:, 1:-2] >= 0) & (number[:, 3:] >= 0)
         rows, starts = written.nonzero(as_tuple=True)
         read = torch.stack([number[rows, starts + 1], number[rows, starts + 3]], -1)
-        return Looks(rows, starts + 3, (read + 0.5) / STEPS)
+        # Each list's answers stand in its own order, and so do the lists.
+        round_two = self._topics["points"]
+        asked = packed.topics[rows, starts + 3] == round_two
+        answered = (packed.topics == round_two) & torch.isin(packed.targets, self._answers)
+        answers = torch.full((len(rows),), -1)
+        answers[asked] = (packed.targets[answered] == self._answers[0]).long()
+        return Looks(rows, starts + 3, (read + 0.5) / STEPS, answers)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text in which special tokens do not occur."""

@@ -25,6 +25,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoTokenizer, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
+from recipes.embedded_mllm.early import EarlyHeads
 from recipes.embedded_mllm.forward import ATTENTION, forward, to_pixels, tower_features
 from recipes.embedded_mllm.init import init_language, place_codes
 from recipes.embedded_mllm.layout import Layout, make_meanings
@@ -61,8 +62,7 @@ COURSE = (
 """Lesson plans, easy to hard; the last asks which thing a point lies on."""
 GATES = ({"what": 0.7, "lists": 0.55}, {"points": 0.72}, {"box": 0.85})
 """What an examination must show before the next plan."""
-LOOKED = 2
-"""After this many layers the token of a point's y knows what lies at the point."""
+EARLY = "early.safetensors"
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def gentle(name: str) -> float:
 
 def steady(name: str) -> float:
     """The same for a base that has learnt its dialogue: nothing is fragile, but much is right."""
-    if name.startswith("eyes."):
+    if name.startswith("early."):
         return 6.0
     if "vision_tower" in name or "lm_head" in name:
         return 0.5
@@ -245,16 +245,16 @@ def main() -> None:
         shape = shape_of(model)
     model.set_attn_implementation(ATTENTION)
     heads.requires_grad_(False)
-    eyes = DenseHeads(shape.text_width, heads.questions)
-    if options.start and (options.start / "eyes.safetensors").exists():
-        eyes.load_state_dict(load_file(options.start / "eyes.safetensors"))
-    trained = [*model.named_parameters(), *((f"eyes.{k}", v) for k, v in eyes.named_parameters())]
+    early = EarlyHeads(shape.text_width, heads.questions)
+    if options.start and (options.start / EARLY).exists():
+        early.load_state_dict(load_file(options.start / EARLY))
+    trained = [*model.named_parameters(), *early.named_parameters(prefix="early")]
     optimizers = make_optimizers(trained, options.rate, options.optimizer,
                                  gentle if options.start is None else steady)  # fmt: skip
     state = {"step": 0, "seconds": 0.0, "pictures": 0}
     state["stage"] = 0 if options.start is None else len(GATES)
     if (folder / "resume.pt").exists():
-        state = resume(folder, model, eyes, optimizers)
+        state = resume(folder, model, early, optimizers)
     (folder / "stage").write_text(str(state["stage"]))
     packer = Packer(tokenizer, shape.grid**2, TOPICS)
     batches = LessonBatches(folder, packer, shape, options.batch, options.seed + state["step"],
@@ -264,8 +264,6 @@ def main() -> None:
     loss_of, parameters = TokenLoss(tokenizer), [parameter for _, parameter in trained]
     weights = torch.ones(heads.answers.out_features)
     weights[questions_of(WORLDS[options.world]).groups["flags"]] = 3.0  # ranks come hardest
-    of_points = weights.clone()
-    of_points[heads.questions.groups["cells"]] = 0
     places = place_codes(shape)  # a patch must go on knowing where it is
     clock = time.time() - state["seconds"]
     next_exam = state["seconds"] + (options.examine * 60 if state["step"] or options.start else 0)
@@ -274,7 +272,7 @@ def main() -> None:
         state["seconds"] = time.time() - clock
         share = state["seconds"] / (options.minutes * 60)
         if state["seconds"] >= next_exam or share >= 1:
-            examine(state, examination, folder, model, eyes, optimizers, options, shape)
+            examine(state, examination, folder, model, early, optimizers, options, shape)
             clock = time.time() - state["seconds"]
             next_exam = state["seconds"] + options.examine * 60
             if share >= 1:
@@ -285,7 +283,7 @@ def main() -> None:
         batch = next(loader)
         packed = batch.packed
         with torch.autocast("cpu", torch.bfloat16):
-            features, hidden, early = forward(model, batch.pictures, packed, LOOKED)
+            features, hidden, states = forward(model, batch.pictures, packed)
             chosen = packed.targets != -100
             logits = model.lm_head(hidden[chosen])
         targets = packed.targets[chosen]
@@ -293,15 +291,10 @@ def main() -> None:
         dense = torch.zeros(())
         if options.dense:
             dense, _ = dense_loss(heads, features.float(), batch.answers, batch.boxes, weights)
-        looked = torch.zeros(())
-        if options.look and len(batch.looks.rows):
-            known = early[batch.looks.rows, batch.looks.places].float()
-            known = functional.rms_norm(known, known.shape[-1:])
-            looked, _ = dense_loss(eyes, known[None], batch.look_answers[None],
-                                   batch.look_boxes[None], of_points)  # fmt: skip
+        looked, verdict = early(states, batch.looks, batch.look_answers, batch.look_boxes)
         seen = model.model.multi_modal_projector(features.float())[..., Layout.place]
         lost = functional.mse_loss(seen, places.expand_as(seen))
-        whole = loss + options.dense * dense + options.look * looked + lost
+        whole = loss + options.dense * dense + options.look * looked + 0.5 * verdict + lost
         optimizers.step(whole, parameters)
         state["step"] += 1
         state["pictures"] += len(batch.pictures)
@@ -317,7 +310,7 @@ def main() -> None:
             )  # fmt: skip
             print(
                 f"{state['seconds'] / 60:.1f} min step {state['step']} dense {dense:.2f} "
-                f"look {looked:.2f} place {lost:.2f} tokens {packed.tokens.shape[1]} {said}",
+                f"look {looked:.2f} verdict {verdict:.3f} place {lost:.2f} {said}",
                 flush=True,
             )
             sums[:] = 0
@@ -328,7 +321,7 @@ def examine(
     examination: Examination,
     folder: Path,
     model: LlavaForConditionalGeneration,
-    eyes: DenseHeads,
+    early: EarlyHeads,
     optimizers: Optimizers,
     options: argparse.Namespace,
     shape: BaseShape,
@@ -346,19 +339,19 @@ def examine(
         curve.write(json.dumps(line) + "\n")
     save_base(folder / "model", model, examination.processor, known_words(WORLDS[options.world]),
               options.world, shape)  # fmt: skip
-    save_file(eyes.state_dict(), folder / "model" / "eyes.safetensors")
+    save_file(early.state_dict(), folder / "model" / EARLY)
     kept = {k: v.contiguous() for k, v in model.state_dict().items()}
-    kept |= {f"eyes.{k}": v for k, v in eyes.state_dict().items()}
+    kept |= {f"early.{k}": v for k, v in early.state_dict().items()}
     save_file(kept, folder / "last.safetensors")
     torch.save({"state": state, "optimizers": optimizers.state_dict()}, folder / "resume.pt")
 
 
 def resume(
-    folder: Path, model: LlavaForConditionalGeneration, eyes: DenseHeads, optimizers: Optimizers
+    folder: Path, model: LlavaForConditionalGeneration, early: EarlyHeads, optimizers: Optimizers
 ) -> dict[str, Any]:
     """Take up weights, optimiser and clock of the last checkpoint."""
     kept = load_file(folder / "last.safetensors")
-    eyes.load_state_dict({k[5:]: kept.pop(k) for k in list(kept) if k.startswith("eyes.")})
+    early.load_state_dict({k[6:]: kept.pop(k) for k in list(kept) if k.startswith("early.")})
     model.load_state_dict(kept)
     stored = torch.load(folder / "resume.pt", weights_only=True)
     optimizers.load_state_dict(stored["optimizers"])

@@ -1,0 +1,57 @@
+"""What the decoder must know early about the points that a text names.
+
+An answer carries one bit, and carries it past all layers. So two things are asked, in training
+only, of the state of the token of a point's y: after two layers what lies at the point, with the
+questions of stage 1; after three whether it is the thing asked about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from recipes.embedded_mllm.packing import Looks
+from recipes.embedded_mllm.vision import DenseHeads, Questions, dense_loss
+
+SEEN, DECIDED = 2, 3
+"""After this many layers a point knows what lies there, and whether it is the thing asked about."""
+
+
+class EarlyHeads(nn.Module):
+    """Linear read-outs of the states of points."""
+
+    def __init__(self, width: int, questions: Questions) -> None:
+        super().__init__()
+        self.seen = DenseHeads(width, questions)
+        self.verdict = nn.Linear(width, 1)
+        weights = torch.ones(questions.count)
+        weights[questions.groups["flags"]] = 3.0
+        weights[questions.groups["cells"]] = 0.0
+        self.register_buffer("weights", weights, persistent=False)
+
+    def forward(
+        self, states: Sequence[Tensor], looks: Looks, answers: Tensor, boxes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of what is seen, and of whether it is the thing asked about.
+
+        Args:
+            states: of the decoder, before the first layer and after each: B x L x width.
+            looks: the points.
+            answers, boxes: what lies there, as :func:`~recipes.embedded_mllm.vision.point_answers`.
+        """
+        if not len(looks.rows):
+            return torch.zeros(()), torch.zeros(())
+        seen, decided = (_at(states[layer], looks) for layer in (SEEN, DECIDED))
+        looked, _ = dense_loss(self.seen, seen[None], answers[None], boxes[None], self.weights)
+        asked = looks.answers >= 0
+        logits = self.verdict(decided[asked])[:, 0]
+        truth = looks.answers[asked].float()
+        return looked, functional.binary_cross_entropy_with_logits(logits, truth)
+
+
+def _at(states: Tensor, looks: Looks) -> Tensor:
+    found = states[looks.rows, looks.places].float()
+    return functional.rms_norm(found, found.shape[-1:])
