@@ -59,8 +59,8 @@ class Plan:
     jitter: float = 0.1  # most that an inexact box's edge moves, of its side
     kinds: dict[str, float] = field(
         default_factory=lambda: {
-            "category": 1.0, "colour": 1.0, "function": 1.2, "size": 3.0, "position": 2.5,
-            "ordinal": 3.5, "relation": 1.5, "plural": 3.0, "compound": 2.5, "negation": 2.5,
+            "category": 1.5, "colour": 1.5, "function": 1.8, "size": 3.0, "position": 2.5,
+            "ordinal": 3.5, "relation": 3.0, "plural": 3.0, "compound": 2.5, "negation": 2.5,
             "nearest": 2.0, "clauses": 2.5, "request": 1.5,
             "absent": 1.5, "contradicted": 2.0, "miscounted": 1.0,
         }
