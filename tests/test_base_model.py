@@ -7,6 +7,7 @@ import math
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,12 +16,16 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from recipes.embedded_mllm import scenes as shards
 from recipes.embedded_mllm.circuits import shift_code
-from recipes.embedded_mllm.forward import forward, to_pixels
+from recipes.embedded_mllm.compare import States, inserted, write_comparing
+from recipes.embedded_mllm.early import EarlyHeads
+from recipes.embedded_mllm.forward import ATTENTION, forward, to_pixels
 from recipes.embedded_mllm.lessons import FORMAT, TOPICS, UNIT, Plan, Teacher
 from recipes.embedded_mllm.model import BaseShape, build_model, build_tokenizer
-from recipes.embedded_mllm.packing import Packer
+from recipes.embedded_mllm.packing import Packed, Packer
+from recipes.embedded_mllm.resize import interpolated
 from recipes.embedded_mllm.scenes import BaseScene, Reference, Thing
-from recipes.embedded_mllm.vision import FLAGS, fourier, patch_answers
+from recipes.embedded_mllm.train import adapt_vocabulary
+from recipes.embedded_mllm.vision import FLAGS, fourier, patch_answers, point_answers
 from recipes.embedded_mllm.world import known_words, names_of, questions_of, words_of
 from sam4mllm_tool import embedded
 from sam4mllm_tool.evaluation.scenes import scene_cases
@@ -231,6 +236,150 @@ def test_patches_answer_what_the_map_shows(scene: BaseScene) -> None:
 
 def _flag_names() -> dict[str, int]:
     return dict.fromkeys(FLAGS, 0)
+
+
+def test_every_written_point_is_read_with_its_answer(scene: BaseScene, packer: Packer) -> None:
+    """Places and answers against the text of the questions and replies."""
+    lessons = Teacher(random.Random(6)).lessons(scene, replace(FULL, points=30, jitter=0.4))
+    looks = packer.looks(packer.pack([lessons]))
+    written, answers = [], []
+    for lesson in lessons:
+        for turn in lesson.turns:
+            for text in (turn.question, turn.reply):
+                found = re.findall(r"\((\d{3}),(\d{3})\)", text)
+                written += [((int(x) + 0.5) / 1000, (int(y) + 0.5) / 1000) for x, y in found]
+                asked = text is turn.question and lesson.topic == "points"
+                replied = re.findall("Yes|No", turn.reply) if asked else [""] * len(found)
+                answers += [{"Yes": 1, "No": 0, "": -1}[one] for one in replied]
+    np.testing.assert_allclose(looks.points, written, atol=1e-6)
+    assert looks.answers.tolist() == answers
+    assert {-1, 0, 1} == set(answers)
+
+
+def test_points_answer_what_the_map_shows(scene: BaseScene) -> None:
+    questions = questions_of(SMALL_WORLD)
+    points = [(0.1, 0.6), (0.1, 0.1), (0.7, 0.1)]  # the dog, nothing, the upper apple
+    answers, boxes = point_answers([scene, scene], [1, 0, 1], points, questions)
+    names = answers[:, questions.groups["names"]]
+    assert [questions.names[n] for n in names.argmax(1)[[0, 2]]] == ["dog", "apple"]
+    assert names[1].sum() == 0 and np.isnan(boxes[1]).all()
+    np.testing.assert_allclose(boxes[2], scene.things[1].box)
+
+
+def _asked(scene: BaseScene, packer: Packer) -> tuple[torch.Tensor, Packed]:
+    lesson = Teacher(random.Random(2)).points(scene, FULL)
+    assert lesson is not None
+    return torch.from_numpy(scene.image[None]), packer.pack([[lesson]])
+
+
+def test_attention_in_chunks_is_attention(
+    scene: BaseScene, packer: Packer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recipes.embedded_mllm.forward.CHUNK", 23)
+    torch.manual_seed(0)
+    model = build_model(build_tokenizer(words_of(SMALL_WORLD)), SHAPE).eval()
+    picture, packed = _asked(scene, packer)
+    _, plain, _ = forward(model, picture, packed)
+    model.set_attn_implementation(ATTENTION)
+    _, chunked, _ = forward(model, picture, packed)
+    torch.testing.assert_close(chunked, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_an_inserted_layer_is_silent_until_it_is_written(scene: BaseScene, packer: Packer) -> None:
+    """Written, it tells a box that fits what is seen from one that does not."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(words_of(SMALL_WORLD))
+    model = build_model(tokenizer, SHAPE).eval()
+    picture, packed = _asked(scene, packer)
+    deeper = inserted(model, tokenizer, 1).eval()
+    assert deeper.config.text_config.num_hidden_layers == 3
+    torch.testing.assert_close(
+        forward(deeper, picture, packed)[1], forward(model, picture, packed)[1]
+    )
+
+
+def test_edges_that_fit_are_told_from_edges_that_do_not() -> None:
+    """States that hold codes plainly: attention goes to the number that equals the edge seen."""
+    wide = BaseShape(text_width=160, text_layers=1, text_inner=32, image_size=24, patch_size=6)
+    torch.manual_seed(0)
+    layer = build_model(build_tokenizer(words_of(SMALL_WORLD)), wide).model.language_model.layers[0]
+    count, width = 60, 160
+    boxes = torch.rand(count, 4)
+    seen = torch.where(torch.arange(count)[:, None] % 2 == 0, boxes, torch.rand(count, 4))
+    points, edges = torch.zeros(count, width), torch.zeros(count, 4, width)
+    points[:, :64], points[:, 128] = fourier(seen).flatten(1), 4.0
+    for edge in range(4):
+        edges[:, edge, 64:80], edges[:, edge, 129 + edge] = fourier(boxes[:, edge]), 4.0
+    start = torch.zeros(1, width)
+    start[0, 140] = 8.0
+    push = torch.zeros(width)
+    push[150] = 1.0
+    states = States(
+        torch.cat([start, edges.flatten(0, 1), points]),
+        torch.arange(count) + 1 + 4 * count, seen, 1 + torch.arange(count) % 2,
+        torch.arange(4 * count).reshape(count, 4) + 1, boxes, torch.arange(count),
+        torch.zeros(1, dtype=torch.long), push,
+    )  # fmt: skip
+    write_comparing(layer, states, sharpness=14.0, strength=4.0)
+    raised = torch.tensor([_raised(layer, states, n)[150] for n in range(count)])
+    fits, differs = raised[states.on == 1], raised[states.on == 2]
+    assert (fits[:, None] > differs).float().mean() > 0.95
+
+
+def _raised(layer: torch.nn.Module, states: States, number: int) -> torch.Tensor:
+    """What attention adds to a point that reads the start, its question's box and itself."""
+    read = [states.starts[:1], states.edges[number], states.points[number : number + 1]]
+    tokens = states.tokens[torch.cat(read)]
+    attention = layer.self_attn
+    q, k, v = (
+        getattr(attention, name)(tokens).unflatten(-1, (-1, 32)).transpose(0, 1)
+        for name in ("q_proj", "k_proj", "v_proj")
+    )
+    weights = (q @ k.transpose(-1, -2) * 32**-0.5).softmax(-1)
+    return attention.o_proj((weights @ v).transpose(0, 1).flatten(1))[-1].detach()
+
+
+def test_a_grid_is_interpolated_along_its_own_axes() -> None:
+    across = torch.arange(8.0).repeat(8)  # grows with x only
+    finer = interpolated(torch.stack([across, -across], 1), 8, 12)
+    rows = finer[:, 0].reshape(12, 12)
+    torch.testing.assert_close(rows[0], rows[7])
+    assert (rows[3].diff() > 0).all()
+    torch.testing.assert_close(finer[:, 1], -finer[:, 0])
+
+
+def test_another_vocabulary_keeps_the_rows_of_its_words() -> None:
+    torch.manual_seed(0)
+    old, new = (build_tokenizer(words) for words in (["red dog", "green"], ["blue dog red zebra"]))
+    model = build_model(old, SHAPE)
+    before = model.get_input_embeddings().weight.detach().clone()
+    adapt_vocabulary(model, old, new)
+    after = model.get_input_embeddings().weight.detach()
+    for word in ("dog", "red", "417", "Yes", "<image>"):
+        rows = [t.convert_tokens_to_ids(word) for t in (old, new)]
+        torch.testing.assert_close(after[rows[1]], before[rows[0]])
+    assert after[new.convert_tokens_to_ids("zebra")].abs().sum() > 0
+    assert model.config.image_token_index == new.convert_tokens_to_ids("<image>")
+
+
+def test_early_heads_learn_from_points_alone(scene: BaseScene, packer: Packer) -> None:
+    """Gradients reach the states of points and no other."""
+    torch.manual_seed(0)
+    model = build_model(build_tokenizer(words_of(SMALL_WORLD)), replace(SHAPE, text_layers=4))
+    picture, packed = _asked(scene, packer)
+    looks = packer.looks(packed)
+    states = [state.detach().requires_grad_() for state in forward(model, picture, packed)[2]]
+    questions = questions_of(SMALL_WORLD)
+    answers, boxes = point_answers([scene], looks.rows.tolist(), looks.points.tolist(), questions)
+    heads = EarlyHeads(SHAPE.text_width, questions)
+    torch.nn.init.normal_(heads.seen.answers.weight)
+    sum(heads(states, looks, torch.from_numpy(answers), torch.from_numpy(boxes))).backward()
+    for layer, state in enumerate(states):
+        reached = torch.zeros(packed.tokens.shape[1], dtype=torch.bool)
+        if state.grad is not None:
+            reached = state.grad[0].abs().sum(-1) > 0
+        expected = set(looks.places.tolist()) if layer in (2, 3) else set()
+        assert set(reached.nonzero()[:, 0].tolist()) == expected
 
 
 def test_codes_shift_by_a_matrix() -> None:

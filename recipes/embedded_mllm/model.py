@@ -195,9 +195,20 @@ def build_model(
 
 
 def shape_of(model: LlavaForConditionalGeneration) -> BaseShape:
-    """The sizes of a saved base."""
+    """The sizes of a model."""
     vision, text = model.config.vision_config, model.config.text_config
-    return BaseShape(vision.image_size, vision.patch_size, text_layers=text.num_hidden_layers)
+    return BaseShape(
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        vision_width=vision.hidden_size,
+        vision_layers=vision.num_hidden_layers,
+        vision_inner=vision.intermediate_size,
+        text_width=text.hidden_size,
+        text_layers=text.num_hidden_layers,
+        text_inner=text.intermediate_size,
+        head_width=text.head_dim,
+        rope_theta=text.rope_parameters["rope_theta"],
+    )
 
 
 def save_base(
