@@ -60,8 +60,8 @@ class Plan:
     kinds: dict[str, float] = field(
         default_factory=lambda: {
             "category": 1.5, "colour": 1.5, "function": 1.8, "size": 3.0, "position": 2.5,
-            "ordinal": 3.5, "relation": 3.0, "plural": 3.0, "compound": 2.5, "negation": 2.5,
-            "nearest": 2.0, "clauses": 2.5, "request": 1.5,
+            "ordinal": 3.5, "relation": 4.5, "plural": 3.0, "compound": 2.5, "negation": 3.5,
+            "nearest": 3.5, "clauses": 3.0, "request": 1.5,
             "absent": 1.5, "contradicted": 2.0, "miscounted": 1.0,
         }
     )  # fmt: skip

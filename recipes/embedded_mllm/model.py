@@ -50,6 +50,10 @@ CHAT_TEMPLATE = (
 """``<s>SYSTEM<|user|><image>QUESTION<|assistant|>\\nREPLY</s><|user|>…``: the image stands before
 the text of its turn. The newline before a reply belongs to the template (the weights were made
 with it); the text of a reply has none."""
+CAUTION = (
+    "demo models: they know drawn scenes only, and their results on photographs are meaningless; "
+    "name a real checkpoint with from_pretrained(…) or --mllm and --sam"
+)
 LONGEST_LIST = 16
 """Most points of a round-2 question in the lessons."""
 
@@ -69,13 +73,13 @@ class BaseShape:
             ``j`` counts answers at the rate at which pair ``j + 1`` counts points.
     """
 
-    image_size: int = 96
+    image_size: int = 144
     patch_size: int = 12
     vision_width: int = 192
     vision_layers: int = 5
     vision_inner: int = 512
     text_width: int = 256
-    text_layers: int = 4
+    text_layers: int = 5
     text_inner: int = 512
     head_width: int = 32
     rope_theta: float = float(5**16)
@@ -239,6 +243,7 @@ def save_base(
         "format": Sam4MllmFormat().name,
         "lower_case": True,
         "points_per_question": LONGEST_LIST,
+        "caution": CAUTION,
         "vocabulary": list(vocabulary),
         "world": world,
         "shape": asdict(shape),

@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--shards", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--image-size", type=int, default=96)
+    parser.add_argument("--image-size", type=int, default=144)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument(
         "--describe-only", action="store_true", help="new expressions for pictures that are there"
