@@ -157,11 +157,10 @@ def combinations() -> tuple[Combination, ...]:
 def _shipped() -> Combination:
     """The shipped combination; its sizes are read from the files."""
     mllm = Part("embedded MLLM", _stored(embedded.MLLM), 4, 0, _APACHE)
-    adapter = Part("embedded adapter", _stored(embedded.ADAPTER), 4, 0, _APACHE)
     sam = Part("embedded small SAM", _stored(embedded.SAM), SAM_BYTES, 0, _APACHE)
     return Combination(
         "embedded",
-        (mllm, adapter),
+        (mllm,),
         (sam,),
         ("sam4mllm-tool demo",),
         run=True,

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from random_models import build
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from sam4mllm_tool import embedded
@@ -75,7 +77,9 @@ def test_a_template_that_was_not_trained_is_noticed(copied):
 
 def test_an_adapter_for_another_base_fails_at_loading(tmp_path):
     other = build("llava", tmp_path / "other")
-    found = findings(lambda: load(str(other), adapter=str(embedded.ADAPTER)))
+    base = AutoModelForImageTextToText.from_pretrained(embedded.MLLM)
+    get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "a")
+    found = findings(lambda: load(str(other), adapter=str(tmp_path / "a")))
     assert list(found) == ["loading"]
     assert found["loading"].verdict == "fail" and found["loading"].advice
 

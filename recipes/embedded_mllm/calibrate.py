@@ -1,7 +1,7 @@
 """How a box's likelihood relates to its being right: fits and writes ``box_calibration``.
 
     python -m recipes.embedded_mllm.calibrate \\
-        --notes sam4mllm_tool/embedded/mllm_adapter/sam4mllm.json
+        --notes sam4mllm_tool/embedded/mllm/sam4mllm.json
 
 A logistic function of the log-likelihood (Platt scaling) is fitted on the first box and its
 alternates, and measured on pictures of another seed: expected calibration error over ten bins of

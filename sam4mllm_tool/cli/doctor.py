@@ -67,7 +67,7 @@ def _devices() -> list[str]:
 def _checkpoints() -> dict[str, str]:
     from sam4mllm_tool import embedded
 
-    places = {"mllm": embedded.MLLM, "adapter": embedded.ADAPTER, "sam": embedded.SAM}
+    places = {"mllm": embedded.MLLM, "sam": embedded.SAM}
     return {name: _megabytes(path) for name, path in places.items() if path.is_dir()}
 
 

@@ -8,6 +8,5 @@ _HERE = Path(__file__).parent
 NAME = "embedded"
 """The name of the shipped checkpoints wherever a model is named."""
 MLLM = _HERE / "mllm"
-ADAPTER = _HERE / "mllm_adapter"
 SAM = _HERE / "sam"
 DEMO = _HERE / "demo"

@@ -63,8 +63,5 @@ def load_mllm(
         name = str(embedded.MLLM)
         # Reports should read the same wherever it is installed.
         options.setdefault("name", embedded.NAME + (f" + {adapter}" if adapter else ""))
-        if adapter is None and embedded.ADAPTER.is_dir():
-            adapter = str(embedded.ADAPTER)
-            options.setdefault("merge_adapter", True)  # it will not be trained further: faster
     kind = RecomputeMllm if recompute else LocalMllm
     return kind.from_pretrained(name, adapter=adapter, **options)
