@@ -14,7 +14,7 @@ import argparse
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ PAIRS = slice(5, 13)
 """Rotating pairs that hardly turn within a dialogue: they compare contents at any distance."""
 NULL = 13
 """The pair by which a point looks at the start token if nothing fits."""
-Model = LlavaForConditionalGeneration
+Model: TypeAlias = LlavaForConditionalGeneration
 
 
 @dataclass

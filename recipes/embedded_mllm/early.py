@@ -23,6 +23,8 @@ SEEN, DECIDED = 2, 3
 class EarlyHeads(nn.Module):
     """Linear read-outs of the states of points."""
 
+    weights: Tensor
+
     def __init__(self, width: int, questions: Questions) -> None:
         super().__init__()
         self.seen = DenseHeads(width, questions)

@@ -87,6 +87,7 @@ class Workers:
             num_gpus=self.gpus,
         )
         try:
+            block: Any  # an Arrow table, though it is not declared as one
             for block in data.iter_batches(batch_size=None, batch_format="pyarrow"):
                 yield [_opened(text) for text in block["result"].to_pylist()]
         except RayError as error:
@@ -154,7 +155,7 @@ class RayEvaluation:
         """Write the lines that are missing; see :func:`~sam4mllm_tool.evaluation.run.measure`."""
         total = SHARDS_PER_WORKER * self.workers.number
         what = cases, tuple(strategies), folder.resolve(), about, unreadable_limit, total
-        for shards in self.workers.stream(_Judge, range(total), *what):
+        for shards in self.workers.stream(_Judge, range(total), *what):  # type: ignore[arg-type]
             for case in itertools.chain.from_iterable(shards):
                 on_case(case)
 
