@@ -18,7 +18,13 @@ from rich.table import Table
 
 from sam4mllm_tool import embedded
 from sam4mllm_tool.catalogue import FOR_PHOTOGRAPHS, nearest_checkpoint
-from sam4mllm_tool.errors import BackendError, CheckpointError, DialogueError, Sam4MllmError
+from sam4mllm_tool.errors import (
+    BackendError,
+    CheckpointError,
+    DialogueError,
+    InputError,
+    Sam4MllmError,
+)
 from sam4mllm_tool.formats import get_format
 from sam4mllm_tool.pipeline.points import PATTERNS, candidate_points
 from sam4mllm_tool.pipeline.results import Settings
@@ -31,6 +37,12 @@ if TYPE_CHECKING:
 
 console = Console()
 _errors = Console(stderr=True)
+
+
+def not_installed(what: str, extra: str) -> InputError:
+    """The refusal of a command whose extra is missing."""
+    hint = f'Run: pip install "sam4mllm-tool[{extra}]"'
+    return InputError(f"{what} is not installed", hint=hint)
 
 
 def quiet_libraries() -> None:

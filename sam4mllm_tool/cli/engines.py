@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sam4mllm_tool.errors import InputError
+from sam4mllm_tool.cli.common import not_installed
 
 if TYPE_CHECKING:
     from sam4mllm_tool.cluster.batches import Workers
@@ -47,9 +47,7 @@ def require_ray() -> None:
     try:
         import ray  # noqa: F401
     except ImportError as error:
-        raise InputError(
-            "Ray is not installed", hint='Run: pip install "sam4mllm-tool[ray]"'
-        ) from error
+        raise not_installed("Ray", "ray") from error
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from sam4mllm_tool.cli.common import (
     SamDtypeOption,
     SamOption,
     load_models,
+    not_installed,
 )
 from sam4mllm_tool.errors import InputError
 from sam4mllm_tool.images.access import ImagePolicy
@@ -114,9 +115,7 @@ def mcp(
     try:
         from sam4mllm_integrations import mcp_server
     except ImportError as error:
-        raise InputError(
-            "the MCP server is not installed", hint='Run: pip install "sam4mllm-tool[mcp]"'
-        ) from error
+        raise not_installed("the MCP server", "mcp") from error
 
     mcp_server.serve(
         lambda: load_models(

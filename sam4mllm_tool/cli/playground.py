@@ -21,8 +21,8 @@ from sam4mllm_tool.cli.common import (
     SamOption,
     console,
     load_models,
+    not_installed,
 )
-from sam4mllm_tool.errors import InputError
 from sam4mllm_tool.images.access import ImagePolicy
 
 if TYPE_CHECKING:
@@ -60,9 +60,7 @@ def playground(
         from sam4mllm_tool.playground.gate import Address
         from sam4mllm_tool.playground.serving import serve
     except ImportError as error:
-        raise InputError(
-            "the playground is not installed", hint='Run: pip install "sam4mllm-tool[playground]"'
-        ) from error
+        raise not_installed("the playground", "playground") from error
 
     def announce(url: str) -> None:
         console.print(f"The playground is at {url} (Ctrl+C ends it).", markup=False, soft_wrap=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sam4mllm_tool.cli.common import not_installed
 from sam4mllm_tool.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,9 +58,7 @@ def remote_tools(
     try:
         from sam4mllm_integrations.mcp_remote import RemoteTools
     except ImportError as error:
-        raise InputError(
-            "the MCP client is not installed", hint='Run: pip install "sam4mllm-tool[mcp]"'
-        ) from error
+        raise not_installed("the MCP client", "mcp") from error
     # What the client library logs reaches the user as an error with a hint.
     logging.getLogger("mcp").addHandler(logging.NullHandler())
     return RemoteTools(server, token)
