@@ -319,7 +319,7 @@ def test_edges_that_fit_are_told_from_edges_that_do_not() -> None:
     states = States(
         torch.cat([start, edges.flatten(0, 1), points]),
         torch.arange(count) + 1 + 4 * count, seen, 1 + torch.arange(count) % 2,
-        torch.arange(4 * count).reshape(count, 4) + 1, boxes, torch.arange(count),
+        torch.arange(4 * count).reshape(count, 4) + 1, boxes,
         torch.zeros(1, dtype=torch.long), push,
     )  # fmt: skip
     write_comparing(layer, states, sharpness=14.0, strength=4.0)

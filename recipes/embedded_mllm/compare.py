@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
-from recipes.embedded_mllm.early import SEEN
+from recipes.embedded_mllm.early import SEEN, normalised
 from recipes.embedded_mllm.forward import forward
 from recipes.embedded_mllm.lessons import TOPICS, Plan, Teacher
 from recipes.embedded_mllm.model import build_model, shape_of
@@ -46,7 +46,6 @@ class States:
     on: Tensor  # N: 0 background, 1 the target, 2 another object
     edges: Tensor  # M x 4: tokens of a question's box
     numbers: Tensor  # M x 4: what they say, shares
-    asked: Tensor  # N: which of the M boxes the point is asked about
     starts: Tensor  # tokens of the start
     toward_yes: Tensor  # width: how a point's state raises its answer
 
@@ -90,13 +89,15 @@ def states_of(model: Model, packer: Packer, scenes: list[Any], seed: int) -> Sta
         raised = (logits[answers, yes] - logits[answers, no]).sum()
         (gradient,) = torch.autograd.grad(raised, early)
         truth = [int(scene.object_at(x, y)) for x, y in looks.points.tolist()]
-        said = packed.targets[0][answers] == yes
+        affirmed = packed.targets[0][answers] == yes
         found["tokens"].append(normalised(early[0].detach()))
         found["points"] += [offset + place for place in looks.places.tolist()]
         found["seen"] += [scene.things[t].box if t >= 0 else (np.nan,) * 4 for t in truth]
-        found["on"] += [1 if s else 2 * (t >= 0) for s, t in zip(said.tolist(), truth, strict=True)]
+        found["on"] += [
+            1 if yes_here else 2 * (t >= 0)
+            for yes_here, t in zip(affirmed.tolist(), truth, strict=True)
+        ]
         places, numbers = packer.last_box(packed)
-        found["asked"] += [len(found["edges"])] * len(truth)
         found["edges"].append([offset + place for place in places])
         found["numbers"].append([(number + 0.5) / 1000 for number in numbers])
         found["starts"].append(offset)
@@ -106,14 +107,9 @@ def states_of(model: Model, packer: Packer, scenes: list[Any], seed: int) -> Sta
         torch.cat(found["tokens"]), torch.tensor(found["points"]),
         torch.tensor(np.array(found["seen"], dtype=np.float32)), torch.tensor(found["on"]),
         torch.tensor(found["edges"]), torch.tensor(found["numbers"]),
-        torch.tensor(found["asked"]), torch.tensor(found["starts"]),
+        torch.tensor(found["starts"]),
         torch.stack(found["toward_yes"]).mean(0),
     )  # fmt: skip
-
-
-def normalised(states: Tensor) -> Tensor:
-    """As the new layer's norm gives them, whose weights are one."""
-    return torch.nn.functional.rms_norm(states, states.shape[-1:])
 
 
 def fitted(x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:

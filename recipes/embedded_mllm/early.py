@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from recipes.embedded_mllm.packing import Looks
-from recipes.embedded_mllm.vision import DenseHeads, Questions, dense_loss
+from recipes.embedded_mllm.vision import DenseHeads, Questions, dense_loss, question_weights
 
 SEEN, DECIDED = 2, 3
 """After this many layers a point knows what lies there, and whether it is the thing asked about."""
@@ -29,8 +29,7 @@ class EarlyHeads(nn.Module):
         super().__init__()
         self.seen = DenseHeads(width, questions)
         self.verdict = nn.Linear(width, 1)
-        weights = torch.ones(questions.count)
-        weights[questions.groups["flags"]] = 3.0
+        weights = question_weights(questions)
         weights[questions.groups["cells"]] = 0.0
         self.register_buffer("weights", weights, persistent=False)
 
@@ -46,7 +45,9 @@ class EarlyHeads(nn.Module):
         """
         if not len(looks.rows):
             return torch.zeros(()), torch.zeros(())
-        seen, decided = (_at(states[layer], looks) for layer in (SEEN, DECIDED))
+        seen, decided = (
+            normalised(states[layer][looks.rows, looks.places].float()) for layer in (SEEN, DECIDED)
+        )
         looked, _ = dense_loss(self.seen, seen[None], answers[None], boxes[None], self.weights)
         asked = looks.answers >= 0
         logits = self.verdict(decided[asked])[:, 0]
@@ -54,6 +55,6 @@ class EarlyHeads(nn.Module):
         return looked, functional.binary_cross_entropy_with_logits(logits, truth)
 
 
-def _at(states: Tensor, looks: Looks) -> Tensor:
-    found = states[looks.rows, looks.places].float()
-    return functional.rms_norm(found, found.shape[-1:])
+def normalised(states: Tensor) -> Tensor:
+    """States (..., width) as a layer's norm gives them whose weights are one."""
+    return functional.rms_norm(states, states.shape[-1:])

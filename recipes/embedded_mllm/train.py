@@ -45,7 +45,13 @@ from recipes.embedded_mllm.optimizer import Optimizers, make_optimizers
 from recipes.embedded_mllm.packing import Looks, Packed, Packer
 from recipes.embedded_mllm.projector import fold_projector
 from recipes.embedded_mllm.scenes import BaseScene, SceneShards
-from recipes.embedded_mllm.vision import DenseHeads, dense_loss, patch_answers, point_answers
+from recipes.embedded_mllm.vision import (
+    DenseHeads,
+    dense_loss,
+    patch_answers,
+    point_answers,
+    question_weights,
+)
 from recipes.embedded_mllm.vision_train import fit_heads
 from recipes.embedded_mllm.world import known_words, questions_of, words_of
 from sam4mllm_tool.scenes.world import WORLDS
@@ -262,8 +268,7 @@ def main() -> None:
     loader = iter(DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=6))
     examination = Examination(folder, model, tokenizer, packer, build_processor(tokenizer, shape))
     loss_of, parameters = TokenLoss(tokenizer), [parameter for _, parameter in trained]
-    weights = torch.ones(heads.answers.out_features)
-    weights[questions_of(WORLDS[options.world]).groups["flags"]] = 3.0  # ranks come hardest
+    weights = question_weights(heads.questions)
     places = place_codes(shape)  # a patch must go on knowing where it is
     clock = time.time() - state["seconds"]
     next_exam = state["seconds"] + (options.examine * 60 if state["step"] or options.start else 0)

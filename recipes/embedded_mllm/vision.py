@@ -127,6 +127,13 @@ def patch_answers(
     return answers, np.where(busy[:, None], boxes[main], np.nan).astype(np.float32)
 
 
+def question_weights(questions: Questions) -> Tensor:
+    """How much each question counts beside a dialogue: ranks come hardest."""
+    weights = torch.ones(questions.count)
+    weights[questions.groups["flags"]] = 3.0
+    return weights
+
+
 def point_answers(
     scenes: Sequence[BaseScene],
     rows: Sequence[int],
