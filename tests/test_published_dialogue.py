@@ -18,6 +18,9 @@ from real_vocabularies import IMAGE, IMAGE_ID, add_start, llama3, qwen
 from safetensors.torch import save_file
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from recipes.embedded_mllm.lessons import TOPICS, Lesson
+from recipes.embedded_mllm.lessons import Turn as LessonTurn
+from recipes.embedded_mllm.packing import Packer
 from sam4mllm_tool import embedded
 from sam4mllm_tool.errors import CheckpointError
 from sam4mllm_tool.formats.sam4mllm import Sam4MllmFormat
@@ -44,39 +47,32 @@ ROUND_2 = Turn(
 )
 BOXES = "[281,251,863,999] [010,020,300,400]"
 
-# Recorded while the format itself wrote a newline before every reply, which is how the shipped
-# weights were made; the prompt then ended before that newline.
-_ASKED = [1264, 1543, 1497, 1534, 1439, 1462, 1285, 226, 86, 95, 93, 1275]
-_ANSWERED = [204, 64, 543, 17, 513, 17, 1125, 17, 1261, 66, 1279, 272, 17, 282, 17, 562, 17, 662,
-             66, 2]  # fmt: skip
-_CHECKED = [4, 1266, 64, 543, 17, 513, 17, 1125, 17, 1261, 66, 1276, 13, 1084, 17, 1033, 14, 1280,
-            562, 17, 1162, 14]  # fmt: skip
-_NEWLINE = 204
-RECORDED: list[tuple[Dialogue, list[int]]] = [
-    ((SYSTEM, ROUND_1), [1, 1262, 4, 3, *_ASKED, 5]),
-    (
-        (SYSTEM, ROUND_1, Turn("assistant", BOXES), ROUND_2),
-        [1, 1262, 4, 3, *_ASKED, 5, *_ANSWERED, *_CHECKED, 5],
-    ),
-    (
-        (
-            ROUND_1, Turn("assistant", "No object found."), ROUND_2, Turn("assistant", "YesNo"),
-            Turn("user", "What is at (010,020)?"),
-        ),
-        [1, 4, 3, *_ASKED, 5, 204, 1274, 2, *_CHECKED, 5, 204, 1277, 1278, 2, 4, 1283, 1426, 1301,
-         1280, 272, 17, 282, 14, 36, 5],
-    ),
-]  # fmt: skip
+ASKED = (
+    (),
+    (BOXES,),
+    ("No object found.", "YesNo"),
+)
+"""Replies so far, to the questions below in turn; the next question is open."""
+QUESTIONS = (ROUND_1.text, ROUND_2.text, "What is at (010,020)?")
 
 
-@pytest.mark.parametrize(("dialogue", "ids"), RECORDED)
-def test_the_embedded_model_reads_the_ids_it_was_made_with(
-    dialogue: Dialogue, ids: list[int]
+@pytest.mark.parametrize("replies", ASKED)
+def test_the_embedded_model_reads_the_ids_that_its_training_packed(
+    replies: tuple[str, ...],
 ) -> None:
-    encoder = DialogueEncoder(load_processor(embedded.MLLM))
-    assert _ids(encoder, dialogue) == [*ids, _NEWLINE]
-    assert encoder.encode_continuation("YesNo") == [1277, 1278]
-    assert encoder.encode_continuation("[010,") == [64, 272, 17]
+    """Training packs ids from the vocabulary alone; questions go through the chat template."""
+    processor = load_processor(embedded.MLLM)
+    packer = Packer(processor.tokenizer, 1, TOPICS)
+    asked = QUESTIONS[: len(replies) + 1]
+    taught = zip(asked, (*replies, ""), strict=True)
+    packed, _ = packer.lesson(Lesson("points", tuple(LessonTurn(*turn) for turn in taught)))
+    dialogue = [SYSTEM, Turn("user", asked[0])]
+    for reply, question in zip(replies, asked[1:], strict=True):
+        dialogue += [Turn("assistant", reply), Turn("user", question)]
+    encoder = DialogueEncoder(processor)
+    assert _ids(encoder, tuple(dialogue)) == [*packer.prefix, *packed[:-1]]
+    assert encoder.encode_continuation("YesNo") == packer.encode("YesNo")
+    assert encoder.encode_continuation("[010,") == packer.encode("[010,")
 
 
 # --- the published adapters over the real vocabulary of Llama-3 --------------------------------
