@@ -460,7 +460,7 @@ def test_a_port_that_is_taken_is_found_before_the_models_are_loaded(monkeypatch)
         result = CliRunner().invoke(
             command_line, ["playground", "--port", str(address.port), "--mllm", "/no/such/place"]
         )
-    assert isinstance(result.exception, InputError) and "listened on" in str(result.exception)
+    assert isinstance(result.exception, InputError) and "cannot listen on" in str(result.exception)
 
 
 def test_without_its_extra_the_command_says_what_to_install(monkeypatch):

@@ -197,7 +197,7 @@ def test_a_clicked_point_is_asked_about_at_its_own_pixel(page, blocks_png):
     choose_tool(page, "Ask")
     click(page, 30, 80)  # on the blue block
     expect(page.get_by_role("status")).to_contain_text("outside, p_yes 0.03, p_no 0.97")
-    expect(page.get_by_role("status")).to_contain_text("the mask leaves it out")
+    expect(page.get_by_role("status")).to_contain_text("outside the mask")
     (step,) = state(page)["steps"][1:]
     (asked,) = step["arguments"]["points"]
     assert step["tool"] == "is_point_inside_object" and step["arguments"]["object_id"] == "obj_1"
@@ -270,7 +270,7 @@ def test_objects_are_compared_and_combined(page, blocks_png, truth):
     segment(page, "the red block")
     segment(page, "the blue block")
     for number in (1, 2):
-        page.get_by_label(f"Relate object {number}").check()
+        page.get_by_label(f"Tick object {number}").check()
     page.get_by_role("button", name="Compare", exact=True).click()
     expect(page.locator("#relations li")).to_contain_text("1 is right of and above 2")
     page.get_by_role("button", name="Union").click()

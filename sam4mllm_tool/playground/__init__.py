@@ -1,1 +1,1 @@
-"""A page in the browser on which the tools are used by hand: ``sam4mllm-tool playground``."""
+"""A web page for using the tools by hand: ``sam4mllm-tool playground``."""

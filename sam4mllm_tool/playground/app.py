@@ -1,4 +1,4 @@
-"""The playground as an ASGI application: a page, its files, and the calls it makes."""
+"""The playground as an ASGI application: the page, its static files, and its requests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from sam4mllm_tool.tools.toolbox import Toolbox
 
 STATIC = Path(__file__).parent / "static"
 LIMITS = Limits(clients=64, memory_bytes=2 * 1024**3, client_bytes=768 * 1024**2, idle_seconds=7200)
-"""What browsers are granted; see :class:`Limits`."""
+"""Limits for browser sessions; see :class:`Limits`."""
 _KEEP = {"cache-control": "private, max-age=86400, immutable"}
 
 
@@ -46,10 +46,10 @@ class Playground:
     Args:
         toolbox: the tools; its model reports its steps if it is a
             :class:`~sam4mllm_tool.playground.watching.WatchedModel`.
-        about: what the page says of the models.
-        offers: pictures to choose from.
+        about: what the page shows about the models.
+        offers: pictures of the gallery.
         policy: which files and addresses pictures may come from.
-        limits: how many sessions, how long, how much memory.
+        limits: number of sessions, idle time, memory, and waiting calls.
     """
 
     toolbox: Toolbox
@@ -65,7 +65,7 @@ class Playground:
         self._queue = ModelQueue(self.limits.model_calls, self.limits.waiting_calls)
 
     def routes(self) -> list[BaseRoute]:
-        """All of them."""
+        """All routes of the application."""
         return [
             Route("/", self.page),
             Route("/state", self.state),
@@ -84,18 +84,18 @@ class Playground:
             Mount("/static", StaticFiles(directory=STATIC)),
         ]
 
-    # -- what the page shows ---------------------------------------------------------------------
+    # -- what the page reads ---------------------------------------------------------------------
 
     async def page(self, request: Request) -> Response:
         """The page itself."""
         return FileResponse(STATIC / "index.html", headers={"cache-control": "no-cache"})
 
     async def state(self, request: Request) -> Response:
-        """What is on the session's page."""
-        return self._answer(self._session(request))
+        """The contents of the session's page."""
+        return self._state_response(self._session(request))
 
     async def settings(self, request: Request) -> Response:
-        """What is the same for all sessions."""
+        """Settings that are the same for all sessions."""
         settings = self.toolbox.model.settings
         return JSONResponse(
             {
@@ -118,7 +118,7 @@ class Playground:
         )
 
     async def thumbnail(self, request: Request) -> Response:
-        """An offered picture, small."""
+        """A thumbnail of a gallery picture."""
         number = str(request.path_params["number"])
         if number not in self._thumbnails:
             offer = self._offer(number)
@@ -127,19 +127,19 @@ class Playground:
         return _file(self._thumbnails[number], _KEEP)
 
     async def picture(self, request: Request) -> Response:
-        """A picture for display."""
+        """An opened picture, scaled for display."""
         record = self._session(request).workspace.image(request.path_params["image_id"])
         return _file(await run_in_thread(pictures.picture_file, record.image), _KEEP)
 
     async def mask(self, request: Request) -> Response:
-        """An object's mask for display."""
+        """An object's mask, scaled for display."""
         record = self._session(request).workspace.object(request.path_params["object_id"])
         number = request.query_params.get("number", "1")
         if record.mask is None or not number.isdecimal():
             raise InputError(f"{record.object_id} has no such mask")
         return _file(await run_in_thread(pictures.mask_file, record.mask, int(number)), _KEEP)
 
-    # -- what changes it -------------------------------------------------------------------------
+    # -- what changes the page -------------------------------------------------------------------
 
     async def upload(self, request: Request) -> Response:
         """Open the picture in the request's body."""
@@ -148,53 +148,55 @@ class Playground:
         with deadline(self.limits.call_seconds):
             async with self._uploads:
                 data = await read_body(request, self.policy.max_bytes)
-                return await self._opened(session, data, name)
+                return await self._open_picture(session, data, name)
 
     async def choose(self, request: Request) -> Response:
-        """Open an offered picture."""
+        """Open a picture of the gallery."""
         offer = self._offer((await parsed(request, Named)).name)
         data = await run_in_thread(offer.read)
-        return await self._opened(self._session(request), data, offer.name)
+        return await self._open_picture(self._session(request), data, offer.name)
 
     async def open(self, request: Request) -> Response:
-        """Open the picture at an address, where the policy allows it."""
+        """Open the picture at a URL, if the policy allows it."""
         address = (await parsed(request, Named)).name
-        return await self._opened(self._session(request), address)
+        return await self._open_picture(self._session(request), address)
 
     async def remove(self, request: Request) -> Response:
-        """Take an object off the page."""
+        """Remove an object from the page."""
         name = (await parsed(request, Named)).name
-        return await self._changed(request, lambda session: session.remove(name))
+        return await self._apply(request, lambda session: session.remove(name))
 
     async def undo(self, request: Request) -> Response:
         """Undo the last change."""
-        return await self._changed(request, Session.undo)
+        return await self._apply(request, Session.undo)
 
     async def clear(self, request: Request) -> Response:
-        """Take everything off the page but the picture."""
-        return await self._changed(request, Session.clear)
+        """Remove everything from the page except the picture."""
+        return await self._apply(request, Session.clear)
 
     async def call(self, request: Request) -> Response:
-        """Make a tool call; answers with a JSON line per event, the last one state or error."""
+        """Run a tool call. Streams one JSON line per event; the last is ``state`` or ``error``."""
         call = await parsed(request, Call)
         session = self._session(request)
         lines = self._events(session, request.scope[SESSION], call)
         return StreamingResponse(lines, media_type="application/x-ndjson")
 
-    async def _opened(self, session: Session, source: str | bytes, name: str = "") -> Response:
+    async def _open_picture(
+        self, session: Session, source: str | bytes, name: str = ""
+    ) -> Response:
         with deadline(self.limits.call_seconds):
             async with session.lock:
                 await session.open_picture(source, name)
-        return self._answer(session)
+        return self._state_response(session)
 
-    async def _changed(self, request: Request, change: Callable[[Session], None]) -> Response:
+    async def _apply(self, request: Request, change: Callable[[Session], None]) -> Response:
         session = self._session(request)
         async with session.lock:
             change(session)
-        return self._answer(session)
+        return self._state_response(session)
 
     async def _events(self, session: Session, key: str, call: Call) -> AsyncIterator[str]:
-        """Events as the call goes on; a browser that goes away cancels it."""
+        """The events of a running call; it is cancelled when the browser disconnects."""
         queue: asyncio.Queue[Event] = asyncio.Queue()
         task = asyncio.create_task(self._run(session, key, call, queue))
         try:
@@ -211,26 +213,26 @@ class Playground:
     ) -> None:
         loop = asyncio.get_running_loop()
 
-        def tell(event: Event) -> None:  # the models run in another thread
+        def emit(event: Event) -> None:  # called from the thread that runs the models
             loop.call_soon_threadsafe(queue.put_nowait, event)
 
-        tell({"event": "stage", "name": "waiting"})
+        emit({"event": "stage", "name": "waiting"})
         try:
-            with deadline(self.limits.call_seconds), listening(tell):
+            with deadline(self.limits.call_seconds), listening(emit):
                 async with session.lock, self._queue.place(key):
                     output = await session.call(call.tool, call.arguments, call.panel)
             result = output.result.model_dump(mode="json")
-            tell({"event": "state", "state": page_state(session, self.about), "result": result})
+            emit({"event": "state", "state": page_state(session, self.about), "result": result})
         except Sam4MllmError as error:
-            tell({"event": "error", **_error(error)})
+            emit({"event": "error", **_error(error)})
         except Exception:
-            tell({"event": "error", "message": "The playground failed.", "hint": _SEE_LOG})
+            emit({"event": "error", "message": "The playground failed.", "hint": _SEE_LOG})
             raise
 
-    # -- what is saved ---------------------------------------------------------------------------
+    # -- downloads -------------------------------------------------------------------------------
 
     async def save(self, request: Request) -> Response:
-        """A file to keep: the overlay, masks, COCO, a trace, the picture, the calls."""
+        """A file to download: the overlay, masks, COCO, a trace, the picture, the calls."""
         session, file = self._session(request), request.path_params["file"]
         panel = request.query_params.get("panel", "a")
         data, media_type = await run_in_thread(saved_file, session, self.about, file, panel)
@@ -242,7 +244,7 @@ class Playground:
     def _session(self, request: Request) -> Session:
         return self._sessions.of(request.scope[SESSION])
 
-    def _answer(self, session: Session) -> Response:
+    def _state_response(self, session: Session) -> Response:
         return JSONResponse(page_state(session, self.about))
 
     def _offer(self, number: str) -> Offer:
@@ -251,22 +253,22 @@ class Playground:
         return self.offers[int(number)]
 
 
-_SEE_LOG = "Look at the terminal in which it runs."
+_SEE_LOG = "See the terminal in which the playground runs."
 
 
 def playground_app(playground: Playground, address: Address) -> Starlette:
-    """The application, behind the checks of hosts, origins and sessions."""
+    """The application, with the checks of host, origin and session in front of it."""
 
-    async def typed(request: Request, error: Exception) -> Response:
+    async def expected_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, Sam4MllmError)
         return JSONResponse(_error(error), 503 if isinstance(error, BackendError) else 400)
 
-    async def untyped(request: Request, error: Exception) -> Response:
+    async def unexpected_error(request: Request, error: Exception) -> Response:
         return JSONResponse({"message": "The playground failed.", "hint": _SEE_LOG}, 500)
 
     app = Starlette(
         routes=playground.routes(),
-        exception_handlers={Sam4MllmError: typed, Exception: untyped},
+        exception_handlers={Sam4MllmError: expected_error, Exception: unexpected_error},
     )
     app.add_middleware(Gate, address=address)
     return app
@@ -276,7 +278,7 @@ def _error(error: Sam4MllmError) -> dict[str, Any]:
     """A typed error as the page shows it."""
     message = error.message
     if isinstance(error, DialogueError):
-        message += f" The model said: {error.raw_reply[:300]!r}"
+        message += f" The model replied: {error.raw_reply[:300]!r}"
     return {"message": message, "hint": error.hint or "", "kind": type(error).__name__}
 
 

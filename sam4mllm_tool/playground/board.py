@@ -1,4 +1,4 @@
-"""What one browser session has on its page, as values: undoing is going back to a former one."""
+"""The contents of a session's page as immutable values: undo restores an earlier one."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Shown:
     """An object on the page.
 
     Attributes:
-        number: what the page and the overlay call it, which gives its colour; it stays when the
-            object is refined under another handle.
+        number: its number on the page and in the overlay, which also gives its colour. It stays
+            the same when a refinement gives the object a new handle.
         panel: ``"a"``, or ``"b"`` for the right side of a comparison.
-        trace: of the call that found it by its expression.
+        trace: trace of the call that found it by its expression.
     """
 
     object_id: str
@@ -38,10 +38,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Board:
-    """A picture, the objects on it, and the calls that led there.
+    """A picture, the objects on it, and the tool calls so far.
 
     Attributes:
-        image_id: handle of the picture; "" before one was opened.
+        image_id: handle of the picture; "" before one is opened.
         relations: pairs of the last comparison.
     """
 
@@ -51,17 +51,18 @@ class Board:
     relations: tuple[Mapping[str, Any], ...] = ()
 
     def after(self, step: Step, new: tuple[str, ...], panel: str, trace: Trace | None) -> Board:
-        """The board after a call that made the objects ``new``.
+        """The board after a call that created the objects ``new``.
 
-        A call about an object that makes one new object refines it: the new one takes its place.
+        A call with an ``object_id`` that creates exactly one object is a refinement: the new object
+        replaces the old one.
         """
         board = replace(self, steps=(*self.steps, step))
         if "pairs" in step.result:
             board = replace(board, relations=tuple(step.result["pairs"]))
-        former = self.find(str(step.arguments.get("object_id", "")))
-        if former is not None and len(new) == 1:
-            refined = replace(former, object_id=new[0])
-            shown = tuple(refined if one is former else one for one in self.shown)
+        refined = self.find(str(step.arguments.get("object_id", "")))
+        if refined is not None and len(new) == 1:
+            replacement = replace(refined, object_id=new[0])
+            shown = tuple(replacement if one is refined else one for one in self.shown)
             return replace(board, shown=shown, relations=())
         for object_id in new:
             added = Shown(object_id, board._number_for(panel, trace), panel, trace)
@@ -69,32 +70,32 @@ class Board:
         return board
 
     def without(self, object_id: str) -> Board:
-        """The board without an object, and without relations that may be about it."""
-        left = tuple(one for one in self.shown if one.object_id != object_id)
-        return replace(self, shown=left, relations=())
+        """The board without an object; relations are cleared, since they may refer to it."""
+        remaining = tuple(one for one in self.shown if one.object_id != object_id)
+        return replace(self, shown=remaining, relations=())
 
     def find(self, object_id: str) -> Shown | None:
         """The object of that handle, if it is on the page."""
         return next((one for one in self.shown if one.object_id == object_id), None)
 
     def _number_for(self, panel: str, trace: Trace | None) -> int:
-        """The first number that no object of the panel has.
+        """The lowest number that is free on the panel.
 
-        On the right side it is the number of the object on the left that the same expression
-        found, so that what is compared has the same colour.
+        If the same expression found an object on the other panel, its number is used again, so that
+        the two objects have the same colour.
         """
         used = {one.number for one in self.shown if one.panel == panel}
-        alike = [
+        same_expression = [
             one.number
             for one in self.shown
             if one.panel != panel and one.trace and trace
             if one.trace.expression == trace.expression
         ]
-        return next(n for n in (*alike, *range(1, len(used) + 2)) if n not in used)
+        return next(n for n in (*same_expression, *range(1, len(used) + 2)) if n not in used)
 
 
 def named_handles(value: Any) -> Iterator[tuple[str, str]]:
-    """Every object handle in a tool's result with the Python expression that reaches it.
+    """Every object handle in a tool's result, with the Python path to it.
 
     ``{"objects": [{"object_id": "obj_1"}]}`` gives ``("obj_1", ".objects[0].object_id")``.
     """

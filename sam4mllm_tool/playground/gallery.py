@@ -1,4 +1,4 @@
-"""Pictures to choose from: the demo picture, drawn scenes, and a folder of the user's."""
+"""Pictures to choose from: the demo picture, drawn scenes, and the pictures of a folder."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from sam4mllm_tool.images.sources import pictures_below
 
 SCENE_SEED = 7
 SCENES = 7
-MOST_FILES = 60
-"""A folder may hold many pictures; the page shows the first ones."""
-MOST_EXPRESSIONS = 6
+MAX_FILES = 60
+"""A folder may hold many pictures; the page shows only the first ones."""
+MAX_EXPRESSIONS = 6
 
 
 @dataclass(frozen=True)
 class Offer:
-    """A picture to choose.
+    """A picture in the gallery.
 
     Attributes:
         name: file name.
-        kind: a drawn scene, or a file of the user's folder.
-        read: gives the encoded picture.
-        expressions: what may be asked about it; the last one of a scene means nothing in it.
+        kind: a drawn scene, or a file of the folder.
+        read: returns the encoded picture.
+        expressions: suggested expressions; the last one of a scene matches nothing in it.
     """
 
     name: str
@@ -44,9 +44,9 @@ def gallery(folder: Path | None, policy: ImagePolicy) -> list[Offer]:
     """The shipped scenes, then the pictures of ``folder``.
 
     Raises:
-        InputError: the folder is none, or holds no pictures.
+        InputError: ``folder`` is not a folder, or holds no pictures.
     """
-    files: Sequence[Path] = pictures_below(folder)[:MOST_FILES] if folder else ()
+    files: Sequence[Path] = pictures_below(folder)[:MAX_FILES] if folder else ()
     offers = [Offer(p.name, "file", lambda p=p: read_file(p, policy)) for p in files]  # type: ignore[misc]
     return [_demo(), *(_scene(index) for index in range(SCENES)), *offers]
 
@@ -54,8 +54,8 @@ def gallery(folder: Path | None, policy: ImagePolicy) -> list[Offer]:
 def _demo() -> Offer:
     question = json.loads((embedded.DEMO / "demo.json").read_text(encoding="utf-8"))
     picture = embedded.DEMO / question["picture"]
-    more = ("the tree", "all the clocks", "the dog")
-    return Offer(picture.name, "scene", picture.read_bytes, (question["expression"], *more))
+    suggestions = ("the tree", "all the clocks", "the dog")
+    return Offer(picture.name, "scene", picture.read_bytes, (question["expression"], *suggestions))
 
 
 @lru_cache(maxsize=SCENES)
@@ -66,10 +66,10 @@ def _scene(index: int) -> Offer:
     from sam4mllm_tool.scenes.world import SMALL_WORLD
 
     scene = render_scene(SMALL_WORLD, "val", index, SCENE_SEED)
-    found = expressions(scene, random.Random(index))
-    by_kind = {one.kind: one.text for one in reversed([one for one in found if one.targets])}
-    texts = list(reversed(by_kind.values()))[: MOST_EXPRESSIONS - 1]
-    absent = next((one.text for one in found if not one.targets), None)
+    available = expressions(scene, random.Random(index))
+    by_kind = {one.kind: one.text for one in reversed([one for one in available if one.targets])}
+    texts = list(reversed(by_kind.values()))[: MAX_EXPRESSIONS - 1]
+    absent = next((one.text for one in available if not one.targets), None)
     stream = BytesIO()
     scene.image.save(stream, "PNG")
     return Offer(

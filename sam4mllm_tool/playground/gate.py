@@ -16,15 +16,15 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 SESSION = "sam4mllm.session"
-"""Entry of the ASGI scope: the session's key."""
+"""The ASGI scope's entry that holds the session's key."""
 
 _HEADERS = {
-    # The page is ours alone: nothing from elsewhere, no frame around it.
+    # Load nothing from other origins, and let no other page frame this one.
     "content-security-policy": "default-src 'self'; img-src 'self'; "
     "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
-    "cache-control": "no-cache",  # where a file does not say otherwise
+    "cache-control": "no-cache",  # unless the response sets its own
 }
 
 
@@ -33,10 +33,10 @@ class Address:
     """Where the playground listens.
 
     Attributes:
-        host: address to listen on; anything but loopback needs the token.
+        host: address to listen on; any address except loopback needs the token.
         port: port to listen on, 0 for a free one.
-        allowed_hosts: further names that requests may be addressed to, such as a proxy's.
-        token: must be in the first address that a browser opens; "" = needs none.
+        allowed_hosts: additional host names that requests may use, such as a proxy's.
+        token: must be in the first URL that a browser opens; "" if none is needed.
     """
 
     host: str = "127.0.0.1"
@@ -46,22 +46,22 @@ class Address:
 
     @classmethod
     def on(cls, host: str, port: int, allowed_hosts: Sequence[str] = ()) -> Address:
-        """An address with a new token, if other machines reach it."""
+        """An address, with a new token if other machines can reach it."""
         token = "" if is_loopback(host) else secrets.token_urlsafe(18)
         return cls(host, port, allowed_hosts, token)
 
     @property
     def url(self) -> str:
-        """What a browser opens."""
+        """The URL that a browser opens."""
         name = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{name}:{self.port}/" + (f"?token={self.token}" if self.token else "")
 
 
 class Gate:
-    """Turns away what comes for another name or from another page, and tells sessions apart.
+    """Refuses requests for other host names or from other web pages, and finds the session.
 
-    A session is a cookie that this process signed; a request without one gets a new session, if it
-    may have one.
+    A session is identified by a cookie that this process signed. A request without such a cookie
+    starts a new session, if it has the token or none is needed.
     """
 
     def __init__(self, app: ASGIApp, address: Address) -> None:
@@ -104,17 +104,17 @@ class Gate:
     def _refusal(self, path: str, headers: Headers) -> PlainTextResponse | None:
         host, origin = headers.get("host", ""), headers.get("origin")
         if _name_of(f"//{host}") not in self._names:
-            return PlainTextResponse("This playground has another name.", 421)
-        # A link from elsewhere may lead to the page; nothing else may be asked for from elsewhere.
-        elsewhere = headers.get("sec-fetch-site") in {"cross-site", "same-site"} and path != "/"
-        if elsewhere or (origin is not None and urlsplit(origin).netloc != host):
-            return PlainTextResponse("Requests of other web pages are not served.", 403)
+            return PlainTextResponse("This host name is not served; --allowed-host adds it.", 421)
+        # Another site may link to the page; all other requests must come from the page itself.
+        cross_site = headers.get("sec-fetch-site") in {"cross-site", "same-site"} and path != "/"
+        if cross_site or (origin is not None and urlsplit(origin).netloc != host):
+            return PlainTextResponse("Requests from other web pages are refused.", 403)
         return None
 
     def _has_token(self, scope: Scope) -> bool:
-        wanted = self._address.token
+        expected = self._address.token
         given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
-        return not wanted or hmac.compare_digest(given.encode(), wanted.encode())
+        return not expected or hmac.compare_digest(given.encode(), expected.encode())
 
     def _sent_cookie(self, headers: Headers) -> str:
         try:
@@ -125,7 +125,7 @@ class Gate:
 
 
 def _name_of(address: str) -> str:
-    """The host in an address, as the Host header writes it, without the port."""
+    """The host name of a URL, written as in the Host header, without the port."""
     try:
         name = urlsplit(address).hostname or ""
     except ValueError:

@@ -1,4 +1,4 @@
-"""Pictures as the page gets them: scaled for display only, all coordinates stay original pixels."""
+"""Pictures for the page: scaled for display only; coordinates are pixels of the original."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def shown_size(width: int, height: int) -> tuple[int, int]:
 
 
 def picture_file(image: RgbImage) -> File:
-    """The picture for display: small ones exactly, large ones as JPEG."""
+    """The picture for display: a small one as lossless PNG, a large one as JPEG."""
     size = shown_size(*image.size)
     if size == image.size and image.width * image.height <= 1024**2:
         return _png(image.pil)
@@ -48,7 +48,7 @@ def thumbnail_file(image: RgbImage) -> File:
 
 
 def mask_file(mask: Mask, number: int) -> File:
-    """The mask for display in the colour of an object's number, transparent beside the object."""
+    """The mask for display, in the colour of an object's number, transparent outside the object."""
     size = shown_size(mask.width, mask.height)
     if size != (mask.width, mask.height):
         mask = Mask(np.asarray(mask.to_pil().resize(size)) > 127)
@@ -73,7 +73,7 @@ def coco_download(image: ImageRecord, records: Sequence[ObjectRecord]) -> File:
 
 
 def trace_download(trace: Trace, image: ImageRecord, suffix: str) -> File:
-    """The run that found an object: ``"json"``, or a page with the picture as ``"html"``."""
+    """The trace of the call that found an object: ``"json"``, or ``"html"`` with the picture."""
     with TemporaryDirectory() as folder:
         path = trace.save(Path(folder) / f"trace.{suffix}", image.image)
         return path.read_bytes(), "application/json" if suffix == "json" else "text/html"

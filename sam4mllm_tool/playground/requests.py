@@ -1,4 +1,4 @@
-"""What the page sends: bounded bodies, and JSON that is checked."""
+"""Reading the page's requests: bodies of bounded size, and validated JSON."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sam4mllm_tool.errors import ImageError, InputError
 
 T = TypeVar("T", bound=BaseModel)
 
-MOST_JSON = 1024**2
+MAX_JSON_BYTES = 1024**2
 
 
 class Call(BaseModel):
-    """A tool call that the page asks for."""
+    """A request to run a tool."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -33,36 +33,36 @@ class Named(BaseModel):
     name: str = Field(max_length=4000)
 
 
-async def read_body(request: Request, most: int) -> bytes:
-    """The request's body.
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Read the request's body.
 
     Raises:
-        ImageError: it is larger than ``most`` bytes; the rest is not read.
+        ImageError: it is larger than ``max_bytes`` bytes; the rest is not read.
     """
     parts, size = [], 0
-    stated = request.headers.get("content-length", "")
-    if stated.isdecimal() and int(stated) > most:
-        raise _too_large(most)
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > max_bytes:
+        raise _too_large(max_bytes)
     async for part in request.stream():
         size += len(part)
-        if size > most:
-            raise _too_large(most)
+        if size > max_bytes:
+            raise _too_large(max_bytes)
         parts.append(part)
     return b"".join(parts)
 
 
-def _too_large(most: int) -> ImageError:
+def _too_large(max_bytes: int) -> ImageError:
     return ImageError(
-        f"The file is larger than {most // 1024**2} MiB.",
+        f"The file is larger than {max_bytes // 1024**2} MiB.",
         hint="Use a smaller or better compressed picture.",
     )
 
 
 async def parsed(request: Request, model: type[T]) -> T:
-    """The request's JSON body. A page of another origin cannot send this type unasked."""
+    """The request's JSON body. Other origins cannot send this type without a CORS preflight."""
     if request.headers.get("content-type", "").partition(";")[0] != "application/json":
         raise HTTPException(415, "Send application/json.")
-    data = await read_body(request, MOST_JSON)
+    data = await read_body(request, MAX_JSON_BYTES)
     try:
         return model.model_validate_json(data)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""What a session's page can be saved as."""
+"""The files that a session's page can be saved as."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def saved_file(session: Session, about: About, file: str, panel: str) -> File:
     """The file of that name, and its media type.
 
     Args:
-        session: whose page it is about.
-        about: the models.
+        session: the session whose page is saved.
+        about: describes the models.
         file: ``overlay.png``, ``coco.json``, ``picture.png``, ``calls.json``, ``calls.py``, or an
             object's handle with ``.png`` (its mask), ``.json`` or ``.html`` (its trace).
-        panel: the side of a comparison that overlay and COCO document are about.
+        panel: the side of a comparison for the overlay and the COCO document.
 
     Raises:
         InputError: there is no such file.

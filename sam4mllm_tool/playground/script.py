@@ -1,4 +1,4 @@
-"""The calls of a session as text to copy: JSON as an agent writes it, Python that runs."""
+"""The tool calls of a session as text: JSON as an agent writes it, and a Python script."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LONGEST_LINE = 88
 
 
 def as_json(steps: Sequence[Step]) -> str:
-    """The calls as a list of ``{"name", "arguments"}``, as an agent's reply holds them."""
+    """The calls as a list of ``{"name", "arguments"}``, as in an agent's reply."""
     return json.dumps([{"name": s.tool, "arguments": s.arguments} for s in steps], indent=2)
 
 
@@ -23,7 +23,7 @@ def as_python(steps: Sequence[Step], loading: str, image_id: str, picture: str) 
         steps: the calls.
         loading: Python expression that loads the models.
         image_id: the handle that the calls use for the picture.
-        picture: the file that the script opens in its place.
+        picture: the file that the script opens instead.
     """
     names = {image_id: "image"}
     lines = ["from sam4mllm_tool import Toolbox, load", ""]
@@ -47,7 +47,7 @@ def _call(variable: str, step: Step, names: Mapping[str, str]) -> str:
 
 
 def _literal(value: Any, names: Mapping[str, str]) -> str:
-    """A JSON value as Python, handles replaced by the expressions that reach them."""
+    """A JSON value as Python source; handles are replaced by the variables that hold them."""
     if isinstance(value, str):
         return names.get(value, repr(value))
     if isinstance(value, Mapping):

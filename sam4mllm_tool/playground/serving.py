@@ -25,23 +25,23 @@ _CONNECTIONS = 256
 
 
 def listen(address: Address) -> tuple[socket.socket, Address]:
-    """An open socket, and the address with its true port.
+    """A bound socket, and the address with the actual port.
 
     Raises:
-        InputError: the address cannot be listened on.
+        InputError: the address is in use or cannot be bound.
     """
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    opened = socket.socket(family, socket.SOCK_STREAM)
-    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        opened.bind((address.host, address.port))
+        bound.bind((address.host, address.port))
     except OSError as error:
-        opened.close()
+        bound.close()
         raise InputError(
-            f"{address.host}:{address.port} cannot be listened on: {error.strerror}",
-            hint="Choose another --port; 0 takes a free one.",
+            f"cannot listen on {address.host}:{address.port}: {error.strerror}",
+            hint="Choose another --port; 0 selects a free one.",
         ) from error
-    return opened, replace(address, port=opened.getsockname()[1])
+    return bound, replace(address, port=bound.getsockname()[1])
 
 
 def playground_server(
@@ -58,7 +58,7 @@ def playground_server(
         model: the models.
         address: where it listens.
         loading: Python expression that loads the same models, for the scripts to copy.
-        folder: pictures to offer beside the shipped scenes.
+        folder: folder whose pictures are offered in addition to the shipped scenes.
         policy: limits on pictures and network access. Files are read from ``folder`` only, nothing
             is written, and pictures are decoded in worker processes.
 
@@ -99,12 +99,12 @@ def serve(
     """Load the models, announce the address, and serve until interrupted.
 
     Raises:
-        InputError: the address cannot be listened on, or the folder holds no pictures.
+        InputError: the address cannot be bound, or the folder holds no pictures.
         BackendError: the models cannot be loaded.
     """
-    opened, address = listen(address)  # a port that is taken is found before the models are loaded
-    with opened:
+    bound, address = listen(address)  # fails before the models are loaded
+    with bound:
         server = playground_server(load(), address, loading=loading, folder=folder, policy=policy)
         warm_up()
         announce(address.url)
-        server.run(sockets=[opened])
+        server.run(sockets=[bound])

@@ -1,4 +1,4 @@
-"""Browser sessions: each has a workspace of its own, what is on its page, and a way back."""
+"""Browser sessions: each has its own workspace, page and undo history."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from sam4mllm_tool.tools.registry import ToolOutput
 from sam4mllm_tool.tools.toolbox import Toolbox
 from sam4mllm_tool.tools.workspace import ObjectRecord, Workspace
 
-MOST_STEPS = 300
-"""Calls on one page."""
-MOST_UNDO = 200
-"""How many changes can be undone."""
+MAX_STEPS = 300
+"""Tool calls per page."""
+MAX_UNDO = 200
+"""Changes that can be undone."""
 
 
 @dataclass(frozen=True)
-class Former:
-    """Where a change began.
+class UndoEntry:
+    """The state before a change.
 
     Attributes:
-        board: what was on the page.
-        record: the object that the change was about, without mask and logits: a mask never changes
-            under its handle, so it need not be kept twice.
-        had_mask: whether that object had a mask.
+        board: the contents of the page.
+        record: the object that the change refers to, without mask and logits: once drawn, these
+            never change under a handle, so no second copy is needed.
+        had_mask: whether that object had a mask then.
     """
 
     board: Board
@@ -47,16 +47,16 @@ class Session:
     """One browser's workspace and page.
 
     Attributes:
-        toolbox: over the session's own workspace.
-        board: what is on the page.
-        former: where the changes began, the last one last.
-        lock: one change at a time.
-        last_use: when it was heard of last, on the monotonic clock.
+        toolbox: the tools, with the session's own workspace.
+        board: the contents of the page.
+        history: the states before each change, the latest last.
+        lock: held during a change, so that there is one at a time.
+        last_use: time of the last request, in seconds of the monotonic clock.
     """
 
     toolbox: Toolbox
     board: Board = field(default_factory=Board)
-    former: deque[Former] = field(default_factory=lambda: deque(maxlen=MOST_UNDO))
+    history: deque[UndoEntry] = field(default_factory=lambda: deque(maxlen=MAX_UNDO))
     lock: anyio.Lock = field(default_factory=anyio.Lock)
     last_use: float = field(default_factory=time.monotonic)
 
@@ -72,82 +72,84 @@ class Session:
             ImageError, AccessDenied: as :func:`sam4mllm_tool.load_image`.
         """
         record = await run_in_thread(partial(self.workspace.open_image, source, name=name))
-        self.former.clear()
+        self.history.clear()
         self.board = Board(record.image_id)
 
     async def call(self, tool: str, arguments: Mapping[str, Any], panel: str) -> ToolOutput:
-        """Make a tool call and put what it made on the page; a cancelled one leaves no trace there.
+        """Run a tool call and show its objects; a cancelled call does not change the page.
 
         Raises:
             InputError: too many calls on one page, or as :meth:`Toolbox.call`.
             DialogueError, BackendError: as :meth:`Toolbox.call`.
         """
-        if len(self.board.steps) >= MOST_STEPS:
-            raise InputError(f"{MOST_STEPS} calls are on this page", hint="Clear it first.")
-        begun = time.monotonic()
+        if len(self.board.steps) >= MAX_STEPS:
+            raise InputError(
+                f"the page has its maximum of {MAX_STEPS} calls", hint="Clear it first."
+            )
+        started = time.monotonic()
         before = self.record(str(arguments.get("object_id", "")))
         known = {one.object_id for one in self.workspace.objects()}
         output = await self.toolbox.acall(tool, arguments)
         result = output.result.model_dump(mode="json")
-        step = Step(tool, dict(arguments), result, round(time.monotonic() - begun, 3))
+        step = Step(tool, dict(arguments), result, round(time.monotonic() - started, 3))
         handles = dict.fromkeys(handle for handle, _ in named_handles(result))
         new = tuple(handle for handle in handles if handle not in known)
-        self._go_on(self.board.after(step, new, panel, output.trace), before)
+        self._commit(self.board.after(step, new, panel, output.trace), before)
         return output
 
     def remove(self, object_id: str) -> None:
-        """Take an object off the page."""
-        self._go_on(self.board.without(object_id))
+        """Remove an object from the page."""
+        self._commit(self.board.without(object_id))
 
     def undo(self) -> None:
-        """Go back by one change.
+        """Undo the last change.
 
         Raises:
-            InputError: there is none to undo.
+            InputError: there is no change to undo.
         """
-        if not self.former:
+        if not self.history:
             raise InputError("there is nothing to undo", hint="Nothing has been changed yet.")
-        former = self.former.pop()
-        self.board = former.board
-        self._restore(former)
+        entry = self.history.pop()
+        self.board = entry.board
+        self._restore(entry)
 
     def clear(self) -> None:
-        """Take all objects off the page and forget the calls; the picture stays."""
-        self._go_on(Board(self.board.image_id))
+        """Remove all objects and calls from the page; the picture stays."""
+        self._commit(Board(self.board.image_id))
 
     def record(self, object_id: str) -> ObjectRecord | None:
-        """The object of that handle; ``None`` if the workspace has forgotten it."""
+        """The object of that handle; ``None`` if the workspace no longer has it."""
         try:
             return self.workspace.object(object_id) if object_id else None
         except UnknownHandle:
             return None
 
-    def _go_on(self, board: Board, about: ObjectRecord | None = None) -> None:
+    def _commit(self, board: Board, about: ObjectRecord | None = None) -> None:
         bare = None if about is None else replace(about, drawn=None, mask=None)
         had_mask = about is not None and about.mask is not None
-        self.former.append(Former(self.board, bare, had_mask))
+        self.history.append(UndoEntry(self.board, bare, had_mask))
         self.board = board
 
-    def _restore(self, former: Former) -> None:
-        """Give an object its points back, and take away a mask that it did not have."""
-        now = self.record(former.record.object_id) if former.record else None
-        if former.record is None or now is None:
+    def _restore(self, entry: UndoEntry) -> None:
+        """Restore an object's earlier points, and remove a mask that it did not have then."""
+        now = self.record(entry.record.object_id) if entry.record else None
+        if entry.record is None or now is None:
             return
-        drawn, mask = (now.drawn, now.mask) if former.had_mask else (None, None)
-        self.workspace.update_object(replace(former.record, drawn=drawn, mask=mask))
+        drawn, mask = (now.drawn, now.mask) if entry.had_mask else (None, None)
+        self.workspace.update_object(replace(entry.record, drawn=drawn, mask=mask))
 
 
 class Sessions:
-    """All sessions. None is pushed out by another: beyond the bounds new ones are refused.
+    """All browser sessions. Beyond the limits new ones are refused; none is dropped for another.
 
     Args:
-        model: whose models and tools all sessions share.
-        policy: which files and addresses may be opened.
-        limits: how many sessions, how long, how much memory.
+        toolbox: the tools and models that all sessions share.
+        policy: which files and URLs may be opened.
+        limits: number of sessions, idle time and memory.
     """
 
-    def __init__(self, model: Toolbox, policy: ImagePolicy, limits: Limits) -> None:
-        self._model = model
+    def __init__(self, toolbox: Toolbox, policy: ImagePolicy, limits: Limits) -> None:
+        self._toolbox = toolbox
         self._policy = policy
         self._limits = limits
         self._known: dict[str, Session] = {}
@@ -159,14 +161,14 @@ class Sessions:
         """The session of a key that this server issued.
 
         Raises:
-            Busy: it is new, and there are as many as there may be.
+            Busy: the key is new, and the maximum number of sessions is open.
         """
         self._forget_idle()
         session = self._known.get(key)
         if session is None:
             if len(self._known) >= self._limits.clients:
                 raise Busy(f"{len(self._known)} browser sessions are open", retry_after=60)
-            session = self._known[key] = Session(self._model.for_workspace(self._workspace()))
+            session = self._known[key] = Session(self._toolbox.for_workspace(self._workspace()))
         session.last_use = time.monotonic()
         return session
 

@@ -1,4 +1,4 @@
-"""A session's page as one JSON document: the browser draws it and keeps nothing of its own."""
+"""A session's page as one JSON document: the browser draws it and keeps no state itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sam4mllm_tool.tools.records import ObjectRecord
 
 @dataclass(frozen=True)
 class About:
-    """What the page says of the models.
+    """What the page shows about the models.
 
     Attributes:
         loading: Python expression that loads them, for the script to copy.
@@ -47,7 +47,7 @@ def page_state(session: Session, about: About) -> dict[str, Any]:
         "steps": [asdict(step) for step in board.steps],
         "json": as_json(board.steps),
         "python": as_python(board.steps, about.loading, board.image_id, name),
-        "can_undo": bool(session.former),
+        "can_undo": bool(session.history),
     }
 
 
@@ -96,7 +96,7 @@ def _object(shown: Shown, record: ObjectRecord) -> dict[str, Any]:
 
 
 def _mask_address(shown: Shown, record: ObjectRecord) -> str | None:
-    """Where the browser finds the mask; the area tells it from another session's of that handle."""
+    """URL of the mask; with its area, so that no cached mask of an earlier session is used."""
     if record.mask is None:
         return None
     return f"/masks/{record.object_id}?number={shown.number}&area={record.mask.area}"

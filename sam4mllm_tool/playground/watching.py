@@ -1,4 +1,4 @@
-"""A pipeline that tells a listener what it finds while a call is still running."""
+"""A pipeline that reports intermediate results to a listener while a call runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _listener: ContextVar[Listener | None] = ContextVar("sam4mllm_playground", defau
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Tell ``listener`` of stages, boxes, points and answers within the ``with`` block.
+    """Report stages, boxes, points and answers to ``listener`` within the ``with`` block.
 
     Events are ``{"event": "stage", "name"}``, ``{"event": "boxes", "boxes"}``, ``{"event":
     "asking", "points"}`` and ``{"event": "answers", "points"}``; coordinates are pixels.
@@ -41,7 +41,7 @@ class WatchedModel(Sam4MLLM):
 
     @classmethod
     def over(cls, model: Sam4MLLM) -> WatchedModel:
-        """The same models and settings, watched."""
+        """The same models and settings, with reports."""
         return cls(**{field.name: getattr(model, field.name) for field in fields(model)})
 
     def locate(
@@ -52,8 +52,8 @@ class WatchedModel(Sam4MLLM):
         *,
         alternates: int = 0,
     ) -> Location:
-        """As the pipeline; the boxes are reported."""
-        return _boxes_told(super().locate(image, expression, count, alternates=alternates))
+        """See :meth:`Sam4MLLM.locate`; the boxes are reported."""
+        return _report_boxes(super().locate(image, expression, count, alternates=alternates))
 
     def locate_with_points(
         self,
@@ -61,10 +61,10 @@ class WatchedModel(Sam4MLLM):
         expression: str,
         count: TargetCount | str = TargetCount.ZERO_OR_MORE,
     ) -> Location:
-        """As the pipeline; boxes and points are reported."""
-        found = _boxes_told(super().locate_with_points(image, expression, count))
+        """See :meth:`Sam4MLLM.locate_with_points`; boxes and points are reported."""
+        found = _report_boxes(super().locate_with_points(image, expression, count))
         for one in found.objects:
-            _tell({"event": "answers", "points": _points(one.points)})
+            _report({"event": "answers", "points": _points(one.points)})
         return found
 
     def check_points_of_each(
@@ -76,20 +76,20 @@ class WatchedModel(Sam4MLLM):
         *,
         thresholds: Thresholds | None = None,
     ) -> list[tuple[PromptPoint, ...]]:
-        """As the pipeline; the points are reported first, then the answers."""
+        """See :meth:`Sam4MLLM.check_points_of_each`; reports the points, then the answers."""
         if points is None:
             points = [self.candidate_points(box, image) for box in boxes]
         listed = [{"x": point.x, "y": point.y} for some in points for point in some]
-        _tell({"event": "asking", "points": listed})
+        _report({"event": "asking", "points": listed})
         answers = super().check_points_of_each(
             image, location, boxes, points, thresholds=thresholds
         )
-        _tell({"event": "answers", "points": [one for some in answers for one in _points(some)]})
+        _report({"event": "answers", "points": [one for some in answers for one in _points(some)]})
         return answers
 
 
-def _boxes_told(found: Location) -> Location:
-    _tell({"event": "boxes", "boxes": [list(one.box) for one in found.objects]})
+def _report_boxes(found: Location) -> Location:
+    _report({"event": "boxes", "boxes": [list(one.box) for one in found.objects]})
     return found
 
 
@@ -97,7 +97,7 @@ def _points(points: Sequence[PromptPoint]) -> list[dict[str, Any]]:
     return [{**asdict(point), "label": point.label.value} for point in points]
 
 
-def _tell(event: Event) -> None:
+def _report(event: Event) -> None:
     listener = _listener.get()
     if listener is not None:
         listener(event)

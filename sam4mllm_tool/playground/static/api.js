@@ -18,9 +18,9 @@ async function checked(request) {
   }
   if (response.ok) return response;
   const text = await response.text();
-  let found = { message: text || response.statusText };
-  try { found = JSON.parse(text); } catch { /* plain text */ }
-  throw new Problem(found);
+  let details = { message: text || response.statusText };
+  try { details = JSON.parse(text); } catch { /* plain text */ }
+  throw new Problem(details);
 }
 
 export async function get(path) {
@@ -38,7 +38,7 @@ export async function upload(file) {
   return (await checked(fetch(path, { method: "POST", body: file }))).json();
 }
 
-// Makes a tool call; `onEvent` hears what is found meanwhile. Returns the last event.
+// Runs a tool call; `onEvent` is called with each intermediate event. Returns the final one.
 export async function call(tool, args, panel, onEvent, signal) {
   const body = JSON.stringify({ tool, arguments: args, panel });
   const headers = { "content-type": "application/json" };
@@ -48,7 +48,7 @@ export async function call(tool, args, panel, onEvent, signal) {
     if (event.event === "state") return event;
     onEvent(event);
   }
-  throw new Problem({ message: "The answer broke off.", hint: "Try again." });
+  throw new Problem({ message: "The connection was lost during the call.", hint: "Try again." });
 }
 
 async function* lines(stream) {

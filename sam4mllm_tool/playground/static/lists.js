@@ -1,23 +1,23 @@
-// The lists beside the picture: objects, relations, calls.
+// The lists next to the picture: objects, relations, calls.
 
 import { describe } from "./stage.js";
 
 function element(name, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(name), properties);
-  made.append(...children);
-  return made;
+  const node = Object.assign(document.createElement(name), properties);
+  node.append(...children);
+  return node;
 }
 
 export function drawObjects(place, objects, current, ticked, actions) {
-  const held = document.activeElement?.dataset?.key;
+  const focusedKey = document.activeElement?.dataset?.key;
   const fresh = row({ number: 0, panel: "a", name: "New object" }, current, ticked, actions);
   place.replaceChildren(...objects.map((one) => row(one, current, ticked, actions)), fresh);
-  if (held) place.querySelector(`[data-key="${held}"]`)?.focus();
+  if (focusedKey) place.querySelector(`[data-key="${focusedKey}"]`)?.focus();
 }
 
 function row(one, current, ticked, actions) {
   const chosen = one.number === current.number && one.panel === current.panel;
-  const made = element("div", { className: chosen ? "object chosen" : "object" });
+  const entry = element("div", { className: chosen ? "object chosen" : "object" });
   const radio = element("input", { type: "radio", name: "current", checked: chosen });
   radio.dataset.key = `choose ${one.panel}${one.number}`;
   radio.addEventListener("change", () => actions.choose(one.number ? one : null));
@@ -25,18 +25,18 @@ function row(one, current, ticked, actions) {
   if (one.colour) Object.assign(swatch.style, { background: one.colour, color: one.ink });
   const name = element("span", { className: "name", textContent: one.name });
   const head = element("div", { className: "head" }, element("label", {}, radio, swatch, name));
-  made.append(head);
-  if (!one.number) return made;
-  made.dataset.object = one.object_id;
+  entry.append(head);
+  if (!one.number) return entry;
+  entry.dataset.object = one.object_id;
   const tick = element("input", { type: "checkbox", checked: ticked.has(one.object_id), disabled: !one.mask });
   tick.dataset.key = `tick ${one.panel}${one.number}`;
-  tick.setAttribute("aria-label", `Relate object ${one.number}`);
+  tick.setAttribute("aria-label", `Tick object ${one.number}`);
   tick.title = "Tick objects to compare or combine them";
   tick.addEventListener("change", () => (tick.checked ? ticked.add(one.object_id) : ticked.delete(one.object_id)));
   head.append(tick);
-  made.append(element("p", { className: "quiet", textContent: details(one) }));
-  if (chosen) made.append(buttons(one, actions), pointList(one));
-  return made;
+  entry.append(element("p", { className: "quiet", textContent: details(one) }));
+  if (chosen) entry.append(buttons(one, actions), pointList(one));
+  return entry;
 }
 
 function details(one) {
@@ -59,7 +59,7 @@ function buttons(one, actions) {
   };
   add("Ask about a grid", "Ask about points spread evenly over the box", actions.ask, !one.can_be_asked);
   add(one.mask ? "Refine" : "Draw the mask", "Draw the mask from the box and all answered points", actions.redraw);
-  add("Remove", "Take it off the page", actions.remove);
+  add("Remove", "Remove it from the page", actions.remove);
   return group;
 }
 

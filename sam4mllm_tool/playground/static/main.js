@@ -1,4 +1,4 @@
-// The page: what the server says is on it is drawn, what is clicked becomes a tool call.
+// The page: draws the state that the server sends, and turns clicks into tool calls.
 
 import * as api from "./api.js";
 import { drawCalls, drawObjects, drawRelations, drawReplies } from "./lists.js";
@@ -17,7 +17,7 @@ const $ = (id) => document.getElementById(id);
 
 let about, offers, state;
 let running = null; // AbortController of the call in progress
-let current = { panel: "a", number: 0 }; // the object that is worked on; number 0 begins a new one
+let current = { panel: "a", number: 0 }; // the selected object; number 0 stands for a new one
 const ticked = new Set();
 const stages = {};
 const settings = {};
@@ -126,15 +126,15 @@ function capitalised(text) {
   return text.charAt(0).toUpperCase() + text.slice(1);
 }
 
-// -- what happens -------------------------------------------------------------------------------
+// -- actions ------------------------------------------------------------------------------------
 
-function say(text, busy = false) {
+function showStatus(text, busy = false) {
   $("status").textContent = text;
   $("bar").hidden = !busy;
   document.body.classList.toggle("busy", busy);
 }
 
-function complain(place, error) {
+function showProblem(place, error) {
   const box = $(`${place}-problem`);
   box.replaceChildren();
   if (!error) return;
@@ -147,24 +147,24 @@ function complain(place, error) {
   box.scrollIntoView({ block: "nearest" });
 }
 
-function quiet() {
-  for (const place of ["picture", "question", "stage", "objects"]) complain(place, null);
+function clearProblems() {
+  for (const place of ["picture", "question", "stage", "objects"]) showProblem(place, null);
 }
 
-// Runs `work`; a problem is shown at `place`.
+// Runs `work` if nothing else is running; an error is shown at `place`.
 async function attempt(place, work) {
   if (running) return;
   running = new AbortController();
-  quiet();
+  clearProblems();
   $("cancel").hidden = false;
   draw();
   try {
     await work(running.signal);
   } catch (error) {
-    if (error.name === "AbortError") say("Cancelled.");
+    if (error.name === "AbortError") showStatus("Cancelled.");
     else {
-      say("");
-      complain(place, error);
+      showStatus("");
+      showProblem(place, error);
       if (!(error instanceof api.Problem)) console.error(error);
     }
   } finally {
@@ -179,12 +179,12 @@ async function attempt(place, work) {
 
 function openPicture(request) {
   return attempt("picture", async () => {
-    say("Opening the picture …", true);
+    showStatus("Opening the picture …", true);
     state = await request();
     current = { panel: "a", number: 0 };
     ticked.clear();
     showNotes(state.picture.notes);
-    say(`${state.picture.name}: ${state.picture.width} × ${state.picture.height} pixels.`);
+    showStatus(`${state.picture.name}: ${state.picture.width} × ${state.picture.height} pixels.`);
   });
 }
 
@@ -193,37 +193,37 @@ function openFile(file) {
 }
 
 function showNotes(notes) {
-  const told = notes.filter((note) => note !== about.caution);
-  $("notes").replaceChildren(...told.map((note) => {
+  const shown = notes.filter((note) => note !== about.caution);
+  $("notes").replaceChildren(...shown.map((note) => {
     const item = document.createElement("li");
     item.textContent = `Note: ${note}.`;
     return item;
   }));
 }
 
-// A tool call on a panel, its events drawn as they come.
+// Runs a tool call for a panel and draws its events as they arrive.
 async function call(name, args, panel, signal) {
   const stage = stages[panel];
   const before = new Set(state.objects.map((one) => one.object_id));
   stage.preview = { boxes: [], points: [] };
-  const event = await api.call(name, args, panel, (found) => preview(stage, found), signal);
+  const event = await api.call(name, args, panel, (intermediate) => preview(stage, intermediate), signal);
   stage.preview = { boxes: [], points: [] };
   state = event.state;
   showNotes(event.result.notes);
-  const made = state.objects.filter((one) => !before.has(one.object_id));
-  if (made.length) current = { panel, number: made.at(-1).number };
-  return { result: event.result, made };
+  const created = state.objects.filter((one) => !before.has(one.object_id));
+  if (created.length) current = { panel, number: created.at(-1).number };
+  return { result: event.result, created };
 }
 
 function preview(stage, event) {
   const { boxes, points } = stage.preview;
-  if (event.event === "stage") say(STAGES[event.name] ?? `${event.name} …`, true);
+  if (event.event === "stage") showStatus(STAGES[event.name] ?? `${event.name} …`, true);
   if (event.event === "boxes") boxes.push(...event.boxes);
   if (event.event === "asking") points.push(...event.points);
   if (event.event === "answers") {
     const answered = new Map(event.points.map((one) => [`${one.x} ${one.y}`, one]));
-    const left = points.filter((one) => !answered.has(`${one.x} ${one.y}`));
-    stage.preview.points = [...left, ...event.points];
+    const pending = points.filter((one) => !answered.has(`${one.x} ${one.y}`));
+    stage.preview.points = [...pending, ...event.points];
   }
   stage.draw();
 }
@@ -251,40 +251,41 @@ function segment() {
     const args = question();
     if (matchMedia("(max-width: 48rem)").matches) $("stages").scrollIntoView();
     const panels = $("compare").checked ? ["a", "b"] : ["a"];
-    const found = [];
+    const replies = [];
     for (const panel of panels) {
-      found.push(await call("segment_object", { ...args, ...settings[panel].arguments() }, panel, signal));
+      replies.push(await call("segment_object", { ...args, ...settings[panel].arguments() }, panel, signal));
       draw();
     }
-    current = { panel: "a", number: found[0].made.at(-1)?.number ?? 0 };
-    if (panels.length === 2) await compareSides(found, signal);
-    else say(told(found[0]));
+    current = { panel: "a", number: replies[0].created.at(-1)?.number ?? 0 };
+    if (panels.length === 2) await compareSides(replies, signal);
+    else showStatus(summary(replies[0]));
   });
 }
 
-// What the two sides of a comparison have in common.
+// Reports how much the two sides of a comparison overlap.
 async function compareSides([a, b], signal) {
-  if (!a.made.length || !b.made.length) {
-    say(`A: ${told(a)} B: ${told(b)}`);
+  if (!a.created.length || !b.created.length) {
+    showStatus(`A: ${summary(a)} B: ${summary(b)}`);
     return;
   }
-  const pair = [a.made[0].object_id, b.made[0].object_id];
+  const pair = [a.created[0].object_id, b.created[0].object_id];
   const { result } = await call("compare_objects", { object_ids: pair }, "a", signal);
   const share = (100 * result.pairs[0].iou).toFixed(1);
-  say(`A and B overlap by ${share} % (IoU of their first objects). A: ${told(a)} B: ${told(b)}`);
+  showStatus(`A and B overlap by ${share} % (IoU of their first objects). A: ${summary(a)} B: ${summary(b)}`);
 }
 
 function locate() {
   return attempt("question", async (signal) => {
     needPicture();
-    say(told(await call("locate_object", question(), "a", signal)));
+    showStatus(summary(await call("locate_object", question(), "a", signal)));
   });
 }
 
-function told({ result, made }) {
+// One sentence per created object, or the reason why there is none.
+function summary({ result, created }) {
   if (result.status === "not_found") return "The model says that nothing in the picture matches.";
-  if (!made.length) return result.text;
-  return made.map((one) => {
+  if (!created.length) return result.text;
+  return created.map((one) => {
     const area = one.area === null ? "a box" : `${one.area} pixels`;
     return `${one.number}: ${one.name}, ${area}.`;
   }).join(" ");
@@ -292,46 +293,46 @@ function told({ result, made }) {
 
 function act(panel, action) {
   const one = currentOf(panel);
-  const fresh = current.number === 0 && current.panel === "a" && panel === "a";
-  const target = fresh ? null : one;
+  const isNew = current.number === 0 && current.panel === "a" && panel === "a";
+  const target = isNew ? null : one;
   if (tool() === "select") return selectAt(panel, action);
   return attempt("stage", async (signal) => {
-    const about_ = target ? { object_id: target.object_id } : { image: state.picture.image_id };
-    if (action.kind === "box") return drawFrom({ ...about_, box: action.box }, panel, signal);
+    const subject = target ? { object_id: target.object_id } : { image: state.picture.image_id };
+    if (action.kind === "box") return drawFrom({ ...subject, box: action.box }, panel, signal);
     const { x, y } = action;
     if (tool() === "ask") return askPoint(target, { x, y }, panel, signal);
-    return drawFrom({ ...about_, points: [{ x, y, label: tool() }] }, panel, signal);
+    return drawFrom({ ...subject, points: [{ x, y, label: tool() }] }, panel, signal);
   });
 }
 
 async function drawFrom(args, panel, signal) {
-  say(told(await call("segment_with_prompts", args, panel, signal)));
+  showStatus(summary(await call("segment_with_prompts", args, panel, signal)));
 }
 
 async function askPoint(one, point, panel, signal) {
   let args = { points: [point], ...settings[panel].thresholds() };
   if (one) {
     if (!one.can_be_asked) {
-      throw new api.Problem({ message: "This object was found by no expression, so there is nothing to ask about.", hint: "Choose another object, or “New object” with an expression." });
+      throw new api.Problem({ message: "This object was not found by an expression, so there is nothing to ask the model.", hint: "Choose another object, or “New object” with an expression." });
     }
     args = { object_id: one.object_id, ...args };
   } else {
     args = { image: state.picture.image_id, expression: needExpression(), ...args };
   }
   const { result } = await call("is_point_inside_object", args, panel, signal);
-  sayAnswers(result.points);
+  showAnswers(result.points);
 }
 
-function sayAnswers(points) {
-  if (!points.length) return say("The model says that nothing in the picture matches.");
+function showAnswers(points) {
+  if (!points.length) return showStatus("The model says that nothing in the picture matches.");
   const labels = { inside: "foreground", outside: "background", undecided: "undecided" };
   const first = points[0];
   if (points.length === 1) {
-    const clash = first.disagrees ? " Answer and mask contradict each other." : "";
-    return say(`${describe({ ...first, label: labels[first.answer] })}.${clash}`);
+    const clash = first.disagrees ? " The answer contradicts the mask." : "";
+    return showStatus(`${describe({ ...first, label: labels[first.answer] })}.${clash}`);
   }
   const count = (answer) => points.filter((one) => one.answer === answer).length;
-  say(`${points.length} points asked: ${count("inside")} inside, ${count("outside")} outside, ${count("undecided")} undecided.`);
+  showStatus(`${points.length} points asked: ${count("inside")} inside, ${count("outside")} outside, ${count("undecided")} undecided.`);
 }
 
 function selectAt(panel, { x, y }) {
@@ -350,7 +351,7 @@ function askGrid(one) {
   return attempt("objects", async (signal) => {
     const args = { object_id: one.object_id, ...settings[one.panel].thresholds() };
     const { result } = await call("is_point_inside_object", args, one.panel, signal);
-    sayAnswers(result.points);
+    showAnswers(result.points);
   });
 }
 
@@ -361,7 +362,7 @@ function redraw(one) {
 function change(path, place, text, value = {}) {
   return attempt(place, async () => {
     state = await api.post(path, value);
-    say(text);
+    showStatus(text);
   });
 }
 
@@ -379,8 +380,8 @@ function relate(combine) {
     const ids = state.objects.map((one) => one.object_id).filter((id) => ticked.has(id));
     if (ids.length < 2) throw new api.Problem({ message: "Tick two or more objects first." });
     const args = combine ? { object_ids: ids, combine } : { object_ids: ids };
-    const { made } = await call("compare_objects", args, "a", signal);
-    say(made.length ? told({ result: {}, made }) : "Compared; see below the objects.");
+    const { created } = await call("compare_objects", args, "a", signal);
+    showStatus(created.length ? summary({ result: {}, created }) : "Compared: the result is listed below the objects.");
   });
 }
 
@@ -439,10 +440,10 @@ async function copy(button) {
   const source = $(button.dataset.copy);
   try {
     await navigator.clipboard.writeText(source.textContent);
-    say("Copied.");
+    showStatus("Copied.");
   } catch {
     getSelection().selectAllChildren(source);
-    say("Selected: copy it with Ctrl+C.");
+    showStatus("Selected: copy it with Ctrl+C.");
   }
 }
 
@@ -470,7 +471,7 @@ async function start() {
     draw();
     document.body.dataset.ready = "yes";
   } catch (error) {
-    complain("stage", error);
+    showProblem("stage", error);
   }
 }
 

@@ -1,4 +1,4 @@
-// How one side of a comparison is asked: strategy, number of points, thresholds.
+// The dialogue settings of one side of a comparison: strategy, number of points, thresholds.
 
 const ASK_NO_POINTS = ["ppg", "box_only"];
 
@@ -7,7 +7,7 @@ export class Settings {
     this.fieldset = fieldset;
     this.defaults = defaults;
     const legend = document.createElement("legend");
-    legend.textContent = fieldset.dataset.panel === "a" ? "How it is asked" : "B: how it is asked";
+    legend.textContent = fieldset.dataset.panel === "a" ? "Dialogue settings" : "B: dialogue settings";
     this.strategy = document.createElement("select");
     for (const name of Object.keys(defaults.strategies)) this.strategy.add(new Option(name));
     this.about = document.createElement("p");
@@ -21,8 +21,8 @@ export class Settings {
       labelled("Strategy", this.strategy),
       this.about,
       labelled("Points to ask about", this.points),
-      labelled("Inside above p_yes", this.inside),
-      labelled("Outside above p_no", this.outside),
+      labelled("Inside if p_yes is above", this.inside),
+      labelled("Outside if p_no is above", this.outside),
     );
     fieldset.addEventListener("change", () => { this.fit(); changed(); });
     this.fit();
@@ -33,7 +33,7 @@ export class Settings {
     this.fit();
   }
 
-  // What the strategy does not use is disabled.
+  // Disables the settings that the strategy does not use.
   fit() {
     const { strategy } = this.value;
     this.about.textContent = this.defaults.strategies[strategy];
@@ -44,7 +44,7 @@ export class Settings {
     return { strategy: this.strategy.value };
   }
 
-  // Arguments of segment_object: the strategy, and what differs from the defaults.
+  // Arguments for segment_object: the strategy, and settings that differ from the defaults.
   arguments() {
     const args = { strategy: this.strategy.value };
     if (!this.points.disabled && this.points.value && this.points.valueAsNumber !== this.defaults.points) args.points = this.points.valueAsNumber;

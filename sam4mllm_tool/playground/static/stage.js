@@ -1,19 +1,19 @@
 // One picture with its masks, boxes and points. All coordinates are pixels of the original picture:
-// the drawing's viewBox is the picture's size, whatever size it is shown at.
+// the SVG's viewBox has the picture's size, at whatever size the picture is displayed.
 
 const SVG = "http://www.w3.org/2000/svg";
-const NEAR = 14; // CSS pixels within which a corner is taken hold of
+const NEAR = 14; // distance in CSS pixels within which a press grabs a corner
 const RADIUS = 6;
 
 function shape(name, attributes, parent) {
-  const made = document.createElementNS(SVG, name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  parent?.append(made);
-  return made;
+  const node = document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  parent?.append(node);
+  return node;
 }
 
 export class Stage {
-  // `act` gets {kind: "point", x, y} or {kind: "box", box} from pointer and keyboard.
+  // `act` is called with {kind: "point", x, y} or {kind: "box", box}, by pointer or keyboard.
   constructor(panel, act) {
     this.panel = panel;
     this.act = act;
@@ -37,8 +37,8 @@ export class Stage {
     this.drawing = shape("svg", { "aria-hidden": "true", preserveAspectRatio: "none" });
     this.root.append(this.image, this.masks, this.drawing);
     this.figure.append(this.root, this.caption);
-    this.cursor = null; // cross-hair of the keyboard
-    this.anchor = null; // where a box begins
+    this.cursor = null; // position of the keyboard's cross-hair
+    this.anchor = null; // first corner of the box that is being drawn
     this.listen();
     new ResizeObserver(() => this.draw()).observe(this.root);
   }
@@ -74,7 +74,7 @@ export class Stage {
     }));
   }
 
-  // How many of the picture's pixels a CSS pixel is.
+  // Picture pixels per CSS pixel.
   get unit() {
     return this.picture.width / (this.root.clientWidth || this.picture.width);
   }
@@ -156,9 +156,9 @@ export class Stage {
     root.addEventListener("pointerdown", (event) => this.press(event));
     root.addEventListener("pointermove", (event) => this.drag(event));
     root.addEventListener("pointerup", (event) => this.release(event));
-    root.addEventListener("pointercancel", () => this.giveUp());
+    root.addEventListener("pointercancel", () => this.cancelDrawing());
     root.addEventListener("keydown", (event) => this.key(event));
-    root.addEventListener("blur", () => this.giveUp());
+    root.addEventListener("blur", () => this.cancelDrawing());
   }
 
   at(event) {
@@ -169,10 +169,10 @@ export class Stage {
     return this.inside(x, y);
   }
 
-  // The nearest place inside the picture, to a tenth of a pixel.
+  // The nearest position inside the picture, rounded to a tenth of a pixel.
   inside(x, y) {
-    const most = this.tool === "box" ? 0 : 0.1; // a box may end at the picture's edge, a point may not lie there
-    const clip = (value, size) => Math.round(10 * Math.min(Math.max(value, 0), size - most)) / 10;
+    const margin = this.tool === "box" ? 0 : 0.1; // a box may end at the picture's edge; a point must lie before it
+    const clip = (value, size) => Math.round(10 * Math.min(Math.max(value, 0), size - margin)) / 10;
     return { x: clip(x, this.picture.width), y: clip(y, this.picture.height) };
   }
 
@@ -181,8 +181,8 @@ export class Stage {
     this.cursor = null;
     if (this.tool !== "box") return;
     const here = this.at(event);
-    const held = this.current && corners(this.current.box).find(([x, y]) => Math.hypot(x - here.x, y - here.y) < NEAR * this.unit);
-    this.anchor = held ? opposite(this.current.box, held) : here;
+    const grabbed = this.current && corners(this.current.box).find(([x, y]) => Math.hypot(x - here.x, y - here.y) < NEAR * this.unit);
+    this.anchor = grabbed ? opposite(this.current.box, grabbed) : here;
     this.root.setPointerCapture(event.pointerId);
     event.preventDefault();
     this.root.focus({ preventScroll: true });
@@ -207,11 +207,11 @@ export class Stage {
     this.draw();
     if (!anchor) return;
     const box = ordered(anchor, here);
-    const least = Math.max(2 * this.unit, 1);
-    if (box[2] - box[0] >= least && box[3] - box[1] >= least) this.act({ kind: "box", box });
+    const minSide = Math.max(2 * this.unit, 1);
+    if (box[2] - box[0] >= minSide && box[3] - box[1] >= minSide) this.act({ kind: "box", box });
   }
 
-  giveUp() {
+  cancelDrawing() {
     this.anchor = this.cursor = null;
     this.draw();
   }
@@ -229,7 +229,7 @@ export class Stage {
     } else if (event.key === "Enter" || event.key === " ") {
       this.enter();
     } else if (event.key === "Escape") {
-      this.giveUp();
+      this.cancelDrawing();
     } else {
       return;
     }
@@ -250,12 +250,12 @@ export class Stage {
 
 export function describe(point) {
   const place = `(${round(point.x)}, ${round(point.y)})`;
-  if (!point.label) return `${place}: being asked`;
+  if (!point.label) return `${place}: waiting for the answer`;
   const answer = { foreground: "inside", background: "outside", undecided: "undecided" }[point.label];
   const parts = [`${place}: ${answer}`];
   if (point.p_yes === null) parts.push("set by hand");
   else parts.push(`p_yes ${point.p_yes.toFixed(2)}`, `p_no ${point.p_no.toFixed(2)}`);
-  if (typeof point.in_mask === "boolean") parts.push(point.in_mask ? "the mask covers it" : "the mask leaves it out");
+  if (typeof point.in_mask === "boolean") parts.push(point.in_mask ? "inside the mask" : "outside the mask");
   return parts.join(", ");
 }
 
