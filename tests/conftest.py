@@ -18,16 +18,36 @@ from sam4mllm_tool.types import Mask, RgbImage
 RED, BLUE, WHITE = (214, 40, 40), (45, 95, 215), (255, 255, 255)
 
 
+# Several workers (`-n`) share the cores: one thread of torch each. Read when torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Ray reads these when it is imported. A cluster of ours serves nobody else.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
+SLOWEST = (
+    "test_cluster", "test_cluster_batches", "test_playground_browser", "test_training_families",
+    "test_training_runs", "test_cli_training", "test_cli", "test_mcp_trust",
+)  # fmt: skip
+"""Files of tests that take a quarter of a minute and more."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that run the shipped models, so that the others can be run alone."""
+    """Mark the tests that run the shipped models, and say which tests share a worker (`-n`).
+
+    A file's tests do, because of its fixtures; so do all tests on the Ray cluster. The files that
+    take longest come first, so that no worker is left with one of them at the end.
+    """
     for item in items:
-        if "embedded_model" in getattr(item, "fixturenames", ()):
+        fixtures = getattr(item, "fixturenames", ())
+        if "embedded_model" in fixtures:
             item.add_marker("shipped")
+        group = "ray" if "ray_cluster" in fixtures else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.path.stem not in SLOWEST)
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ BOX = Box(20, 5, 60, 45)
 PLAIN = Candidates(asked=(12, 12), jitter=0.0)
 
 
-def _draws(candidates: Candidates, mask: Mask = TARGET, number: int = 200):
+def _draws(candidates: Candidates, mask: Mask = TARGET, number: int = 80):
     others = [one for one in (TARGET, NEIGHBOUR, APART) if one is not mask]
     assert mask.box is not None
     for seed in range(number):
@@ -43,9 +43,9 @@ def _share_on(mask: Mask, draws) -> float:
 
 def test_hard_points_lie_on_other_objects_in_the_box() -> None:
     plain, hard = (_share_on(NEIGHBOUR, _draws(replace(PLAIN, hard_points=h))) for h in (0, 0.4))
-    assert plain == pytest.approx(20 * 20 / 40**2, abs=0.02), "its share of the box"
+    assert plain == pytest.approx(20 * 20 / 40**2, abs=0.03), "its share of the box"
     # The L and the neighbour fill the box, so all that is off the one is on the other already.
-    assert hard == pytest.approx(plain, abs=0.02)
+    assert hard == pytest.approx(plain, abs=0.03)
     wide = replace(PLAIN, jitter=0.25)
     kept, moved = (list(_draws(replace(wide, hard_points=h))) for h in (0, 0.4))
     assert [box for box, _ in kept] == [box for box, _ in moved]
@@ -53,7 +53,7 @@ def test_hard_points_lie_on_other_objects_in_the_box() -> None:
     assert rest > 0.1
     assert _share_on(TARGET, moved) == pytest.approx(on), "as many are on the object as before"
     gained = _share_on(NEIGHBOUR, moved) - _share_on(NEIGHBOUR, kept)
-    assert gained == pytest.approx(0.4 * rest, abs=0.02)
+    assert gained == pytest.approx(0.4 * rest, abs=0.03)
     for box, points in _draws(replace(wide, hard_points=1.0), number=20):
         assert len(points) == 12
         assert all(TARGET.contains(*p) or NEIGHBOUR.contains(*p) for p in points)
