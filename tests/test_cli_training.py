@@ -84,7 +84,7 @@ def test_pictures_of_other_splits_are_not_learnt_from(refcoco: Path, tmp_path: P
 
 def test_an_adapter_is_trained_examined_and_served(tmp_path: Path) -> None:
     out = tmp_path / "adapter"
-    options = ["--count", 3, "--rank", 4, "--vqa-share", 0.2, "--held-out", 1, "--save-steps", 1]
+    options = ["--count", 3, "--rank", 4, "--vqa-share", 0.2, "--held-out", 1, "--save-steps", 4]
     run("train", "--out", out, *options, "--tensorboard", "--device", "cpu")
     about = json.loads((out / "sam4mllm.json").read_text())
     assert about["base_model"] == "embedded"
