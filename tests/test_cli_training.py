@@ -48,7 +48,8 @@ def test_scenes_do_not_give_absence_away() -> None:
 
 
 def test_every_world_gets_its_turn() -> None:
-    output = run("dialogues", "--count", 2, "--show", 30, "--ppg", 0, "--world", "small", "--world", "full")
+    worlds = ("--world", "small", "--world", "full")
+    output = run("dialogues", "--count", 2, "--show", 30, "--ppg", 0, *worlds)
     assert {"small-0", "full-0", "small-1", "full-1"} <= set(re.findall(r"image (\S+)", output))
     with pytest.raises(InputError, match="no world"):
         run("dialogues", "--world", "flat")
