@@ -79,7 +79,7 @@ def test_the_options_arrive(monkeypatch, tmp_path):
     result = CliRunner().invoke(cli, ["serve", *options.split(), "--allow-dir", "pictures"])
     assert result.exception is None, result.output
     (settings,) = given
-    assert (settings.replicas, settings.drawers, settings.gpus) == (3, 2, 0.5)
+    assert (settings.replicas, settings.segmenters, settings.gpus) == (3, 2, 0.5)
     assert (settings.state, settings.allow_dirs) == (tmp_path / "here", (tmp_path / "pictures",))
 
 
@@ -205,7 +205,7 @@ def test_what_a_model_raises_arrives_and_a_deadly_call_has_an_end(witness):
         asked(witness, 1, "fail")
     assert type(raised.value) is DialogueError
     assert (raised.value.raw_reply, raised.value.hint) == ("[1, 2", "Ask again.")
-    with pytest.raises(ClusterError, match="2 replicas in turn ended"):
+    with pytest.raises(ClusterError, match="2 replicas in turn died"):
         asked(witness, 1, "end")
     assert asked(witness, 1).tokens == 31  # the others' calls are served again
 

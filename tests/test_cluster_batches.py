@@ -112,7 +112,7 @@ def test_a_picture_that_ends_every_worker_is_a_failure_of_its_own(
     load = partial(mortal, wide_truth, str(deaths), 239)
     done = annotate(workers(load), pictures, TEXTS, out)
     assert sorted(done.failures) == ["39.png", "broken.jpg"]
-    assert "ended its worker 3 times" in done.failures["39.png"]
+    assert "3 workers died on this picture" in done.failures["39.png"]
     assert len(done.document["images"]) == 39 and len(done.document["annotations"]) == 117
     assert len(deaths.read_text()) == 97
     # It is tried again by the next run, with more memory perhaps.

@@ -45,25 +45,26 @@ _LOCAL_CALLS, _ENDPOINT_CALLS = 8, 64
 
 
 class ServeSettings(BaseModel):
-    """What is served, and by how many processes. All fields are JSON, for a Serve config file.
+    """What is served, and by how many processes. All fields fit into a Serve config file.
 
     Attributes:
         mllm, adapter, format, sam, sam_decoder, sam_dtype, device: as on the command line.
-        replicas: processes with the MLLM, each with ``cpus`` and ``gpus`` of the cluster.
-        sam_replicas: processes with the segmenter; as many as ``replicas`` by default.
-        servers: tool servers. More than one need ``state``, and clients that show a user's token
-            or speak MCP of 2026-07-28 or later: older sessions belong to one process.
-        cpus, gpus, sam_gpus: for each replica; parts of a GPU are possible.
-        host, port: where HTTP listens on each machine; off loopback a token is needed.
-        token: bearer token that all clients send; by default the variable SAM4MLLM_TOKEN.
-        tokens: file of users' tokens.
+        replicas: number of processes with the MLLM, each with ``cpus`` and ``gpus`` of the cluster.
+        sam_replicas: number of processes with the segmenter; as many as ``replicas`` by default.
+        servers: number of tool servers. More than one require ``state``, and clients that send a
+            user's token or use MCP 2026-07-28 or later: a session of an older client belongs to
+            one process.
+        cpus, gpus, sam_gpus: per replica; fractions of a GPU are possible.
+        host, port: HTTP address on each machine; any address except loopback requires a token.
+        token: bearer token of all clients; by default the environment variable SAM4MLLM_TOKEN.
+        tokens: file with the users' tokens.
         allowed_hosts, allowed_origins, state: as for :class:`~.mcp_server.HttpSettings` and
-            :class:`~.mcp_server.ToolServer`. The folder is on one machine's disk, and so are the
-            tool servers that share it.
+            :class:`~.mcp_server.ToolServer`. The state folder is on a local disk, and all
+            tool servers that share it run on that machine.
         allow_dirs, output_dirs, network, coordinates, links, tools, read_only: what the tools may
             do, as on the command line of ``mcp``.
-        model_calls: tool calls of one server that use the models at a time, by default twice the
-            replicas. Where Serve changes their number: twice what there may be.
+        model_calls: concurrent tool calls per server that use the models; by default twice the
+            number of replicas. With autoscaling, give twice the maximum number.
         deadline, max_clients, memory: as on the command line of ``mcp``.
     """
 
@@ -104,31 +105,29 @@ class ServeSettings(BaseModel):
     @model_validator(mode="after")
     def _shared(self) -> ServeSettings:
         if self.servers > 1 and self.state is None:
-            raise ValueError(
-                "several servers need a state folder, so that handles are known to all"
-            )
+            raise ValueError("several servers need a state folder, in which they share the handles")
         return self
 
     @property
-    def drawers(self) -> int:
-        """Replicas of the segmenter."""
+    def segmenters(self) -> int:
+        """Number of the segmenter's replicas."""
         return self.sam_replicas or self.replicas
 
     @property
     def credentials(self) -> Credentials:
-        """Whom the servers know."""
+        """The tokens that the servers accept."""
         token = self.token or os.environ.get("SAM4MLLM_TOKEN") or None
         return Credentials(token, read_tokens(self.tokens) if self.tokens else {})
 
     @property
     def calls(self) -> int:
-        """Calls given to a replica of the MLLM at a time."""
+        """Concurrent calls per replica of the MLLM."""
         return _ENDPOINT_CALLS if is_address(self.mllm) else _LOCAL_CALLS
 
 
 @serve.ingress()
 class ToolFront:
-    """A tool server in a process of its own."""
+    """A tool server in its own process."""
 
     def __init__(
         self, settings: ServeSettings, mllm: DeploymentHandle, segmenter: DeploymentHandle
@@ -142,8 +141,8 @@ class ToolFront:
         limits = Limits(
             clients=settings.max_clients,
             memory_bytes=int(settings.memory * 1024**3),
-            # A call waits for one replica at a time: more of them keep all replicas at work.
-            model_calls=settings.model_calls or 2 * max(settings.replicas, settings.drawers),
+            # A tool call uses one replica at a time: more calls than replicas keep all busy.
+            model_calls=settings.model_calls or 2 * max(settings.replicas, settings.segmenters),
             call_seconds=settings.deadline,
         )
         store = StateStore(settings.state) if settings.state else None
@@ -159,7 +158,7 @@ class ToolFront:
             state=store,
         )
         credentials = settings.credentials
-        if store:  # cookies are good at every server, and after a restart
+        if store:  # cookies are valid at every server, and after a restart
             credentials = replace(credentials, cookie_key=store.secret("cookie_key"))
         app = http_app(
             tools,
@@ -175,24 +174,24 @@ class ToolFront:
 
     def _load(self) -> Sam4MLLM:
         mllm, segmenter = map(Replicas, self._handles)
-        talker = RemoteMllm(mllm)
+        remote_mllm = RemoteMllm(mllm)
         format = self._settings.format
         return Sam4MLLM(
-            talker,
+            remote_mllm,
             RemoteSegmenter(segmenter),
-            format=get_format(format) if format else talker.own_format,
+            format=get_format(format) if format else remote_mllm.own_format,
         )
 
 
 def _with_threads(app: Any, threads: int) -> Any:
-    """The application, with so many worker threads beside anyio's usual ones."""
-    known = False
+    """The application, with ``threads`` worker threads in addition to anyio's default."""
+    added = False
 
     async def asgi(scope: Any, receive: Any, send: Any) -> None:
-        nonlocal known
-        if not known:
+        nonlocal added
+        if not added:
             anyio.to_thread.current_default_thread_limiter().total_tokens += threads
-            known = True
+            added = True
         await app(scope, receive, send)
 
     return asgi
@@ -218,7 +217,7 @@ def app(settings: ServeSettings) -> serve.Application:
             dtype=settings.sam_dtype,
             device=settings.device,
         ),
-        replicas=settings.drawers,
+        replicas=settings.segmenters,
         cpus=settings.cpus,
         gpus=settings.sam_gpus,
         calls=_LOCAL_CALLS,
@@ -232,10 +231,10 @@ def front(
     """Tool servers over deployments of an MLLM and a segmenter.
 
     Raises:
-        InputError: an address that other machines reach, without a token.
+        InputError: other machines can reach the address, and no token is set.
     """
     check_reach(settings.host, settings.credentials)
-    # Other machines do not have this one's environment.
+    # The token may come from the environment, which other machines do not share.
     settings = settings.model_copy(update={"token": settings.credentials.token})
     deployment: Any = serve.deployment(
         ToolFront,
@@ -259,18 +258,18 @@ def serve_ray(
 
     Args:
         settings: what is served.
-        address: of a running cluster, see :func:`sam4mllm_tool.cluster.connect.cluster`.
-        on_ready: called once it serves.
+        address: address of a running cluster, see :func:`sam4mllm_tool.cluster.connect.cluster`.
+        on_ready: called when the servers accept requests.
 
     Raises:
-        InputError: an address that other machines reach, without a token.
+        InputError: other machines can reach the address, and no token is set.
         ClusterError: there is no cluster, it is too small, or the models cannot be loaded.
     """
     ended = threading.Event()
     with cluster(address):
         try:
             deploy(app(settings), settings)
-            for number in (signal.SIGINT, signal.SIGTERM):  # Ray has set handlers of its own
+            for number in (signal.SIGINT, signal.SIGTERM):  # replaces Ray's handlers
                 signal.signal(number, lambda *_: ended.set())
             on_ready()
             ended.wait()
@@ -279,15 +278,15 @@ def serve_ray(
 
 
 def deploy(application: serve.Application, settings: ServeSettings) -> None:
-    """Deploy on the cluster this process is connected to, and wait until it serves.
+    """Deploy on the connected cluster, and wait until the servers accept requests.
 
     Raises:
         ClusterError: the cluster is too small, or the models cannot be loaded.
     """
     check_resources(
-        cpus=settings.cpus * (settings.replicas + settings.drawers)
+        cpus=settings.cpus * (settings.replicas + settings.segmenters)
         + _SERVER_CPUS * settings.servers,
-        gpus=settings.gpus * settings.replicas + settings.sam_gpus * settings.drawers,
+        gpus=settings.gpus * settings.replicas + settings.sam_gpus * settings.segmenters,
     )
     serve.start(http_options={"host": settings.host, "port": settings.port})
     try:

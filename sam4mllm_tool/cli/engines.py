@@ -1,4 +1,4 @@
-"""Where a command's models run: in this process, or in others by Ray."""
+"""Where a command's models run: in this process, or in Ray's worker processes."""
 
 from __future__ import annotations
 
@@ -27,22 +27,24 @@ EngineOption = Annotated[
     Engine, typer.Option(help="local: this process; ray: a Ray cluster (extra 'ray').")
 ]
 WorkersOption = Annotated[int, typer.Option(min=1, help="Ray: processes with the models.")]
-CpusOption = Annotated[float, typer.Option(min=0, help="Ray: CPUs set aside for each process.")]
-GpusOption = Annotated[float, typer.Option(min=0, help="Ray: GPUs for each; 0.5 is possible.")]
+CpusOption = Annotated[float, typer.Option(min=0, help="Ray: CPUs reserved per process.")]
+GpusOption = Annotated[
+    float, typer.Option(min=0, help="Ray: GPUs reserved per process, such as 0.5.")
+]
 AddressOption = Annotated[
     str | None,
     typer.Option(
-        help="Ray: a running cluster, HOST:PORT or 'auto'. By default one is started on this "
-        "machine and ended with the command."
+        help="Ray: address of a running cluster, HOST:PORT or 'auto'. By default the command "
+        "starts one on this machine and stops it at the end."
     ),
 ]
 
 
 def require_ray() -> None:
-    """Refuse to go on without Ray.
+    """Check that Ray is installed.
 
     Raises:
-        InputError: it is not installed.
+        InputError: Ray is not installed.
     """
     try:
         import ray  # noqa: F401

@@ -38,7 +38,7 @@ class Transport(StrEnum):
 
 
 class CoordinatesOption(StrEnum):
-    """What the tools' numbers mean."""
+    """Unit of the tools' coordinates."""
 
     PIXELS = "pixels"
     RELATIVE_1000 = "relative_1000"
@@ -48,7 +48,9 @@ def mcp(
     transport: Annotated[Transport, typer.Option(help="stdio, or streamable HTTP.")] = (
         Transport.STDIO
     ),
-    host: Annotated[str, typer.Option(help="HTTP only; off loopback needs a token.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="HTTP only; a token is required except on loopback.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="HTTP only.")] = 8765,
     token: Annotated[
         str | None, typer.Option(envvar="SAM4MLLM_TOKEN", help="Bearer token clients must send.")
@@ -57,12 +59,12 @@ def mcp(
         Path | None,
         typer.Option(
             envvar="SAM4MLLM_TOKENS",
-            help="File with a line 'USER TOKEN' each: a user's handles belong to the token.",
+            help="File with one line 'USER TOKEN' per user; handles belong to the user's token.",
         ),
     ] = None,
     allowed_host: Annotated[
         list[str] | None,
-        typer.Option(help="HTTP only: name by which a proxy is reached; repeatable."),
+        typer.Option(help="HTTP only: additional host name, such as a proxy's; repeatable."),
     ] = None,
     allowed_origin: Annotated[
         list[str] | None,
@@ -70,14 +72,22 @@ def mcp(
     ] = None,
     max_body: Annotated[
         int | None,
-        typer.Option(help="HTTP only: bound on a request in bytes; the largest picture fits."),
+        typer.Option(
+            help="HTTP only: maximum request size in bytes; by default the largest picture fits."
+        ),
     ] = None,
-    deadline: Annotated[float, typer.Option(help="Seconds a call may take, all in all.")] = 120.0,
-    max_clients: Annotated[int, typer.Option(help="Clients with handles at a time.")] = 1000,
+    deadline: Annotated[
+        float, typer.Option(help="Maximum seconds per call, waiting included.")
+    ] = 120.0,
+    max_clients: Annotated[
+        int, typer.Option(help="Maximum number of clients that hold handles.")
+    ] = 1000,
     state: Annotated[
-        Path | None, typer.Option(help="Folder in which handles survive a restart.")
+        Path | None, typer.Option(help="Folder that keeps handles across restarts.")
     ] = None,
-    memory: Annotated[float, typer.Option(help="GiB of pictures and masks kept for all.")] = 4.0,
+    memory: Annotated[
+        float, typer.Option(help="GiB of pictures and masks kept for all clients.")
+    ] = 4.0,
     allow_dir: Annotated[
         list[Path] | None, typer.Option(help="Folder that may be read; repeatable.")
     ] = None,
@@ -96,7 +106,7 @@ def mcp(
     network: Annotated[bool, typer.Option(help="Let tools open http(s) URLs.")] = False,
     max_pixels: MaxPixelsOption = ImagePolicy.max_pixels,
     max_bytes: MaxBytesOption = ImagePolicy.max_bytes,
-    coordinates: Annotated[CoordinatesOption, typer.Option(help="What numbers mean.")] = (
+    coordinates: Annotated[CoordinatesOption, typer.Option(help="Unit of coordinates.")] = (
         CoordinatesOption.PIXELS
     ),
     links: Annotated[

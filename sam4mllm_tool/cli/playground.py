@@ -1,4 +1,4 @@
-"""``sam4mllm-tool playground``: the tools by hand, on a page in the browser."""
+"""``sam4mllm-tool playground``: a web page for using the tools by hand."""
 
 from __future__ import annotations
 
@@ -31,16 +31,19 @@ if TYPE_CHECKING:
 
 def playground(
     host: Annotated[
-        str, typer.Option(help="Where it listens; off loopback the address holds a secret.")
+        str,
+        typer.Option(
+            help="Address to listen on; except on loopback, the printed URL contains a secret."
+        ),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 7860,
+    port: Annotated[int, typer.Option(help="0 selects a free one.")] = 7860,
     allowed_host: Annotated[
-        list[str] | None, typer.Option(help="Name by which a proxy is reached; repeatable.")
+        list[str] | None, typer.Option(help="Additional host name, such as a proxy's; repeatable.")
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option(help="Folder whose pictures are offered beside the scenes.")
+        Path | None, typer.Option(help="Folder with pictures to offer in addition to the scenes.")
     ] = None,
-    network: Annotated[bool, typer.Option(help="Let http(s) pictures be opened.")] = False,
+    network: Annotated[bool, typer.Option(help="Allow pictures from http(s) URLs.")] = False,
     open_browser: Annotated[
         bool, typer.Option("--open", help="Open the page in the browser.")
     ] = False,
@@ -55,7 +58,7 @@ def playground(
     proposer: ProposerOption = "mllm",
     device: DeviceOption = "auto",
 ) -> None:
-    """Click on pictures, see the dialogue happen (needs the extra 'playground')."""
+    """Use the tools by hand on a web page (needs the extra 'playground')."""
     try:
         from sam4mllm_tool.playground.gate import Address
         from sam4mllm_tool.playground.serving import serve
@@ -63,7 +66,9 @@ def playground(
         raise not_installed("the playground", "playground") from error
 
     def announce(url: str) -> None:
-        console.print(f"The playground is at {url} (Ctrl+C ends it).", markup=False, soft_wrap=True)
+        console.print(
+            f"The playground is at {url} (Ctrl+C stops it).", markup=False, soft_wrap=True
+        )
         if open_browser:
             webbrowser.open(url)
 
@@ -94,16 +99,18 @@ def loading(
     sam_dtype: str,
     proposer: str,
 ) -> str:
-    """The options as a call of :func:`sam4mllm_tool.load`, those with their defaults left out."""
-    of_segmenter = {"decoder": sam_decoder or None, "dtype": sam_dtype or "auto"}
+    """The options as Python code that calls :func:`sam4mllm_tool.load`, defaults left out."""
+    segmenter_options = {"decoder": sam_decoder or None, "dtype": sam_dtype or "auto"}
     given: dict[str, Any] = {
         "adapter": adapter or None,
         "segmenter": sam,
         "format": format or None,
         "proposer": proposer or "mllm",
-        "segmenter_options": {k: v for k, v in of_segmenter.items() if v not in (None, "auto")},
+        "segmenter_options": {
+            k: v for k, v in segmenter_options.items() if v not in (None, "auto")
+        },
     }
     defaults: tuple[Any, ...] = (None, "embedded", "mllm", {})
-    words = [] if mllm == "embedded" else [repr(mllm)]
-    words += [f"{name}={value!r}" for name, value in given.items() if value not in defaults]
-    return f"load({', '.join(words)})"
+    arguments = [] if mllm == "embedded" else [repr(mllm)]
+    arguments += [f"{name}={value!r}" for name, value in given.items() if value not in defaults]
+    return f"load({', '.join(arguments)})"

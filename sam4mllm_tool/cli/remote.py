@@ -1,4 +1,4 @@
-"""``--server``: the models of a running MCP server instead of models loaded here."""
+"""``--server``: use the models of a running MCP server instead of loading models."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 ServerOption = Annotated[
     str | None,
     typer.Option(
-        help="Address of a running 'sam4mllm-tool mcp --transport http' to ask; loads no models. "
-        "Needs the extra 'mcp'."
+        help="URL of a running 'sam4mllm-tool mcp --transport http': its models are used and none "
+        "are loaded here. Needs the extra 'mcp'."
     ),
 ]
 TokenOption = Annotated[
@@ -40,11 +40,11 @@ _LOCAL_ONLY = (
 def remote_tools(
     context: typer.Context, server: str | None, token: str | None
 ) -> RemoteTools | None:
-    """The tools of the server, or ``None`` if none is named: then models are loaded here.
+    """The tools of the server; ``None`` without a server, since models are then loaded here.
 
     Raises:
-        InputError: an option is given that only models loaded here have, the address is wrong, or
-            the MCP client is not installed.
+        InputError: an option is given that only applies to models loaded here, the URL is wrong,
+            or the MCP client is not installed.
     """
     if not server:
         return None
@@ -52,13 +52,13 @@ def remote_tools(
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise InputError(
-                f"--{name.replace('_', '-')} is not for a server: its models are loaded",
+                f"--{name.replace('_', '-')} cannot be combined with --server",
                 hint="Leave it out, or load models here with --server ''.",
             )
     try:
         from sam4mllm_integrations.mcp_remote import RemoteTools
     except ImportError as error:
         raise not_installed("the MCP client", "mcp") from error
-    # What the client library logs reaches the user as an error with a hint.
+    # The user gets an error with a hint instead of the client library's log messages.
     logging.getLogger("mcp").addHandler(logging.NullHandler())
     return RemoteTools(server, token)

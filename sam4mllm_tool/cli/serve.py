@@ -33,16 +33,19 @@ def serve(
     engine: EngineOption = Engine.LOCAL,
     replicas: Annotated[int, typer.Option(min=1, help="Ray: processes with the MLLM.")] = 1,
     sam_replicas: Annotated[
-        int | None, typer.Option(min=1, help="Ray: processes with the segmenter; as --replicas.")
+        int | None,
+        typer.Option(min=1, help="Ray: processes with the segmenter; by default --replicas."),
     ] = None,
     servers: Annotated[
-        int, typer.Option(min=1, help="Ray: tool servers; more than one need --state.")
+        int, typer.Option(min=1, help="Ray: tool servers; more than one require --state.")
     ] = 1,
     cpus: CpusOption = 0.5,
     gpus: GpusOption = 0,
-    sam_gpus: Annotated[float, typer.Option(min=0, help="Ray: GPUs for each segmenter.")] = 0,
+    sam_gpus: Annotated[float, typer.Option(min=0, help="Ray: GPUs per segmenter.")] = 0,
     address: AddressOption = None,
-    host: Annotated[str, typer.Option(help="Off loopback a token is needed.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; a token is required except on loopback.")
+    ] = "127.0.0.1",
     port: int = 8765,
     token: Annotated[
         str | None, typer.Option(envvar="SAM4MLLM_TOKEN", help="Bearer token clients must send.")
@@ -51,11 +54,11 @@ def serve(
         Path | None,
         typer.Option(
             envvar="SAM4MLLM_TOKENS",
-            help="File with a line 'USER TOKEN' each: a user's handles belong to the token.",
+            help="File with one line 'USER TOKEN' per user; handles belong to the user's token.",
         ),
     ] = None,
     state: Annotated[
-        Path | None, typer.Option(help="Folder in which handles survive a restart.")
+        Path | None, typer.Option(help="Folder that keeps handles across restarts.")
     ] = None,
     allow_dir: Annotated[
         list[Path] | None, typer.Option(help="Folder that may be read; repeatable.")
@@ -66,7 +69,7 @@ def serve(
     ] = None,
     read_only: Annotated[bool, typer.Option(help="Leave out tools that write files.")] = False,
     network: Annotated[bool, typer.Option(help="Let tools open http(s) URLs.")] = False,
-    coordinates: Annotated[CoordinatesOption, typer.Option(help="What numbers mean.")] = (
+    coordinates: Annotated[CoordinatesOption, typer.Option(help="Unit of coordinates.")] = (
         CoordinatesOption.PIXELS
     ),
     mllm: MllmOption = "embedded",
@@ -77,10 +80,10 @@ def serve(
     sam_dtype: SamDtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
-    """Serve the tools to MCP clients over HTTP, with as many model processes as wanted."""
+    """Serve the tools to MCP clients over HTTP, with one or more model processes."""
     if engine is Engine.LOCAL:
         if replicas > 1 or servers > 1:
-            raise InputError("one process has one model", hint="Add --engine ray.")
+            raise InputError("several replicas or servers need Ray", hint="Add --engine ray.")
         mcp(
             Transport.HTTP, host=host, port=port, token=token, tokens=tokens, state=state,
             allow_dir=allow_dir, output_dir=output_dir, read_only=read_only, network=network,
@@ -92,7 +95,7 @@ def serve(
     from sam4mllm_integrations.mcp_ray import ServeSettings, serve_ray
 
     if servers > 1 and state is None:
-        raise InputError("several tool servers share the clients' handles", hint="Give --state.")
+        raise InputError("several tool servers need a shared state folder", hint="Add --state.")
     settings = ServeSettings(
         mllm=mllm, adapter=adapter or None, format=format or None, sam=sam,
         sam_decoder=sam_decoder or None, sam_dtype=sam_dtype, device=device, replicas=replicas,
@@ -109,5 +112,5 @@ def serve(
 
 
 def absolute(folders: list[Path] | None) -> tuple[Path, ...]:
-    """Paths that mean the same in other processes."""
+    """Absolute paths, which are valid in other processes."""
     return tuple(folder.resolve() for folder in folders or ())

@@ -1,9 +1,9 @@
-"""Defaults of the options: environment variables, a settings file that is named, the user's own.
+"""Defaults of the command-line options, from environment variables and settings files.
 
-What is typed on the command line goes first, then a variable such as ``SAM4MLLM_MLLM``, then the
-file named by ``--settings`` or ``SAM4MLLM_SETTINGS``, then ``sam4mllm.toml`` in the user's
-configuration folder. A ``sam4mllm.toml`` that just lies in the working folder is not read: whoever
-made that folder would choose the checkpoints, servers and limits of whoever works in it.
+In order of priority: the command line; an environment variable such as ``SAM4MLLM_MLLM``; the file
+named by ``--settings`` or ``SAM4MLLM_SETTINGS``; ``sam4mllm.toml`` in the user's configuration
+folder. A ``sam4mllm.toml`` in the working folder is not read: otherwise the author of a downloaded
+folder could choose the checkpoints, servers and limits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FILE_NAME = "sam4mllm.toml"
 
 
 class Defaults(BaseSettings):
-    """Every setting is an option of the same name, of each command that has it."""
+    """Each setting is the default of the option of that name, in every command that has it."""
 
     model_config = SettingsConfigDict(env_prefix="SAM4MLLM_", env_ignore_empty=True, extra="forbid")
 
@@ -57,12 +57,12 @@ class Defaults(BaseSettings):
         *_: PydanticBaseSettingsSource,
         **__: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """What :func:`read_defaults` has collected, so that it knows where each value is from."""
+        """Only the values from :func:`read_defaults`, which records where each comes from."""
         return (init_settings,)
 
 
 class Setting(NamedTuple):
-    """A default that is set somewhere, and where."""
+    """A default and its source: a variable's name or a file's path."""
 
     name: str
     value: Any
@@ -70,7 +70,7 @@ class Setting(NamedTuple):
 
 
 def files_read(named: Path | None = None) -> list[Path]:
-    """The files that settings are read from, the nearest first.
+    """The files that settings are read from, in order of priority.
 
     Args:
         named: the file of ``--settings``.
@@ -80,13 +80,13 @@ def files_read(named: Path | None = None) -> list[Path]:
 
 
 def read_defaults(named: Path | None = None) -> list[Setting]:
-    """What is set, and where.
+    """All defaults that are set, with their sources.
 
     Args:
         named: the file of ``--settings``.
 
     Raises:
-        InputError: a file that is not there or cannot be read, or a setting that there is not.
+        InputError: a file is missing or unreadable, or a setting is unknown or invalid.
     """
     if named is not None and not named.is_file():
         raise InputError(f"there is no settings file {named}", hint="Check --settings.")
@@ -112,7 +112,7 @@ def read_defaults(named: Path | None = None) -> list[Setting]:
 
 
 def _all_settings(named: Path | None) -> Iterator[Setting]:
-    """Each setting of each source, the nearest source first."""
+    """Each setting of each source, in order of priority."""
     for name, value in EnvSettingsSource(Defaults)().items():
         yield Setting(name, value, f"SAM4MLLM_{name.upper()}")
     for path in files_read(named):
@@ -121,11 +121,11 @@ def _all_settings(named: Path | None) -> Iterator[Setting]:
 
 
 def origins(found: Sequence[Setting], options: Mapping[str, Any]) -> list[str]:
-    """Where defaults come from, for people: a line per source, ``defaults from FILE: mllm, sam``.
+    """Where defaults come from: a line per source, such as ``defaults from FILE: mllm, sam``.
 
     Args:
-        found: of :func:`read_defaults`.
-        options: of :func:`default_map`, of one command or a group; others are left out.
+        found: the result of :func:`read_defaults`.
+        options: the result of :func:`default_map`; other settings are left out.
     """
     nested = [one for one in options.values() if isinstance(one, dict)]
     names = set(options).union(*nested)
@@ -141,12 +141,12 @@ def default_map(command: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults of a command's options, or of all commands of a group, as click takes them.
 
     Args:
-        command: of click, or typer's own copy of it.
+        command: a command or group of click or typer.
         defaults: name of a setting → value.
     """
     if hasattr(command, "commands"):
         return {name: default_map(one, defaults) for name, one in command.commands.items()}
     options = {parameter.name for parameter in command.params}
-    # Of a command without an MLLM, --format is something else.
-    unlike = set() if "mllm" in options else {"format"}
-    return {name: value for name, value in defaults.items() if name in options - unlike}
+    # In a command without an MLLM, --format has another meaning.
+    excluded = set() if "mllm" in options else {"format"}
+    return {name: value for name, value in defaults.items() if name in options - excluded}

@@ -1,5 +1,4 @@
-"""Several GPUs and machines, by Ray (``pip install "sam4mllm-tool[ray]"``).
+"""Running on several GPUs and machines with Ray (``pip install "sam4mllm-tool[ray]"``).
 
-Ray is imported by the modules of this package alone, and they are imported only where
-``--engine ray`` is asked for.
+The modules of this package import Ray; they are themselves imported for ``--engine ray`` only.
 """

@@ -1,8 +1,9 @@
 """Batches on Ray Data: pictures stream through a pool of processes with the models.
 
-The work is that of one process (:func:`sam4mllm_tool.annotate.annotate_picture`), and so are the
-journal and the document, which the driver writes. If a worker dies, Ray starts it again and repeats
-the block of pictures it was at; the driver takes each picture's entry once.
+The workers call the same function as a run in one process
+(:func:`sam4mllm_tool.annotate.annotate_picture`), and the driver writes the same journal and
+document. If a worker dies, Ray restarts it and repeats its current block of pictures; the driver
+keeps one entry per picture.
 """
 
 from __future__ import annotations
@@ -31,22 +32,22 @@ from sam4mllm_tool.pipeline.results import Settings
 from sam4mllm_tool.types import TargetCount
 
 PICTURES_PER_BLOCK = 16
-"""Pictures that are done again, at most, when a worker dies."""
+"""Pictures per block: at most this many are repeated when a worker dies."""
 
 SHARDS_PER_WORKER = 8
 
-DEATHS = 3
-"""How often an item may end its worker before it is given up."""
+MAX_DEATHS = 3
+"""Worker deaths on one item after which the item counts as failed."""
 
 
 @dataclass(frozen=True)
 class Workers:
-    """A pool of processes with the models.
+    """A pool of worker processes with the models.
 
     Attributes:
-        load: loads the models; run in each process.
-        number: how many processes.
-        cpus, gpus: what Ray sets aside for each.
+        load: loads the models; called in each process.
+        number: number of processes.
+        cpus, gpus: what Ray reserves per process.
     """
 
     load: Callable[[], Sam4MLLM]
@@ -57,11 +58,11 @@ class Workers:
     def stream(
         self, kind: type[_Work], items: Sequence[Any], *arguments: Any
     ) -> Iterator[list[Any]]:
-        """What ``kind(load, *arguments)`` gives for each item, block by block, in any order.
+        """Yield the results of ``kind(load, *arguments)`` for all items, by blocks, in any order.
 
         Args:
-            kind: a class whose objects are called with an item.
-            items: JSON-ready and small: all are in memory. Results are JSON-ready too.
+            kind: class whose instances are called with one item each.
+            items: small JSON values, since all are held in memory. Results are JSON values too.
 
         Raises:
             Sam4MllmError: what a worker raised.
@@ -89,9 +90,9 @@ class Workers:
         try:
             block: Any  # an Arrow table, though it is not declared as one
             for block in data.iter_batches(batch_size=None, batch_format="pyarrow"):
-                yield [_opened(text) for text in block["result"].to_pylist()]
+                yield [_decoded(text) for text in block["result"].to_pylist()]
         except RayError as error:
-            raise _own(error) from error
+            raise _typed_error(error) from error
 
     @cached_property
     def names(self) -> tuple[str, str]:
@@ -105,12 +106,12 @@ class Workers:
         try:
             return ray.get(task.remote(self.load))
         except RayError as error:
-            raise _own(error) from error
+            raise _typed_error(error) from error
 
 
 @dataclass(frozen=True)
 class RayAnnotation:
-    """The engine of :func:`sam4mllm_tool.annotate.annotate` that uses other processes."""
+    """Engine for :func:`sam4mllm_tool.annotate.annotate` with the models in Ray workers."""
 
     workers: Workers
 
@@ -122,17 +123,17 @@ class RayAnnotation:
     def annotate(
         self, jobs: Sequence[Job], count: TargetCount, policy: ImagePolicy | None
     ) -> Iterator[list[dict[str, Any]]]:
-        """The entries, in the order in which they are done."""
+        """Yield the entries in the order in which the pictures are finished."""
         return self.workers.stream(_Annotator, [astuple(job) for job in jobs], count, policy)
 
 
 @dataclass(frozen=True)
 class RayEvaluation:
-    """The engine of :func:`sam4mllm_tool.evaluation.benchmark.evaluate` that uses other processes.
+    """Engine for :func:`sam4mllm_tool.evaluation.benchmark.evaluate` with Ray workers.
 
-    The run is dealt into shards, more than there are workers, so that none waits long for the last.
-    A shard writes its own lines: ``folder`` and the data must be the same for all workers. One
-    whose worker dies is begun again, and continues behind its last line.
+    The run is divided into more shards than workers, so that all workers finish at about the same
+    time. Each shard writes its own lines, so all workers must see the same ``folder`` and data. If
+    a worker dies, its shard is started again and continues after its last line.
     """
 
     workers: Workers
@@ -152,30 +153,30 @@ class RayEvaluation:
         unreadable_limit: int,
         on_case: Callable[[str], None],
     ) -> None:
-        """Write the lines that are missing; see :func:`~sam4mllm_tool.evaluation.run.measure`."""
+        """Write the missing lines; see :func:`~sam4mllm_tool.evaluation.run.measure`."""
         total = SHARDS_PER_WORKER * self.workers.number
-        what = cases, tuple(strategies), folder.resolve(), about, unreadable_limit, total
-        for shards in self.workers.stream(_Judge, range(total), *what):  # type: ignore[arg-type]
+        arguments = cases, tuple(strategies), folder.resolve(), about, unreadable_limit, total
+        for shards in self.workers.stream(_Evaluator, range(total), *arguments):  # type: ignore[arg-type]
             for case in itertools.chain.from_iterable(shards):
                 on_case(case)
 
 
 class _Work(Protocol):
-    """What is done with an item."""
+    """Processes one item; an instance lives in each worker."""
 
     def __call__(self, item: Any) -> Any:
-        """The result, JSON-ready."""
+        """The result as a JSON value."""
 
     @staticmethod
-    def given_up(item: Any) -> Any:
-        """The result for an item that keeps ending its worker.
+    def failure(item: Any) -> Any:
+        """The result for an item on which ``MAX_DEATHS`` workers died.
 
         Raises:
-            ClusterError: there is none.
+            ClusterError: the run cannot continue without the item.
         """
 
 
-class _Judge:
+class _Evaluator:
     def __init__(
         self,
         load: Callable[[], Sam4MLLM],
@@ -201,10 +202,10 @@ class _Judge:
         return done
 
     @staticmethod
-    def given_up(index: int) -> list[str]:
+    def failure(index: int) -> list[str]:
         raise ClusterError(
-            f"a picture of shard {index} ended its worker {DEATHS} times",
-            hint="The shard's file ends before it. What was done is kept.",
+            f"{MAX_DEATHS} workers died on the same picture of shard {index}",
+            hint="Finished results are kept; the shard's file ends before this picture.",
         )
 
 
@@ -219,32 +220,32 @@ class _Annotator:
         return annotate_picture(self._model, Job(root, name, tuple(texts)), *self._rest)
 
     @staticmethod
-    def given_up(item: tuple[str, str, list[str]]) -> dict[str, Any]:
+    def failure(item: tuple[str, str, list[str]]) -> dict[str, Any]:
         name = item[1]
-        why = f"the picture ended its worker {DEATHS} times: the memory may be too small for it"
+        why = f"{MAX_DEATHS} workers died on this picture: it may need more memory"
         return {"picture": name, "size": None, "found": [], "failures": {name: why}}
 
 
 class _Deaths:
-    """Knows which items were begun and never ended: Ray Data itself repeats a block for ever."""
+    """Counts unfinished starts per item, because Ray Data repeats a block without limit."""
 
     def __init__(self) -> None:
-        self._begun: Counter[str] = Counter()
+        self._started: Counter[str] = Counter()
 
     def begin(self, item: str) -> int:
-        """How often a worker has died of it."""
-        self._begun[item] += 1
-        return self._begun[item] - 1
+        """Record a start. Returns how many workers have died on this item."""
+        self._started[item] += 1
+        return self._started[item] - 1
 
     def end(self, item: str) -> None:
-        """It is done."""
-        del self._begun[item]
+        """Record that the item is finished."""
+        del self._started[item]
 
 
 class _Mapper:
-    """Ray Data gives and takes rows of plain columns; an error of ours is a row too.
+    """Adapts the work to Ray Data's rows. This package's own errors are returned as rows, too.
 
-    Raised, it would come to the driver inside two of Ray's, without its type.
+    If raised, they would reach the driver wrapped in two of Ray's errors, without their type.
     """
 
     def __init__(self, deaths: Any, kind: type[_Work], *arguments: Any) -> None:
@@ -254,18 +255,18 @@ class _Mapper:
     def __call__(self, row: dict[str, str]) -> dict[str, str]:
         item = json.loads(row["item"])
         try:
-            if ray.get(self._deaths.begin.remote(row["item"])) < DEATHS:
+            if ray.get(self._deaths.begin.remote(row["item"])) < MAX_DEATHS:
                 done = {"done": self._make()(item)}
             else:
-                done = {"done": self._kind.given_up(item)}
+                done = {"done": self._kind.failure(item)}
         except Sam4MllmError as error:
             done = {"error": [type(error).__name__, error.args, vars(error)]}
         self._deaths.end.remote(row["item"])
         return {"result": json.dumps(done)}
 
 
-def _opened(result: str) -> Any:
-    """What a worker sent; an error is raised."""
+def _decoded(result: str) -> Any:
+    """The result that a worker sent. If it sent an error, the error is raised."""
     sent = json.loads(result)
     if "error" in sent:
         name, arguments, state = sent["error"]
@@ -278,8 +279,8 @@ def _names(load: Callable[[], Sam4MLLM]) -> tuple[str, str]:
     return model.mllm.name, model.segmenter.name
 
 
-def _own(error: BaseException) -> Sam4MllmError:
-    """The error of ours behind one of Ray's, or one that says what Ray says."""
+def _typed_error(error: BaseException) -> Sam4MllmError:
+    """This package's error that caused a Ray error, or a ``ClusterError`` with Ray's message."""
     reason: BaseException | None = error
     while reason is not None:
         if isinstance(reason, Sam4MllmError) and not isinstance(reason, RayError):
@@ -287,7 +288,7 @@ def _own(error: BaseException) -> Sam4MllmError:
         reason = getattr(reason, "cause", None) or reason.__cause__
     return ClusterError(
         f"Ray ended the run: {str(error).strip().splitlines()[-1] if str(error) else error!r}",
-        hint="What was done is kept: run the same command again. If a worker is killed for its "
-        "memory, give each more of it, or take fewer.",
+        hint="Finished results are kept: run the same command again. If workers run out of "
+        "memory, give each of them more memory, or use fewer workers.",
         retryable=True,
     )

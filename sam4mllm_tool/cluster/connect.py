@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting one on this machine, with typed errors."""
+"""Connecting to a Ray cluster, or starting one on this machine, with typed errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ANSWER_SECONDS = 10.0
 
 @contextmanager
 def cluster(address: str | None = None) -> Iterator[None]:
-    """Be connected to a Ray cluster within the ``with`` block; one that is joined already is kept.
+    """Connect to a Ray cluster within the ``with`` block; an existing connection is used and kept.
 
     Args:
         address: ``HOST:PORT`` or ``ray://HOST:PORT`` of a running cluster, ``"auto"`` for the one
@@ -29,7 +29,7 @@ def cluster(address: str | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    # Ray reports usage over the network unless it is told not to.
+    # Without this variable Ray sends usage statistics over the network.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         if address not in (None, "auto", "local"):
@@ -50,26 +50,26 @@ def cluster(address: str | None = None) -> Iterator[None]:
 
 
 def check_resources(cpus: float, gpus: float) -> None:
-    """Refuse what the cluster can never place, instead of waiting for it.
+    """Raise an error if the cluster is too small, instead of waiting for ever.
 
     Args:
-        cpus, gpus: needed in all. A cluster that grows by itself is asked for its present size.
+        cpus, gpus: total needed. For an autoscaling cluster, its present size counts.
 
     Raises:
         ClusterError: it has too few.
     """
-    there = ray.cluster_resources()
+    available = ray.cluster_resources()
     for what, needed in (("CPU", cpus), ("GPU", gpus)):
-        if needed > there.get(what, 0) + 1e-6:
+        if needed > available.get(what, 0) + 1e-6:
             raise ClusterError(
-                f"{needed:g} {what}s are needed and the cluster has {there.get(what, 0):g}",
-                hint=f"Ask for fewer replicas or fewer {what}s for each, or add machines.",
+                f"{needed:g} {what}s are needed and the cluster has {available.get(what, 0):g}",
+                hint=f"Ask for fewer replicas or fewer {what}s per replica, or add machines.",
                 retryable=True,
             )
 
 
 def _check_answers(address: str) -> None:
-    """Ray itself tries for a minute before it says that nobody is there."""
+    """Fail early if nothing answers at the address: Ray itself tries for a minute."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     with socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS):
         pass

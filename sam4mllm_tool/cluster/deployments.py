@@ -14,7 +14,7 @@ from sam4mllm_tool.protocols import Dialogue, Question, YesNoWords, answer_each
 from sam4mllm_tool.types import RgbImage, YesNo
 
 PICTURES_KNOWN = 64
-"""Pictures a replica is known to have. It may have forgotten one: then it reads it anew."""
+"""Pictures per replica that Serve remembers. A replica that has dropped one reads it again."""
 
 _METHODS = {
     "generate", "alternates", "answer_yes_no", "answer_each",
@@ -23,23 +23,23 @@ _METHODS = {
 
 
 class ModelReplica:
-    """One model in a process of its own.
+    """One model in its own process.
 
     Args:
-        load: loads it.
+        load: loads the model.
     """
 
     def __init__(self, load: Callable[[], Any]) -> None:
         self._model = load()
 
     def about(self) -> About:
-        """What the model says of itself."""
+        """The model's name, format and checkpoint notes."""
         model = self._model
         described = {name: getattr(model, name, None) for name in About._fields[2:]}
         return About(model.name, getattr(model, "format_name", ""), **described)
 
     async def call(self, method: str, image: RgbImage, *args: Any, **options: Any) -> Any:
-        """A method of the model's protocol."""
+        """Call a method of the model's protocol, in a worker thread."""
         if method not in _METHODS:
             raise AttributeError(method)
         await self._has_picture(serve.get_multiplexed_model_id() or image.digest)
@@ -54,7 +54,7 @@ class ModelReplica:
 
     @serve.multiplexed(max_num_models_per_replica=PICTURES_KNOWN)
     async def _has_picture(self, digest: str) -> str:
-        """Tells Serve that this replica has the picture from now on."""
+        """Tells Serve to send further calls about this picture to this replica."""
         return digest
 
 
@@ -70,11 +70,11 @@ def model_deployment(
     """Replicas of one model.
 
     Args:
-        name: of the deployment, as a Serve config file refers to it.
-        load: loads the model; run in each replica.
-        replicas: how many.
-        cpus, gpus: what Ray sets aside for each.
-        calls: given to a replica at a time; a local model works on one and lets the others wait.
+        name: name of the deployment, also used in a Serve config file.
+        load: loads the model; called in each replica.
+        replicas: number of replicas.
+        cpus, gpus: what Ray reserves per replica.
+        calls: concurrent calls per replica; a local model runs one and queues the others.
     """
     deployment: Any = serve.deployment(
         ModelReplica,
@@ -82,7 +82,7 @@ def model_deployment(
         num_replicas=replicas,
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         max_ongoing_requests=calls,
-        # A replica that was killed is missed, and replaced, within seconds.
+        # Notice and replace a killed replica within seconds.
         health_check_period_s=2,
         graceful_shutdown_timeout_s=120,
     )

@@ -1,9 +1,9 @@
 """Models in other processes: replicas behind Ray Serve, used like the models themselves.
 
-A model's methods are functions of their arguments alone (a cache changes the time they take, never
-their result), so a call whose replica dies is simply made again, on another one. Serve sends the
-calls about one picture to the replica that has it, by its multiplexing; any other one can take
-over, and then reads the picture anew.
+The result of a model's method depends on its arguments only (a cache changes the time, never the
+result), so a call whose replica dies is repeated on another replica. Serve's multiplexing sends the
+calls about a picture to the replica that has read it; any other replica can take over, and then
+reads the picture again.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from sam4mllm_tool.protocols import (
 from sam4mllm_tool.types import RgbImage, YesNo
 
 ATTEMPTS = 10
-"""How often a call is made before it fails because replicas keep dying."""
+"""Maximum attempts per call: it is repeated whenever its replica dies."""
 
 _PICTURE_BYTES = 256 * 1024**2
 _CHECK_SECONDS = 0.5
 
 
 class About(NamedTuple):
-    """What a model says of itself."""
+    """Description of a model."""
 
     name: str
     format_name: str = ""
@@ -59,35 +59,35 @@ class About(NamedTuple):
 
 
 class Replicas:
-    """Calls to one deployment of :mod:`sam4mllm_tool.cluster.deployments`.
+    """Client of one deployment of :mod:`sam4mllm_tool.cluster.deployments`.
 
     Args:
-        handle: of the deployment.
-        attempts: bound on the attempts at a call whose replicas die.
+        handle: handle of the deployment.
+        attempts: maximum number of attempts per call.
     """
 
     def __init__(self, handle: DeploymentHandle, attempts: int = ATTEMPTS) -> None:
         self._handle = handle
         self._attempts = attempts
         self._lock = threading.Lock()
-        # A picture goes into Ray's object store once, which brings it to each machine once.
+        # A picture is put into Ray's object store once; Ray copies it to each machine once.
         self._pictures: LRUCache[str, Any] = LRUCache(_PICTURE_BYTES, lambda entry: entry[1])
 
     def about(self) -> About:
-        """What the model says of itself.
+        """Description of the model.
 
         Raises:
-            ClusterError: the replicas keep dying.
+            ClusterError: the replica died in every attempt.
         """
         return self._retried(lambda: self._handle.about.remote())
 
     def call(self, method: str, image: RgbImage, *args: Any, **options: Any) -> Any:
-        """A method's result, from the replica that has the picture if there is one.
+        """Call a method, if possible on a replica that has read the picture.
 
         Raises:
             Sam4MllmError: what the model itself raised.
             Busy: Serve's queue is full.
-            ClusterError: the replicas keep dying.
+            ClusterError: the replica died in every attempt.
         """
         handle = self._handle.options(multiplexed_model_id=image.digest)
         return self._retried(
@@ -99,20 +99,20 @@ class Replicas:
         for attempt in range(self._attempts):
             try:
                 return _result(send())
-            except RayTaskError as error:  # the model's own
+            except RayTaskError as error:  # raised by the model itself
                 raise error.cause from None
             except (RayActorError, ObjectLostError) as error:
                 failure: Exception = error
             except BackPressureError as error:
                 raise Busy("the replicas' queue is full", retry_after=5) from error
             except (RayError, RayServeException) as error:
-                raise ClusterError(f"Ray cannot make the call: {error}", retryable=True) from error
-            with self._lock:  # where the store's machine has died, the picture is stored anew
+                raise ClusterError(f"Ray cannot run the call: {error}", retryable=True) from error
+            with self._lock:  # its object store may be lost, so store the picture again
                 self._pictures.pop(forget, None)
             time.sleep(min(2.0, 0.1 * 2**attempt) * random.uniform(0.5, 1.0))
             check_cancelled()
         raise ClusterError(
-            f"{self._attempts} replicas in turn ended during a call: {failure}",
+            f"{self._attempts} replicas in turn died during a call: {failure}",
             hint="See their logs: the memory may be too small, or the picture too large.",
         ) from failure
 
@@ -126,7 +126,7 @@ class Replicas:
 
 
 def _result(response: DeploymentResponse) -> Any:
-    """The response's result; a cancelled caller cancels the call."""
+    """Wait for the result; if the caller is cancelled, cancel the remote call, too."""
     while True:
         try:
             return response.result(timeout_s=_CHECK_SECONDS)
@@ -164,7 +164,7 @@ class RemoteMllm:
     def alternates(
         self, image: RgbImage, dialogue: Dialogue, *, grammar: Grammar, count: int
     ) -> list[Reply]:
-        """Different likely replies."""
+        """Likely alternative replies."""
         return self._replicas.call("alternates", image, dialogue, grammar=grammar, count=count)
 
     def answer_yes_no(
@@ -174,14 +174,14 @@ class RemoteMllm:
         return self._replicas.call("answer_yes_no", image, dialogue, words=words, count=count)
 
     def answer_each(self, questions: Sequence[Question], *, words: YesNoWords) -> list[list[YesNo]]:
-        """Answers to several questions, those about one picture in one call."""
+        """Answers to several questions, with one remote call per picture."""
         answers: dict[int, list[YesNo]] = {}
         for digest in dict.fromkeys(one.image.digest for one in questions):
             places = [n for n, one in enumerate(questions) if one.image.digest == digest]
             asked = [(questions[n].dialogue, questions[n].count) for n in places]
             image = questions[places[0]].image
-            found = self._replicas.call("answer_each", image, asked, words=words)
-            answers |= zip(places, found, strict=True)
+            replies = self._replicas.call("answer_each", image, asked, words=words)
+            answers |= zip(places, replies, strict=True)
         return [answers[n] for n in range(len(questions))]
 
 
@@ -205,5 +205,5 @@ class RemoteSegmenter:
     def logits_at_image_size(
         self, image: RgbImage, logits: NDArray[np.float32]
     ) -> NDArray[np.float32]:
-        """Low-resolution logits brought to the image."""
+        """Low-resolution logits, resized to the image."""
         return self._replicas.call("logits_at_image_size", image, logits)

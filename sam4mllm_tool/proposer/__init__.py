@@ -9,24 +9,23 @@ from sam4mllm_tool.protocols import Proposer
 __all__ = ["NAME", "load_proposer"]
 
 NAME = "mllm"
-"""What the embedded default is called: the boxes that the MLLM itself answers with."""
+"""Name of the default proposer: the MLLM's own boxes, without another model."""
 
 
 def load_proposer(
     name_or_path: str | Path = NAME, *, device: str = "auto", threshold: float | None = None
 ) -> Proposer | None:
-    """The proposer of that checkpoint; its kind is read from the checkpoint's configuration.
+    """Load a proposer; the checkpoint's configuration tells its model family.
 
     Args:
         name_or_path: ``"mllm"``, or a directory or hub id of a transformers checkpoint of SAM 3,
             Grounding DINO or OWLv2 (and OWL-ViT, MM Grounding DINO).
-        device: ``"auto"`` (CUDA, then MPS, then CPU), or a torch device. In float32.
-        threshold: confidence from which something is a candidate; by default the one that
-            transformers has for the family.
+        device: ``"auto"`` (CUDA, then MPS, then CPU), or a torch device. The model runs in float32.
+        threshold: minimum confidence of a candidate; by default the value that transformers has
+            for the family.
 
     Returns:
-        ``None`` for ``"mllm"``: the dialogue's own steps propose, with the MLLM's box and its
-        alternates.
+        ``None`` for ``"mllm"``: the candidates are then the MLLM's box and its alternates.
 
     Raises:
         CheckpointError: missing, corrupt or of the wrong kind.

@@ -1,4 +1,4 @@
-"""What the transformers proposers share: loading, one caller at a time, checks, order."""
+"""What the transformers proposers share: locking, checks, sorting and clipping of boxes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sam4mllm_tool.types import Box, Mask, RgbImage
 
 
 class Detected(NamedTuple):
-    """What the library's own post-processing keeps, in pixels of the image.
+    """Result of transformers' post-processing, in pixels of the image.
 
     Attributes:
         scores: shape (n,), 0 to 1.
@@ -32,7 +32,7 @@ class Detected(NamedTuple):
 
 
 class TransformersProposer(ABC):
-    """A detector of transformers that reads a phrase, as a
+    """A text-prompted detector of transformers, as a
     :class:`~sam4mllm_tool.protocols.Proposer`.
 
     One thread uses the model at a time; cancelled callers leave the queue.
@@ -40,8 +40,8 @@ class TransformersProposer(ABC):
     Args:
         model: on its device, in float32.
         processor: the family's processor.
-        name: checkpoint, for traces.
-        threshold: confidence from which something is a candidate; ``None`` = the library's.
+        name: name of the checkpoint, for traces.
+        threshold: minimum confidence of a candidate; ``None`` for the library's default.
     """
 
     threshold: ClassVar[float]
@@ -60,26 +60,26 @@ class TransformersProposer(ABC):
 
     @property
     @abstractmethod
-    def _longest(self) -> int:
-        """How many tokens of text the model reads."""
+    def _max_tokens(self) -> int:
+        """Maximum number of text tokens."""
 
     @abstractmethod
     def _inputs(self, image: RgbImage, phrase: str) -> dict[str, Any]:
-        """The processor's output that the model takes."""
+        """The model's inputs, from the processor."""
 
     @abstractmethod
     def _numbers(self, output: Any) -> list[Tensor]:
-        """The model's scores, boxes and masks, before anything is left out."""
+        """The model's raw scores, boxes and masks, to be checked for NaN."""
 
     @abstractmethod
     def _detected(self, output: Any, inputs: dict[str, Any], size: tuple[int, int]) -> Detected:
-        """The library's post-processing for a picture of that (height, width)."""
+        """The library's post-processing for a picture of ``size`` (height, width)."""
 
     def propose(self, image: RgbImage, phrase: str, limit: int) -> list[Proposal]:
-        """Up to ``limit`` different candidates, the most confident first; none is a result.
+        """Up to ``limit`` different candidates, the most confident first; possibly none.
 
         Raises:
-            ExpressionError: the phrase is longer than the model reads.
+            ExpressionError: the phrase has more tokens than the model accepts.
             BackendError: the model's output is not finite, as with damaged weights.
             DeviceOutOfMemory: the device is too small.
         """
@@ -92,17 +92,17 @@ class TransformersProposer(ABC):
         return _proposals(found, image, limit)
 
     def _check_length(self, phrase: str, tokens: int) -> None:
-        if tokens > self._longest:
+        if tokens > self._max_tokens:
             raise ExpressionError(
-                f"the phrase has {tokens} tokens and {self.name} reads {self._longest}: "
+                f"the phrase has {tokens} tokens and {self.name} accepts {self._max_tokens}: "
                 f"{phrase[:60]!r}",
                 hint="Give a short noun phrase, such as 'red apple'.",
             )
 
     def _check_numbers(self, output: Any) -> None:
-        """NaN is not above a threshold, so without this check it would mean "nothing there"."""
+        """NaN is never above the threshold: without this check it would look like "no object"."""
         for numbers in self._numbers(output):
-            # A text token that is padding has minus infinity for a score.
+            # Padding tokens of the text have a score of minus infinity.
             if (torch.isnan(numbers) | torch.isposinf(numbers)).any():
                 raise BackendError(
                     f"the proposer {self.name} returned numbers that are not finite",
@@ -123,7 +123,7 @@ class TransformersProposer(ABC):
 
 
 def _proposals(found: Detected, image: RgbImage, limit: int) -> list[Proposal]:
-    """The most confident first, boxes clipped to the image, repetitions left out."""
+    """The most confident first, boxes clipped to the image, duplicates removed."""
     order = found.scores.argsort(descending=True, stable=True).tolist()
     boxes = {n: clip_box(Box(*found.boxes[n].tolist()), image.width, image.height) for n in order}
     order = [n for n in order if boxes[n].area > 0]

@@ -1,4 +1,4 @@
-"""Grounding DINO: boxes for a phrase (arXiv 2303.05499); MM Grounding DINO is asked alike."""
+"""Grounding DINO: boxes for a phrase (arXiv 2303.05499); MM Grounding DINO works alike."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class GroundingDinoProposer(TransformersProposer):
     model_class, processor_class = AutoModelForZeroShotObjectDetection, AutoProcessor
 
     @property
-    def _longest(self) -> int:
+    def _max_tokens(self) -> int:
         return int(self._model.config.max_text_len)
 
     def _inputs(self, image: RgbImage, phrase: str) -> dict[str, Any]:
-        # It was trained on lower case, and a full stop ends a phrase.
+        # The model was trained on lower case; a full stop ends a phrase.
         text = " ".join(phrase.lower().replace(".", " ").split()) + "."
         return dict(self._processor(images=image.pil, text=text, return_tensors="pt"))
 
@@ -30,7 +30,7 @@ class GroundingDinoProposer(TransformersProposer):
         return [output.logits, output.pred_boxes]
 
     def _detected(self, output: Any, inputs: dict[str, Any], size: tuple[int, int]) -> Detected:
-        (found,) = self._processor.post_process_grounded_object_detection(
+        (detected,) = self._processor.post_process_grounded_object_detection(
             output, inputs["input_ids"], threshold=self._threshold, target_sizes=[size]
         )
-        return Detected(found["scores"], found["boxes"])
+        return Detected(detected["scores"], detected["boxes"])

@@ -1,4 +1,4 @@
-"""Which proposer a checkpoint is, and loading it."""
+"""Detecting the family of a proposer's checkpoint, and loading it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FAMILIES: dict[str, type[TransformersProposer]] = {
     "owlv2": Owlv2Proposer,
     "owlvit": Owlv2Proposer,
 }
-"""By the configuration's ``model_type``."""
+"""Proposer classes by the configuration's ``model_type``."""
 
 _HINT = f"Give 'mllm', or a transformers checkpoint of {', '.join(FAMILIES)}."
 
@@ -35,7 +35,9 @@ def load(name: str, *, device: str, threshold: float | None) -> TransformersProp
     with loading("proposer", name, hint):
         kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
         if kind not in FAMILIES:
-            raise CheckpointError(f"{name!r} is of kind {kind!r}, no proposer", hint=_HINT)
+            raise CheckpointError(
+                f"{name!r} has the model type {kind!r}, which is no proposer", hint=_HINT
+            )
         family = FAMILIES[kind]
         model = load_whole(family.model_class, name, target)
         processor = family.processor_class.from_pretrained(name, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""OWLv2: boxes for a phrase (arXiv 2306.09683); OWL-ViT (arXiv 2205.06230) is asked alike."""
+"""OWLv2: boxes for a phrase (arXiv 2306.09683); OWL-ViT (arXiv 2205.06230) works alike."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Owlv2Proposer(TransformersProposer):
     model_class, processor_class = AutoModelForZeroShotObjectDetection, AutoProcessor
 
     @property
-    def _longest(self) -> int:
+    def _max_tokens(self) -> int:
         return int(self._model.config.text_config.max_position_embeddings)
 
     def _inputs(self, image: RgbImage, phrase: str) -> dict[str, Any]:
@@ -28,7 +28,7 @@ class Owlv2Proposer(TransformersProposer):
         return [output.logits, output.pred_boxes]
 
     def _detected(self, output: Any, inputs: dict[str, Any], size: tuple[int, int]) -> Detected:
-        (found,) = self._processor.post_process_grounded_object_detection(
+        (detected,) = self._processor.post_process_grounded_object_detection(
             output, threshold=self._threshold, target_sizes=[size]
         )
-        return Detected(found["scores"], found["boxes"])
+        return Detected(detected["scores"], detected["boxes"])

@@ -12,13 +12,13 @@ from sam4mllm_tool.types import RgbImage
 
 
 class Sam3Proposer(TransformersProposer):
-    """Boxes with masks; a candidate's score takes in whether the phrase is there at all."""
+    """Boxes with masks; the score includes how likely the phrase occurs in the picture at all."""
 
     threshold = 0.3
     model_class, processor_class = Sam3Model, Sam3Processor
 
     @property
-    def _longest(self) -> int:
+    def _max_tokens(self) -> int:
         return int(self._model.config.text_config.max_position_embeddings)
 
     def _inputs(self, image: RgbImage, phrase: str) -> dict[str, Any]:
@@ -30,7 +30,7 @@ class Sam3Proposer(TransformersProposer):
         return [output.pred_logits, output.pred_boxes, output.pred_masks, *presence]
 
     def _detected(self, output: Any, inputs: dict[str, Any], size: tuple[int, int]) -> Detected:
-        (found,) = self._processor.post_process_instance_segmentation(
+        (detected,) = self._processor.post_process_instance_segmentation(
             output, threshold=self._threshold, target_sizes=[size]
         )
-        return Detected(found["scores"], found["boxes"], found["masks"])
+        return Detected(detected["scores"], detected["boxes"], detected["masks"])
