@@ -1,4 +1,4 @@
-"""How a box's likelihood relates to its being right: fits and writes ``box_calibration``.
+"""Fits and writes ``box_calibration``: from a box's likelihood to its probability of being right.
 
     python -m recipes.embedded_mllm.calibrate \\
         --notes sam4mllm_tool/embedded/mllm/sam4mllm.json
@@ -38,7 +38,7 @@ Judged = NDArray[np.float64]
 
 
 def judged_boxes(model: Sam4MLLM, worlds: Sequence[str], seed: int, scenes: int) -> Judged:
-    """First boxes and alternates of expressions about one thing that is there."""
+    """First boxes and alternates for expressions with exactly one target."""
     rows: list[tuple[float, float]] = []
     for world in worlds:
         for index in track(range(scenes), f"{world}, seed {seed}"):
@@ -49,8 +49,10 @@ def judged_boxes(model: Sam4MLLM, worlds: Sequence[str], seed: int, scenes: int)
 def _of_scene(model: Sam4MLLM, world: str, seed: int, index: int) -> Iterator[tuple[float, float]]:
     scene = render_scene(WORLDS[world], "test", index, seed)
     image = RgbImage.from_pil(scene.image)
-    asked = [e for e in expressions(scene, random.Random(f"{seed}/{index}")) if len(e.targets) == 1]
-    for expression in asked[:2]:
+    single = [
+        e for e in expressions(scene, random.Random(f"{seed}/{index}")) if len(e.targets) == 1
+    ]
+    for expression in single[:2]:
         truth = Box(*scene.objects[expression.targets[0]].box)
         found = model.locate(image, expression.text, alternates=ALTERNATES).objects
         for box in (*found[:1], *(found[0].alternates if found else ())):
@@ -71,7 +73,7 @@ def fit(rows: Judged) -> tuple[float, float]:
 
 
 def calibration_error(rows: Judged, parameters: tuple[float, float], bins: int = 10) -> float:
-    """Mean gap between probability and share of right boxes, weighted by the size of each bin."""
+    """Mean gap between probability and fraction of right boxes, weighted by the bins' sizes."""
     x, y = rows.T
     p = 1 / (1 + np.exp(-(parameters[0] * x + parameters[1])))
     places = np.minimum((p * bins).astype(int), bins - 1)
@@ -84,7 +86,7 @@ def calibration_error(rows: Judged, parameters: tuple[float, float], bins: int =
 
 
 def main(
-    notes: Annotated[Path, typer.Option(help="sam4mllm.json that gets the parameters.")],
+    notes: Annotated[Path, typer.Option(help="sam4mllm.json that the parameters are written to.")],
     scenes: Annotated[int, typer.Option(help="Scenes per world and seed.")] = 150,
 ) -> None:
     """Fit on one seed, measure on another, write the parameters."""

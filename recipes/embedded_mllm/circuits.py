@@ -1,7 +1,7 @@
 """Attention circuits written into the decoder's first three layers before training.
 
-A head's rows of the query and key weights are used in rotating pairs: fast pairs tell distances,
-slow pairs compare contents whatever the distance.
+The rows of a head's query and key weights form rotary pairs: the scores of fast pairs depend on the
+distance of two tokens, slow pairs compare contents at any distance.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 from recipes.embedded_mllm.layout import WORD_WIDTH, Layout, Meanings
 from recipes.embedded_mllm.vision import CELLS, CODE
 
-TYPICAL = (5.66, 5.3, 4.5)  # a flag's value after the norm, about, in the first three layers
+TYPICAL = (5.66, 5.3, 4.5)  # approximate values of a flag after the norms of the first three layers
 
 
 class Heads:
-    """Writes circuits into one attention layer. Head ``h`` starts empty once touched."""
+    """Writes circuits into the heads of one attention layer; :meth:`clear` a head first."""
 
     def __init__(self, attention: Any, theta: float, typical: float) -> None:
         self.q, self.k = attention.q_proj.weight, attention.k_proj.weight
@@ -31,7 +31,7 @@ class Heads:
         self._used: dict[int, int] = {}
 
     def clear(self, head: int) -> None:
-        """Empty a head but for a little noise, which training can grow from."""
+        """Reset a head to small noise, from which training can start."""
         rows = slice(head * self.width, (head + 1) * self.width)
         for weight in (self.q[rows], self.k[rows]):
             weight.normal_(0, 0.003)
@@ -42,9 +42,10 @@ class Heads:
     def turn(
         self, head: int, query: int, key: int, pair: int, distance: float, score: float
     ) -> None:
-        """Add ``score * cos(rate * (d - distance))``, ``d`` tokens between query and key.
+        """Add ``score * cos(rate * (d - distance))`` to the attention score.
 
-        The query and key channels are flags; ``pair`` picks the rotation's rate.
+        ``d`` is the number of tokens from key to query. The query and key channels are flags;
+        ``pair`` selects the rate.
         """
         row, scale = head * self.width + pair, self._scale(score)
         angle = distance * float(self.rates[pair])
@@ -53,15 +54,15 @@ class Heads:
         self.k[row, key] += scale
 
     def link(self, head: int, query: int, key: int, pair: int, score: float) -> None:
-        """Add ``score`` where both flags are up, whatever the distance (``pair`` must be slow)."""
+        """Add ``score`` where both flags are set, at any distance (``pair`` must be slow)."""
         self.turn(head, query, key, pair, 0.0, score)
 
     def prefer(self, head: int, channels: slice, pair: int, weight: float) -> None:
-        """Let what :meth:`link` looks for on this pair also grow with these channels."""
+        """Make the score of :meth:`link` on this pair also depend on these key channels."""
         self.k[head * self.width + pair, channels] += weight
 
     def match(self, head: int, rows: list[int], query: Tensor, key: Tensor) -> None:
-        """Let these rows of the head compare two linear read-outs: (rows, width) each."""
+        """Add the product of two linear read-outs, (rows, width) each, to the attention score."""
         index = torch.tensor(rows) + head * self.width
         self.q[index] += query
         self.k[index] += key
@@ -72,7 +73,7 @@ class Heads:
         return pairs + [pair + self.half for pair in pairs]
 
     def move(self, head: int, source: slice | int, target: slice | int, gain: float) -> None:
-        """Copy channels from the token looked at to the token that looks."""
+        """Copy channels from the attended token to the attending token."""
         sources = [source] if isinstance(source, int) else list(range(source.start, source.stop))
         targets = [target] if isinstance(target, int) else list(range(target.start, target.stop))
         for one, other in zip(sources, targets, strict=True):
@@ -84,7 +85,7 @@ class Heads:
             self.o[other, row] = gain
 
     def average(self, head: int, sources: dict[int, float], target: int, gain: float) -> None:
-        """Bring a weighted sum of channels into one channel."""
+        """Copy a weighted sum of channels into one channel."""
         self.move(head, target, target, gain)
         row = head * self.width + self._used[head] - 1
         self.v[row, target] = 0
@@ -96,7 +97,7 @@ class Heads:
 
 
 def write_reading(heads: Heads) -> None:
-    """Layer 1: a ``y`` fetches its ``x``; points and answers are counted; edges are told apart."""
+    """Layer 1: a ``y`` copies its ``x``; points and answers get an index, box edges a flag."""
     flag = Layout.flag
     text = flag("text")
     for head in range(8):
@@ -122,7 +123,7 @@ def write_reading(heads: Heads) -> None:
         for query, key, slow in (("answer", "newline", 8), ("number", "anchor", 9)):
             heads.link(head, flag(query), flag(key), slow, 14.0)
             heads.link(head, flag(query), flag("start"), slow, 14.0)
-        # Of several newlines the nearest counts.
+        # If there are several newlines, the nearest one counts.
         for pair_of_decay, score in ((2, 6.0), (3, 10.0)):
             heads.turn(head, flag("answer"), flag("newline"), pair_of_decay, 0, score)
         heads.link(head, flag("answer"), flag("start"), 10, 16.0)
@@ -133,11 +134,11 @@ def write_reading(heads: Heads) -> None:
 
 
 def write_looking(heads: Heads, vision: Any) -> None:
-    """Layer 2: four heads look at the quarters of the patch under a point; two gather words."""
+    """Layer 2: four heads attend to the quarters of the patch at a point; two collect words."""
     flag = Layout.flag
     grid = vision.image_size // vision.patch_size
     width = heads.q.shape[1]
-    chosen = torch.arange(2, 7)  # of the frequencies: the slowest say little, the fastest alias
+    chosen = torch.arange(2, 7)  # frequencies: the slowest carry little, the fastest alias
     half = CODE // 2
     picks = torch.cat([chosen, chosen + half])
     for head in range(4):
@@ -148,7 +149,7 @@ def write_looking(heads: Heads, vision: Any) -> None:
             zip((Layout.place_x.start, Layout.place_y.start), offsets, strict=True)
         ):
             turn = shift_code(offset)
-            # Sine and cosine of one frequency share a rotating pair: 5 pairs an axis.
+            # Sine and cosine of one frequency share a rotating pair: 5 pairs per axis.
             here = torch.arange(axis * 5, axis * 5 + 5)
             here = torch.cat([here, here + 10])
             query[here, start + picks] = 1.9
@@ -170,7 +171,7 @@ def write_looking(heads: Heads, vision: Any) -> None:
 
 
 def _cells_of_quarter(quarter: int) -> dict[int, float]:
-    """Channels of the cells in a quarter of a patch, with the share of it they fill."""
+    """Channels of the cells in a quarter of a patch, with the fraction of it that each fills."""
     across, down = quarter % 2, quarter // 2
     shares = ((2 / 3, 1 / 3, 0.0), (0.0, 1 / 3, 2 / 3))
     return {
@@ -191,7 +192,7 @@ def shift_code(offset: float) -> Tensor:
 
 
 def write_finding(heads: Heads, meanings: Meanings) -> None:
-    """Layer 3: an answer finds its point; a box's number finds what fits the words."""
+    """Layer 3: an answer attends to its point, a box's number to patches that match the words."""
     flag = Layout.flag
     width = heads.q.shape[1]
     counts = [flag(f"count{n}") for n in range(4)]
@@ -215,8 +216,8 @@ def write_finding(heads: Heads, meanings: Meanings) -> None:
         read[:, Layout.word] = mix @ (meanings.directions / math.sqrt(WORD_WIDTH))
         heads.match(head, heads.slow_rows(5, 11), read * 1.4, read * 1.4)
         heads.link(head, flag(slot), flag("image"), 4, 12.0)
-        heads.prefer(head, Layout.cells, 4, 0.2)  # patches well covered know their box best
-        heads.prefer(head, slice(flag("text"), flag("text") + 1), 4, -5.5)  # not the words
+        heads.prefer(head, Layout.cells, 4, 0.2)  # well covered patches have the best boxes
+        heads.prefer(head, slice(flag("text"), flag("text") + 1), 4, -5.5)  # not text tokens
         heads.link(head, flag("text"), flag("start"), 3, 10.0)
         heads.move(head, Layout.edge(edge), Layout.number, 2.0)
         if edge == 0:

@@ -1,11 +1,12 @@
-"""One more decoder layer, which compares: ``python -m recipes.embedded_mllm.compare START OUT …``.
+"""A new decoder layer that compares boxes: ``python -m recipes.embedded_mllm.compare START OUT …``.
 
-Whether a point lies on *that* thing is a comparison: the box of what is seen at the point against
-the box that the question names. Gradient descent hardly finds it from answers of one bit, so it is
-written in, fitted to the states of the trained model: four heads of the new layer, one per edge.
-The token of a point's y asks with the code of the edge of what it sees, the box's numbers offer
-their code, and a start token that nothing fits catches the rest; what is moved is the direction in
-which a point's state makes its answer "Yes". The rest of the layer begins silent.
+Whether a point lies on the object in question is a comparison: of the box of the object at the
+point with the box that the question names. Gradient descent hardly learns this from one-bit
+answers, so it is built in: four heads of the new layer, one per edge, are fitted to the states of
+the trained model. The query of a point's y token is the code of an edge of the object there; the
+keys of the box's numbers are the codes of their values; the start token gets the attention if no
+number matches. The heads add the direction in which a point's state raises the answer "Yes". All
+other outputs of the layer start at zero.
 """
 
 from __future__ import annotations
@@ -30,28 +31,28 @@ from recipes.embedded_mllm.scenes import SceneShards
 from recipes.embedded_mllm.vision import CODE, fourier
 
 PAIRS = slice(5, 13)
-"""Rotating pairs that hardly turn within a dialogue: they compare contents at any distance."""
+"""Rotary pairs that hardly turn within a dialogue: they compare contents at any distance."""
 NULL = 13
-"""The pair by which a point looks at the start token if nothing fits."""
+"""The rotary pair with which a point attends to the start token if nothing matches."""
 Model: TypeAlias = LlavaForConditionalGeneration
 
 
 @dataclass
 class States:
-    """What the new layer would read (normalised), T tokens; indices into them."""
+    """Normalised input states of the new layer for T tokens, and indices into them."""
 
     tokens: Tensor  # T x width
     points: Tensor  # N: tokens of a point's y
     seen: Tensor  # N x 4: box of the object there, NaN on background
     on: Tensor  # N: 0 background, 1 the target, 2 another object
     edges: Tensor  # M x 4: tokens of a question's box
-    numbers: Tensor  # M x 4: what they say, shares
-    starts: Tensor  # tokens of the start
-    toward_yes: Tensor  # width: how a point's state raises its answer
+    numbers: Tensor  # M x 4: their values, as fractions
+    starts: Tensor  # start tokens
+    toward_yes: Tensor  # width: direction in which a point's state raises "Yes"
 
 
 def inserted(model: Model, tokenizer: Any, at: int) -> Model:
-    """The same model with a silent layer after ``at`` layers."""
+    """The same model with a new layer after ``at`` layers, whose output is zero."""
     shape = shape_of(model)
     deeper = build_model(tokenizer, replace(shape, text_layers=shape.text_layers + 1))
     layers = model.model.language_model.layers
@@ -70,10 +71,10 @@ def inserted(model: Model, tokenizer: Any, at: int) -> Model:
 
 
 def states_of(model: Model, packer: Packer, scenes: list[Any], seed: int) -> States:
-    """Round 2 about overlapping objects, and the gradient of its answers."""
+    """States in round-2 lessons about overlapping objects, and the gradient of the answers."""
     teacher, plan = Teacher(random.Random(seed)), Plan(list_sizes=(9,), hard=0.5, jitter=0.1)
     yes, no = packer.ids("Yes", "No")
-    found: dict[str, list[Any]] = {name: [] for name in States.__annotations__}
+    collected: dict[str, list[Any]] = {name: [] for name in States.__annotations__}
     offset = 0
     for scene in scenes:
         lesson = teacher.points(scene, plan)
@@ -90,25 +91,25 @@ def states_of(model: Model, packer: Packer, scenes: list[Any], seed: int) -> Sta
         (gradient,) = torch.autograd.grad(raised, early)
         truth = [int(scene.object_at(x, y)) for x, y in looks.points.tolist()]
         affirmed = packed.targets[0][answers] == yes
-        found["tokens"].append(normalised(early[0].detach()))
-        found["points"] += [offset + place for place in looks.places.tolist()]
-        found["seen"] += [scene.things[t].box if t >= 0 else (np.nan,) * 4 for t in truth]
-        found["on"] += [
+        collected["tokens"].append(normalised(early[0].detach()))
+        collected["points"] += [offset + place for place in looks.places.tolist()]
+        collected["seen"] += [scene.things[t].box if t >= 0 else (np.nan,) * 4 for t in truth]
+        collected["on"] += [
             1 if yes_here else 2 * (t >= 0)
             for yes_here, t in zip(affirmed.tolist(), truth, strict=True)
         ]
         places, numbers = packer.last_box(packed)
-        found["edges"].append([offset + place for place in places])
-        found["numbers"].append([(number + 0.5) / 1000 for number in numbers])
-        found["starts"].append(offset)
-        found["toward_yes"].append(gradient[0, looks.places].mean(0))
+        collected["edges"].append([offset + place for place in places])
+        collected["numbers"].append([(number + 0.5) / 1000 for number in numbers])
+        collected["starts"].append(offset)
+        collected["toward_yes"].append(gradient[0, looks.places].mean(0))
         offset += packed.tokens.shape[1]
     return States(
-        torch.cat(found["tokens"]), torch.tensor(found["points"]),
-        torch.tensor(np.array(found["seen"], dtype=np.float32)), torch.tensor(found["on"]),
-        torch.tensor(found["edges"]), torch.tensor(found["numbers"]),
-        torch.tensor(found["starts"]),
-        torch.stack(found["toward_yes"]).mean(0),
+        torch.cat(collected["tokens"]), torch.tensor(collected["points"]),
+        torch.tensor(np.array(collected["seen"], dtype=np.float32)), torch.tensor(collected["on"]),
+        torch.tensor(collected["edges"]), torch.tensor(collected["numbers"]),
+        torch.tensor(collected["starts"]),
+        torch.stack(collected["toward_yes"]).mean(0),
     )  # fmt: skip
 
 
@@ -124,20 +125,20 @@ def fitted(x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def write_comparing(layer: Any, states: States, sharpness: float, strength: float) -> None:
-    """Fit and write the heads; see the module's text.
+    """Fit and write the heads; see the module's docstring.
 
     Args:
         layer: the new layer.
-        states: of the model that it stands in.
-        sharpness: attention score of an edge that fits exactly.
-        strength: by how much a point's answer is raised if all four edges fit.
+        states: of the model with the new layer.
+        sharpness: attention score of an edge that matches exactly.
+        strength: increase of a point's "Yes" logit if all four edges match.
     """
     attention = layer.self_attn
     width = attention.head_dim
     half, root = width // 2, width**0.25
     x, generator = states.tokens, torch.Generator().manual_seed(0)
-    others = torch.randint(len(x), (4000,), generator=generator)
-    others = others[~torch.isin(others, states.edges)]
+    random_tokens = torch.randint(len(x), (4000,), generator=generator)
+    random_tokens = random_tokens[~torch.isin(random_tokens, states.edges)]
     pairs = torch.arange(PAIRS.start, PAIRS.stop)
     rows = torch.cat([pairs, pairs + half])
     push = strength / states.toward_yes.pow(2).sum() * states.toward_yes
@@ -150,29 +151,34 @@ def write_comparing(layer: Any, states: States, sharpness: float, strength: floa
         for weight in (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight):
             weight[head : head + width] = 0
         attention.q_proj.weight[head + rows] = scale * fitted(x[states.points], code[:, edge])
-        mine = states.edges[:, edge]
-        rest = torch.cat([others, states.edges[:, [e for e in range(4) if e != edge]].flatten()])
-        keys = torch.cat([mine, states.starts, rest])
-        weights = torch.cat(
-            [torch.full((len(mine),), 3.0), torch.ones(len(states.starts) + len(rest))]
+        edge_tokens = states.edges[:, edge]
+        other_tokens = torch.cat(
+            [random_tokens, states.edges[:, [e for e in range(4) if e != edge]].flatten()]
         )
-        wanted = torch.zeros(len(keys), CODE)
-        wanted[: len(mine)] = fourier(states.numbers[:, edge])
-        attention.k_proj.weight[head + rows] = scale * fitted(x[keys], wanted, weights)
-        caught = torch.zeros(len(keys), 1)
-        caught[len(mine) : len(mine) + len(states.starts)] = 1
+        keys = torch.cat([edge_tokens, states.starts, other_tokens])
+        weights = torch.cat(
+            [
+                torch.full((len(edge_tokens),), 3.0),
+                torch.ones(len(states.starts) + len(other_tokens)),
+            ]
+        )
+        target_codes = torch.zeros(len(keys), CODE)
+        target_codes[: len(edge_tokens)] = fourier(states.numbers[:, edge])
+        attention.k_proj.weight[head + rows] = scale * fitted(x[keys], target_codes, weights)
+        is_start = torch.zeros(len(keys), 1)
+        is_start[len(edge_tokens) : len(edge_tokens) + len(states.starts)] = 1
         ones = torch.ones(len(states.points), 1)
         limit = (0.7 * sharpness) ** 0.5 * root
         attention.q_proj.weight[head + NULL] = limit * fitted(x[states.points], ones)[0]
-        attention.k_proj.weight[head + NULL] = limit * fitted(x[keys], caught)[0]
-        offered = torch.zeros(len(keys), 1)
-        offered[: len(mine)] = 1
-        attention.v_proj.weight[head] = fitted(x[keys], offered, weights)[0]
+        attention.k_proj.weight[head + NULL] = limit * fitted(x[keys], is_start)[0]
+        is_edge = torch.zeros(len(keys), 1)
+        is_edge[: len(edge_tokens)] = 1
+        attention.v_proj.weight[head] = fitted(x[keys], is_edge, weights)[0]
         attention.o_proj.weight[:, head] = push / 4
 
 
 def main() -> None:
-    """Insert the layer, fit it on crowded scenes, write the deeper base."""
+    """Insert the layer, fit it on crowded scenes, and save the deeper model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("start", type=Path)
     parser.add_argument("out", type=Path)

@@ -1,8 +1,8 @@
-"""What the decoder must know early about the points that a text names.
+"""Auxiliary losses on early decoder states, at the points that a text names.
 
-An answer carries one bit, and carries it past all layers. So two things are asked, in training
-only, of the state of the token of a point's y: after two layers what lies at the point, with the
-questions of stage 1; after three whether it is the thing asked about.
+An answer gives only one bit of training signal, through all layers. So training adds two losses on
+the state of a point's y token: after two layers it must tell what lies at the point (the questions
+of stage 1), and after three layers whether this is the object in question.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from recipes.embedded_mllm.packing import Looks
 from recipes.embedded_mllm.vision import DenseHeads, Questions, dense_loss, question_weights
 
 SEEN, DECIDED = 2, 3
-"""After this many layers a point knows what lies there, and whether it is the thing asked about."""
+"""Numbers of layers after which a point's state tells what lies there, and if it is the target."""
 
 
 class EarlyHeads(nn.Module):
-    """Linear read-outs of the states of points."""
+    """Linear read-outs of the states of points; for training only."""
 
     weights: Tensor
 
@@ -36,7 +36,7 @@ class EarlyHeads(nn.Module):
     def forward(
         self, states: Sequence[Tensor], looks: Looks, answers: Tensor, boxes: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Loss of what is seen, and of whether it is the thing asked about.
+        """The loss of what lies at the points, and of whether it is the object in question.
 
         Args:
             states: of the decoder, before the first layer and after each: B x L x width.
@@ -56,5 +56,5 @@ class EarlyHeads(nn.Module):
 
 
 def normalised(states: Tensor) -> Tensor:
-    """States (..., width) as a layer's norm gives them whose weights are one."""
+    """States (..., width) after an RMS norm with weights of one."""
     return functional.rms_norm(states, states.shape[-1:])

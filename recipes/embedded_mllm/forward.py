@@ -1,4 +1,4 @@
-"""The model's own forward pass in two steps, so that base training can use what lies between."""
+"""The model's forward pass in steps, so that base training can use the intermediate states."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from recipes.embedded_mllm.packing import Packed
 
 ATTENTION = "float32 in chunks"
 CHUNK = 288
-"""Queries per call of the attention kernel: later ones see more keys."""
+"""Queries per call of the attention kernel; each call gets the keys up to its last query."""
 
 
 @torch.autocast("cpu", enabled=False)
@@ -23,10 +23,10 @@ def chunked_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention in float32, the keys behind a chunk of queries left out.
+    """Attention in float32, without the keys that come after a chunk of queries.
 
     PyTorch's CPU kernel is two to three times slower in bfloat16, which autocast would choose, and
-    does not know that half of a causal mask is empty.
+    does not skip the masked half of a causal mask.
     """
     query, key, value = query.float(), key.float(), value.float()
     attend = partial(functional.scaled_dot_product_attention, scale=scaling)
@@ -47,7 +47,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def to_pixels(pictures: Tensor) -> Tensor:
-    """uint8 B x H x W x 3 → what the image processor gives: float B x 3 x H x W in -1…1."""
+    """uint8 B x H x W x 3 → as from the image processor: float B x 3 x H x W in -1…1."""
     return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -63,7 +63,7 @@ def tower_features(tower: Any, pixels: Tensor) -> Tensor:
 def forward(
     model: Any, pictures: Tensor, packed: Packed
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """What LLaVA's own forward computes.
+    """The same computation as LLaVA's own forward.
 
     Returns:
         features: of the tower, (B, patches, width).

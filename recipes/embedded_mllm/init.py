@@ -1,11 +1,12 @@
-"""Initial weights of the embedded MLLM: what can be written down need not be learnt.
+"""Initial weights of the embedded MLLM, with attention circuits built in.
 
-A model of a few million weights hardly finds out by gradient descent how a coordinate in the text
-looks at its place in the picture. So the decoder starts with such circuits in place, built from
-plain attention weights: numbers and places share one Fourier code; a ``y`` token fetches its
-``x``, looks at their patch and is counted; an answer finds the point it answers; a box's number
-finds the patches that fit the expression and copies their box. The projector is folded from the
-dense heads of :mod:`recipes.embedded_mllm.vision`. Training refines all of it.
+A model with a few million weights hardly learns by gradient descent to attend from a coordinate in
+the text to its place in the picture. So the decoder starts with circuits for this, written into its
+attention weights. Numbers and places share one Fourier code. A point's ``y`` token copies its
+``x``, attends to the patch at the point and gets a code of its index; an answer attends to the
+point with the same index; a box's number attends to the patches that match the expression and
+copies their box. The projector is built from the dense heads of
+:mod:`recipes.embedded_mllm.vision`. Training refines all weights.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from recipes.embedded_mllm.vision import CODE, Questions, fourier, number_codes
 from sam4mllm_tool.datasets.vqa import BACKGROUND
 from sam4mllm_tool.scenes.sprites import plurals
 
-LENGTH = 128.0  # squared norm of every embedding, so that flags weigh the same after the norm
+LENGTH = 128.0  # squared norm of every embedding, so that flags are equal after the norm
 
 
 @torch.no_grad()
 def init_vision(model: Any, shape: BaseShape) -> None:
-    """Give each patch the code of its place, in the code the numbers use."""
+    """Give each patch the code of its place: the same Fourier code as for numbers."""
     tower = model.model.vision_tower
     places = tower.embeddings.position_embedding.weight
     places.normal_(0, 0.02)
@@ -46,9 +47,9 @@ def init_vision(model: Any, shape: BaseShape) -> None:
 
 
 def place_codes(shape: BaseShape) -> Tensor:
-    """Codes of x and y of the patches' middles: (patches, 2 * CODE)."""
-    middles = (torch.arange(shape.grid) + 0.5) / shape.grid
-    y, x = torch.meshgrid(middles, middles, indexing="ij")
+    """Codes of x and y of the patches' centres: (patches, 2 * CODE)."""
+    centres = (torch.arange(shape.grid) + 0.5) / shape.grid
+    y, x = torch.meshgrid(centres, centres, indexing="ij")
     return torch.cat([fourier(x.flatten()), fourier(y.flatten())], -1)
 
 
@@ -59,15 +60,15 @@ def init_language(
     questions: Questions,
     meanings: Meanings,
 ) -> None:
-    """Embeddings, output rows and the circuits of the first three layers."""
+    """Initialise embeddings, output rows, and the circuits of the first three layers."""
     for name, weight in model.model.language_model.layers.named_parameters():
         if weight.ndim == 2:
-            quiet = 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-            weight.normal_(0, quiet / math.sqrt(weight.shape[1]))
+            gain = 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+            weight.normal_(0, gain / math.sqrt(weight.shape[1]))
     _init_embeddings(model, tokenizer, questions, meanings)
     layers = model.model.language_model.layers
-    for layer, loudness in zip(layers, (0.1, 0.1, 0.1, 0.3), strict=False):
-        layer.mlp.down_proj.weight *= loudness
+    for layer, gain in zip(layers, (0.1, 0.1, 0.1, 0.3), strict=False):
+        layer.mlp.down_proj.weight *= gain
     for layer in layers[3:]:
         layer.self_attn.o_proj.weight *= 0.3
     theta = model.config.text_config.rope_parameters["rope_theta"]
@@ -123,10 +124,10 @@ def _init_embeddings(
 
 
 def _equalise(rows: Tensor, start: int) -> None:
-    """Scale word channels until all embeddings are equally long; the start token keeps silent.
+    """Scale the word channels so that all embeddings have the same norm.
 
-    Heads with nothing to look at look at the start token, so what they copy must be zero there;
-    its length is made up in channels that nothing copies.
+    Heads without a match attend to the start token, so the channels that they copy must be zero
+    there; the start token gets its norm from channels that no head copies.
     """
     rows[start, : Layout.flags] = 0
     filler = torch.randn(rows[start, Layout.relation].shape)
@@ -139,9 +140,9 @@ def _equalise(rows: Tensor, start: int) -> None:
 
 
 def _concepts_of_words(questions: Questions) -> dict[str, str]:
-    """Word → the concept it begins with: the last word of a name and of its plural, and so on."""
-    found = {word: words[0] for words in SENSES.values() for word in words}
-    found |= {colour: colour for colour in questions.colours}
+    """Word → its initial concept; for a name, the last words of singular and plural."""
+    concepts = {word: words[0] for words in SENSES.values() for word in words}
+    concepts |= {colour: colour for colour in questions.colours}
     for name in questions.names:
-        found |= {text.split()[-1]: name for text in (name, plurals()[name])}
-    return found | {BACKGROUND: BACKGROUND}
+        concepts |= {text.split()[-1]: name for text in (name, plurals()[name])}
+    return concepts | {BACKGROUND: BACKGROUND}

@@ -1,4 +1,4 @@
-"""What the decoder's channels keep at the start, and the directions that words begin with."""
+"""Initial meaning of the decoder's channels, and initial directions of words."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ SENSES: dict[str, tuple[str, ...]] = {
     "one of two": ("two", "both"),
     "one of three": ("three",),
 }
-"""Words that begin with one meaning, by the flag of stage 1 that they name."""
+"""Words that start with the same meaning, by the flag of stage 1 that they name."""
 
 
 class Layout:
-    """Which channels of the decoder keep what."""
+    """Meaning of the decoder's channels."""
 
     number = slice(0, CODE)
     place = slice(CODE, 3 * CODE)
@@ -47,7 +47,7 @@ class Layout:
         "start", "word", "slot", "open", "open2", "open4", "open6", "found",
         "count0", "count1", "count2", "count3",
     )  # fmt: skip
-    # Where an answer keeps what its point sees: channels that only other tokens need.
+    # Where an answer stores what lies at its point: only other tokens use these channels.
     seen_word = slice(CODE, CODE + WORD_WIDTH)
     seen_box = slice(seen_word.stop, seen_word.stop + WORD_WIDTH)
 
@@ -58,17 +58,17 @@ class Layout:
 
     @classmethod
     def edge(cls, index: int) -> slice:
-        """Channels of the code of one edge of the box of the object seen."""
+        """Channels with the code of one edge of the seen object's box."""
         return slice(cls.box.start + index * CODE, cls.box.start + (index + 1) * CODE)
 
 
 @dataclass(frozen=True)
 class Meanings:
-    """Orthogonal directions in the word channels, one a concept."""
+    """Orthogonal directions in the word channels, one per concept."""
 
     concepts: tuple[str, ...]
     directions: Tensor  # (concepts, WORD_WIDTH), norm sqrt(WORD_WIDTH)
-    spare: Tensor  # directions of no concept, same norm
+    spare: Tensor  # unused directions, same norm
 
     def of(self, concept: str) -> Tensor:
         """The direction of a concept."""

@@ -1,4 +1,4 @@
-"""Stage 2's lessons: questions about a scene, in the dialogue's own strings, with their replies."""
+"""Lessons of stage 2: questions about a scene and their replies, as the dialogue's strings."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from sam4mllm_tool.pipeline.points import grid_points, poisson_disk_points
 from sam4mllm_tool.types import Box, Point, TargetCount
 
 UNIT = (1, 1)
-"""Scenes keep places as shares of the sides, so every picture is one by one."""
+"""Scenes give places as fractions of the sides, so every picture has the size 1 x 1."""
 FORMAT = Sam4MllmFormat()
 EDGE = 1 - 1e-6
 PPG_POINTS = ((1, 0), (2, 1), (3, 1), (3, 2))
-"""Points on and off the object that PPG lessons ask for."""
+"""Numbers of points on and off the object that PPG lessons ask for."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its reply; ``taught`` says whether the reply is under loss."""
+    """A question and its reply; ``taught`` says whether the reply is part of the loss."""
 
     question: str
     reply: str
@@ -44,7 +44,7 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many lessons of each topic a picture gets (fractions are chances)."""
+    """Number of lessons of each topic per picture; a fraction is a probability."""
 
     boxes: float = 4
     absent: float = 1
@@ -65,11 +65,11 @@ class Plan:
             "absent": 1.5, "contradicted": 2.0, "miscounted": 1.0,
         }
     )  # fmt: skip
-    """Weight of each kind among those of a scene: of something there, and of something absent."""
+    """Weight of each kind among those of a scene; for present and absent objects separately."""
 
 
 TOPICS = (*Plan().kinds, "what", "what list", "points", "verify", "ppg")
-"""What lessons can be about, as logs and measurements name it."""
+"""Topics of lessons, as they are named in logs and measurements."""
 
 
 class Teacher:
@@ -89,15 +89,15 @@ class Teacher:
             (plan.verify, self.verify),
             (plan.ppg, self.ppg),
         ]
-        made = []
+        lessons = []
         for count, make in makers:
             whole = int(count) + (self.rng.random() < count % 1)
-            made += [lesson for _ in range(whole) if (lesson := make(scene, plan))]
-        self.rng.shuffle(made)
-        return made
+            lessons += [lesson for _ in range(whole) if (lesson := make(scene, plan))]
+        self.rng.shuffle(lessons)
+        return lessons
 
     def box(self, scene: BaseScene, plan: Plan) -> Lesson | None:
-        """Round 1 about something that is there."""
+        """Round 1 about an object that is in the picture."""
         reference = self._reference(scene, plan)
         if reference is None:
             return None
@@ -106,7 +106,7 @@ class Teacher:
         )
 
     def absent(self, scene: BaseScene, plan: Plan) -> Lesson | None:
-        """Round 1 about something that is not there."""
+        """Round 1 about an object that is not in the picture."""
         missing = self._reference(scene, plan, there=False)
         if missing is None:
             return None
@@ -114,12 +114,12 @@ class Teacher:
         return Lesson(missing.kind, (Turn(question, FORMAT.write_boxes([], UNIT)),))
 
     def what(self, scene: BaseScene, plan: Plan) -> Lesson:
-        """What is at one place: a name's last word, or "background"."""
+        """What is at one point: the last word of an object's name, or "background"."""
         point, word = self._place(scene)
         return Lesson("what", (Turn(f"What is at {_written([point])}?", word),))
 
     def what_list(self, scene: BaseScene, plan: Plan) -> Lesson:
-        """The same for several places at once."""
+        """The same for several points at once."""
         drawn = [self._place(scene) for _ in range(self.rng.choice(plan.list_sizes))]
         question = f"What is at each point:\n{_written([point for point, _ in drawn])}"
         return Lesson("what list", (Turn(question, " ".join(word for _, word in drawn)),))
@@ -135,18 +135,18 @@ class Teacher:
         exact = self.rng.random() < 0.4
         if not exact:
             boxes = [self._jitter(box, plan.jitter) for box in boxes]
-        spoken = boxes[chosen]
+        named_box = boxes[chosen]
         if exact and self.rng.random() < plan.shared:
-            spoken = self._shared(scene, targets[chosen])
-        asked = self._candidates(scene, targets[chosen], spoken, plan)
+            named_box = self._shared(scene, targets[chosen])
+        asked = self._candidates(scene, targets[chosen], named_box, plan)
         inside = [scene.object_at(point.x, point.y) == targets[chosen] for point in asked]
         first = Turn(self._where(reference), FORMAT.write_boxes(boxes, UNIT), taught=exact)
-        question = FORMAT.ask_points(reference.text, spoken, asked, UNIT)
+        question = FORMAT.ask_points(reference.text, named_box, asked, UNIT)
         reply = "".join("Yes" if one else "No" for one in inside)
         return Lesson("points", (first, Turn(question, reply)))
 
     def verify(self, scene: BaseScene, plan: Plan) -> Lesson | None:
-        """Does this box show what the expression says? Half of the time it does not."""
+        """Whether a box shows the object of the expression; half of the boxes do not."""
         reference = self._reference(scene, plan)
         if reference is None or len(reference.targets) != 1:
             return None
@@ -160,9 +160,9 @@ class Teacher:
         return Lesson("verify", (Turn(question, answer),))
 
     def ppg(self, scene: BaseScene, plan: Plan) -> Lesson | None:
-        """Box and prompt points in one reply: points well inside, and off it but near.
+        """Box and prompt points in one reply: points well inside the object, and near but outside.
 
-        Of a thing that is absent (one in four) the reply says so.
+        One lesson in four is about an absent object, and its reply says so.
         """
         missing = self._reference(scene, plan, there=False)
         if missing is not None and self.rng.random() < 0.25:
@@ -178,7 +178,7 @@ class Teacher:
         spread = poisson_disk_points(_inside_picture(box), 60, self.rng, 0.12)
         inside = [p for p in spread if self._depth(scene, target, p) == 1]
         outside = [p for p in spread if self._depth(scene, target, p) == 0]
-        away = distance_transform_edt(scene.labels != target + 1)  # the surest first
+        away = distance_transform_edt(scene.labels != target + 1)  # farthest from the object first
         outside.sort(key=lambda p: -away[int(p.y * LABEL_SIDE), int(p.x * LABEL_SIDE)])
         if len(inside) < on or len(outside) < off:
             return None
@@ -189,13 +189,13 @@ class Teacher:
         return Lesson("ppg", (Turn(question, f"{reply} {_written(points)}"),))
 
     def _reference(self, scene: BaseScene, plan: Plan, there: bool = True) -> Reference | None:
-        """An expression for something there (or absent): first the kind by weight, then one."""
-        found = [r for r in scene.references if bool(r.targets) == there]
-        kinds = sorted({r.kind for r in found if plan.kinds.get(r.kind)})
+        """An expression for a present (or absent) object; its kind is drawn by weight."""
+        candidates = [r for r in scene.references if bool(r.targets) == there]
+        kinds = sorted({r.kind for r in candidates if plan.kinds.get(r.kind)})
         if not kinds:
             return None
         kind = self.rng.choices(kinds, [plan.kinds[kind] for kind in kinds])[0]
-        return self.rng.choice([r for r in found if r.kind == kind])
+        return self.rng.choice([r for r in candidates if r.kind == kind])
 
     def _where(self, reference: Reference) -> str:
         return FORMAT.ask_boxes(reference.text, self._count(reference), UNIT)
@@ -206,14 +206,14 @@ class Teacher:
         return self.rng.choices(counts, [0.0 if several else 0.3, 0.3, 0.4])[0]
 
     def _shared(self, scene: BaseScene, target: int) -> Box:
-        """A box around the object and one that overlaps its box, if there is one."""
+        """A box around the object and one whose box overlaps, if there is one."""
         box, others = box_of(scene, target), range(len(scene.things))
         near = [box_of(scene, n) for n in others if n != target]
         near = [other for other in near if intersection(box, other)]
         return union_box((box, self.rng.choice(near))) if near else box
 
     def _jitter(self, box: Box, share: float = 0.1) -> Box:
-        """The box with its edges moved by up to a share of its size."""
+        """The box with its edges moved by up to a fraction ``share`` of its size."""
 
         def move(size: float) -> float:
             return self.rng.triangular(-share, share) * size
@@ -234,7 +234,7 @@ class Teacher:
         return Box(x, y, min(x + right.width, EDGE), min(y + right.height, EDGE))
 
     def _candidates(self, scene: BaseScene, target: int, box: Box, plan: Plan) -> list[Point]:
-        """Points as the pipeline spreads them, or random ones."""
+        """Candidate points: a grid as in the pipeline, or random ones."""
         count = self.rng.choice(plan.list_sizes)
         draw = self.rng.random()
         if draw < 0.55:
@@ -249,7 +249,7 @@ class Teacher:
     def _hardened(
         self, scene: BaseScene, target: int, box: Box, points: list[Point], share: float
     ) -> list[Point]:
-        """Some of the points off the target moved onto other objects in the box."""
+        """The points; some of those off the target are moved onto other objects in the box."""
         x0, y0, x1, y1 = (int(edge * LABEL_SIDE) for edge in box)
         window = scene.labels[y0 : y1 + 1, x0 : x1 + 1]
         places = np.argwhere((window > 0) & (window != target + 1))
@@ -266,7 +266,7 @@ class Teacher:
         return moved
 
     def _place(self, scene: BaseScene) -> tuple[Point, str]:
-        """A place and its word: seven in ten in some object's box, the rest anywhere."""
+        """A point and the word for it: 70 % lie in some object's box, the rest anywhere."""
         x, y = self.rng.random(), self.rng.random()
         if self.rng.random() < 0.7:
             box = self.rng.choice(scene.things).box
@@ -276,7 +276,7 @@ class Teacher:
         return _clamped(Point(x, y)), word
 
     def _depth(self, scene: BaseScene, target: int, point: Point) -> float:
-        """Share of a small cross around the point that lies on the target."""
+        """Fraction of a small cross around the point that lies on the target."""
         reach = 0.012
         around = [(0, 0), (reach, 0), (-reach, 0), (0, reach), (0, -reach)]
         near = [_clamped(Point(point.x + dx, point.y + dy)) for dx, dy in around]
@@ -284,7 +284,7 @@ class Teacher:
 
 
 def box_of(scene: BaseScene, number: int) -> Box:
-    """Box of an object, shares of the sides."""
+    """Box of an object, in fractions of the sides."""
     return Box(*scene.things[number].box)
 
 
@@ -304,7 +304,7 @@ def in_rows(points: Sequence[Point]) -> list[Point]:
 
 
 def _written(points: Sequence[Point]) -> str:
-    """Points as round 2 lists them."""
+    """Points as the text of round 2."""
     return FORMAT.ask_points("", Box(0, 0, 1, 1), points, UNIT).split("\n", 1)[1]
 
 

@@ -1,4 +1,4 @@
-"""Examinations during base training: boxes, points, words and refusals on held-out scenes."""
+"""Evaluation during base training: boxes, points, words and absence, on held-out scenes."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ EACH_KIND = 24
 BATCH = 36
 GRIDS = (9, 16)
 CROWDED = 300
-"""Scenes with overlapping objects that are asked about."""
+"""Approximate number of scenes with overlapping objects that are used."""
 
 
 class Examination:
-    """Held-out questions, the same every time."""
+    """Evaluation on held-out questions, which are the same every time."""
 
     def __init__(
         self,
@@ -66,7 +66,10 @@ class Examination:
             self.model.train()
 
     def _boxes(self) -> dict[str, float]:
-        """Acc@0.5 by kind (a plural needs every box), recall of absence and false alarms."""
+        """Acc@0.5 by kind (a plural needs every box), recall of absence, and false alarms.
+
+        A false alarm is an answer "absent" about an object that is in the picture.
+        """
         hits: dict[str, list[bool]] = defaultdict(list)
         alarms = []
         for start in range(0, len(self.asked), BATCH):
@@ -86,10 +89,10 @@ class Examination:
                 hits[reference.kind].append(_same(boxes, truth))
                 if truth:
                     alarms.append(not boxes)
-        found = {kind: float(np.mean(right)) for kind, right in sorted(hits.items())}
-        nothing = {reference.kind for _, reference in self.asked if not reference.targets}
-        present = [value for kind, value in found.items() if kind not in nothing]
-        return {"box": float(np.mean(present)), **found, "false alarms": float(np.mean(alarms))}
+        figures = {kind: float(np.mean(right)) for kind, right in sorted(hits.items())}
+        absent_kinds = {reference.kind for _, reference in self.asked if not reference.targets}
+        present = [value for kind, value in figures.items() if kind not in absent_kinds]
+        return {"box": float(np.mean(present)), **figures, "false alarms": float(np.mean(alarms))}
 
     def answer(self, scenes: list[BaseScene], questions: list[str]) -> list[str]:
         """Replies by transformers' own greedy ``generate``."""
@@ -103,25 +106,25 @@ class Examination:
         pictures = torch.from_numpy(np.stack([scene.image for scene in scenes]))
         pixels = to_pixels(pictures)
         end = self.tokenizer.convert_tokens_to_ids(END)
-        made = self.model.generate(
+        generated = self.model.generate(
             input_ids=tokens, attention_mask=mask, pixel_values=pixels, max_new_tokens=34,
             do_sample=False, eos_token_id=end, pad_token_id=0,
         )  # fmt: skip
-        return list(self.tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True))
+        return list(self.tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True))
 
     def _prompt(self, question: str) -> list[int]:
         tokens, _ = self.packer.lesson(Lesson("category", (Turn(question, ""),)))
         return [*self.packer.prefix, *tokens[:-1]]  # without the end of the empty reply
 
     def _points(self) -> dict[str, float]:
-        """Yes/no on grids over the true box; earlier answers are given as they should be.
+        """Yes/no on grids over the true box; earlier answers are given correctly.
 
         ``points`` is the balanced accuracy; ``geometry`` that of answering every cell of the
         grid with its majority, which needs no picture.
         """
-        found = {}
+        figures = {}
         for size in GRIDS:
-            said: list[tuple[BaseScene, list[Lesson]]] = []
+            asked: list[tuple[BaseScene, list[Lesson]]] = []
             truth: list[bool] = []
             cells: list[int] = []
             for scene, reference in self.asked:
@@ -136,20 +139,20 @@ class Examination:
                     Turn(first, boxes_reply(scene, reference), taught=False),
                     Turn(question, "".join("Yes" if one else "No" for one in inside)),
                 )
-                said.append((scene, [Lesson("points", turns)]))
+                asked.append((scene, [Lesson("points", turns)]))
                 truth += inside
                 cells += range(size)
-            right = self._forced(said, {"Yes", "No"})
+            right = self._forced(asked, {"Yes", "No"})
             truth_array, cell_array = np.array(truth), np.array(cells)
             correct = np.array(right)
             usual = np.array([truth_array[cell_array == cell].mean() > 0.5 for cell in range(size)])
             blind = usual[cell_array] == truth_array
-            found[f"points{size}"] = _balanced(correct, truth_array)
-            found[f"geometry{size}"] = _balanced(blind, truth_array)
-        return {"points": found["points9"], **found}
+            figures[f"points{size}"] = _balanced(correct, truth_array)
+            figures[f"geometry{size}"] = _balanced(blind, truth_array)
+        return {"points": figures["points9"], **figures}
 
     def _neighbours(self) -> dict[str, float]:
-        """Scenes whose objects overlap: round 2 right on background, target and other objects.
+        """Accuracy of round 2 with overlapping objects: on background, target and other objects.
 
         Half of each grid's points off the target are moved onto other objects, boxes are inexact.
         """
@@ -174,26 +177,28 @@ class Examination:
         return {name: float(np.mean(good)) for name, good in sorted(hits.items())}
 
     def _words(self) -> dict[str, float]:
-        """What-at: single questions, and lists of five; verification."""
-        teacher, plan, found = Teacher(random.Random(6)), Plan(list_sizes=(5,)), {}
+        """Accuracy of words at single points and at lists of five, and of verification."""
+        teacher, plan, figures = Teacher(random.Random(6)), Plan(list_sizes=(5,)), {}
         for name, make in (("what", teacher.what), ("lists", teacher.what_list)):
             lessons = [
                 (scene, [make(scene, plan) for _ in range(2)]) for scene in self.scenes[:120]
             ]
             right = self._forced(lessons, None)
-            found[name] = float(np.mean(right))
+            figures[name] = float(np.mean(right))
         lessons = [
             (s, [x for _ in range(2) if (x := teacher.verify(s, plan))]) for s in self.scenes[:150]
         ]
-        found["verify"] = float(np.mean(self._forced([x for x in lessons if x[1]], {"Yes", "No"})))
-        return found
+        figures["verify"] = float(
+            np.mean(self._forced([x for x in lessons if x[1]], {"Yes", "No"}))
+        )
+        return figures
 
     def _forced(
         self, asked: list[tuple[BaseScene, list[Lesson]]], words: set[str] | None
     ) -> list[bool]:
-        """Whether each decisive token is the likeliest, the reply so far being the true one.
+        """Whether each decisive token is the most likely one after the true reply so far.
 
-        ``words`` are the decisive ones; None means every word.
+        ``words`` are the decisive tokens; ``None`` means every word.
         """
         right: list[bool] = []
         for start in range(0, len(asked), BATCH):
@@ -217,24 +222,24 @@ def _pick(
     scenes: list[BaseScene], each: int, rng: random.Random
 ) -> list[tuple[BaseScene, Reference]]:
     """Up to ``each`` questions per kind, one per scene and kind."""
-    found: dict[str, list[tuple[BaseScene, Reference]]] = defaultdict(list)
+    picked: dict[str, list[tuple[BaseScene, Reference]]] = defaultdict(list)
     for scene in scenes:
         for kind in sorted({reference.kind for reference in scene.references}):
             chosen = rng.choice([r for r in scene.references if r.kind == kind])
-            if len(found[kind]) < each:
-                found[kind].append((scene, chosen))
-    return [asked for kind in sorted(found) for asked in found[kind]]
+            if len(picked[kind]) < each:
+                picked[kind].append((scene, chosen))
+    return [asked for kind in sorted(picked) for asked in picked[kind]]
 
 
 def _same(boxes: tuple[Box, ...], truth: list[Box]) -> bool:
-    """Whether the boxes are as many as the truth and fit one by one (IoU >= 0.5)."""
-    left = list(truth)
+    """Whether there are as many boxes as in the truth, and each matches one (IoU >= 0.5)."""
+    unmatched = list(truth)
     for box in boxes:
-        best = max(left, key=lambda other: box_iou(box, other), default=None)
+        best = max(unmatched, key=lambda other: box_iou(box, other), default=None)
         if best is None or box_iou(box, best) < 0.5:
             return False
-        left.remove(best)
-    return not left
+        unmatched.remove(best)
+    return not unmatched
 
 
 def _balanced(correct: np.ndarray, truth: np.ndarray) -> float:

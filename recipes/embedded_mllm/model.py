@@ -1,7 +1,7 @@
-"""The shipped MLLM before training: tokenizer, processor and an empty LLaVA.
+"""The shipped MLLM before training: tokenizer, processor and an untrained LLaVA.
 
-Everything is a transformers class, so that what is saved here loads with plain ``AutoProcessor``
-and ``AutoModelForImageTextToText``. Small models ground badly when a coordinate is three digits,
+All parts are transformers classes, so the saved model loads with plain ``AutoProcessor`` and
+``AutoModelForImageTextToText``. Small models ground badly when a coordinate is three digits,
 so ``000``…``999`` are single tokens, as in Llama-3's tokenizer; and because the published
 questions are long and always the same, each of their fixed parts is a single token as well.
 Any other text falls back to words, and unknown words to bytes.
@@ -47,7 +47,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
-"""``<s>SYSTEM<|user|><image>QUESTION<|assistant|>\\nREPLY</s><|user|>…``: the image stands before
+"""``<s>SYSTEM<|user|><image>QUESTION<|assistant|>\\nREPLY</s><|user|>…``: the image comes before
 the text of its turn. The newline before a reply belongs to the template (the weights were made
 with it); the text of a reply has none."""
 CAUTION = (
@@ -55,7 +55,7 @@ CAUTION = (
     "name a real checkpoint with from_pretrained(…) or --mllm and --sam"
 )
 LONGEST_LIST = 16
-"""Most points of a round-2 question in the lessons."""
+"""Maximum number of points in a round-2 question of the lessons."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class BaseShape:
         vision_width, vision_layers, vision_inner: of the vision transformer and its MLP.
         text_width, text_layers, text_inner: of the Llama decoder and its MLP.
         head_width: of an attention head, in both.
-        rope_theta: with 16 rotating pairs a head, ``5**16`` makes each pair five times slower
-            than the one before. A listed point is five tokens and an answer is one, so pair
-            ``j`` counts answers at the rate at which pair ``j + 1`` counts points.
+        rope_theta: with 16 rotary pairs per head, ``5**16`` makes each pair five times slower than
+            the one before. A listed point is five tokens and an answer is one, so pair ``j`` turns
+            from answer to answer as much as pair ``j + 1`` turns from point to point.
     """
 
     image_size: int = 144
@@ -109,7 +109,7 @@ def build_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
     """A tokenizer of whole fixed parts, whole words, numbers, and bytes for all else.
 
     Args:
-        words: words known as one token, with and without a leading space.
+        words: words that become single tokens, with and without a leading space.
     """
     parts = fixed_parts()
     pattern = "|".join(
@@ -140,7 +140,7 @@ def build_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast, shape: BaseShape) -> LlavaProcessor:
-    """Pictures squeezed to the model's square with Pillow, and the chat template."""
+    """The processor: resizes pictures to the model's square with Pillow; has the chat template."""
     pictures = SiglipImageProcessorPil(
         size={"height": shape.image_size, "width": shape.image_size},
         image_mean=[0.5] * 3,
@@ -160,7 +160,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, shape: BaseShape) -> Lla
 def build_model(
     tokenizer: PreTrainedTokenizerFast, shape: BaseShape
 ) -> LlavaForConditionalGeneration:
-    """A LLaVA of that shape with transformers' own random weights."""
+    """A LLaVA of that shape with the random initial weights of transformers."""
     vision = SiglipVisionConfig(
         hidden_size=shape.vision_width,
         intermediate_size=shape.vision_inner,
@@ -225,7 +225,7 @@ def save_base(
 ) -> None:
     """Write model (half precision), processor and ``sam4mllm.json`` into ``folder``.
 
-    The model's weights are left as they are; what is written is a copy.
+    The model's own weights are not changed: a copy is written.
     """
     import torch
 

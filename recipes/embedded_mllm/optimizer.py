@@ -36,7 +36,7 @@ class Optimizers:
         return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, states: Sequence[dict]) -> None:
-        """Restore what :meth:`state_dict` gave, but for the full learning rates."""
+        """Restore the result of :meth:`state_dict`, except for the full learning rates."""
         for part, state in zip(self.parts, states, strict=True):
             rates = [group["full_rate"] for group in part.param_groups]
             part.load_state_dict(state)
@@ -48,7 +48,7 @@ def make_optimizers(
     named: Iterable[tuple[str, nn.Parameter]],
     rate: float,
     kind: str = "muon",
-    gentle: Callable[[str], float] = lambda name: 1.0,
+    rate_factor: Callable[[str], float] = lambda name: 1.0,
 ) -> Optimizers:
     """Optimisers for named parameters.
 
@@ -56,8 +56,8 @@ def make_optimizers(
         named: (name, parameter) pairs; those without gradient are skipped.
         rate: learning rate.
         kind: "muon", or "adamw" for everything.
-        gentle: factor on the rate by name; parameters with a factor below 1 hold what was built
-            in at initialisation, get AdamW (Muon's updates have full rank and would wash it out)
+        rate_factor: factor on the learning rate, by name. Parameters with a factor below 1 contain
+            built-in circuits: they get AdamW (Muon's full-rank updates would destroy the circuits)
             and no weight decay.
     """
     matrices: list[nn.Parameter] = []
@@ -65,7 +65,7 @@ def make_optimizers(
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
-        factor = gentle(name)
+        factor = rate_factor(name)
         inside = parameter.ndim == 2 and "embed" not in name and "head" not in name
         if kind == "muon" and inside and factor == 1:
             matrices.append(parameter)
@@ -75,8 +75,8 @@ def make_optimizers(
     parts: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
             [
-                {"params": found, "lr": rate * factor, "weight_decay": decay}
-                for (factor, decay), found in groups.items()
+                {"params": members, "lr": rate * factor, "weight_decay": decay}
+                for (factor, decay), members in groups.items()
             ],
             betas=(0.9, 0.98),
             fused=True,

@@ -1,8 +1,8 @@
-"""Many lessons about a picture in one sequence, exactly as if each were asked alone.
+"""Many lessons about a picture in one sequence, with the same results as if each were read alone.
 
-The picture's prefix (system prompt and image) comes once and stays causal; every lesson sees the
-prefix and itself, and its positions go on from the prefix. A plain ``generate`` therefore gives
-what the packed pass gives.
+The prefix (system prompt and image) comes once, with causal attention. Every lesson attends to the
+prefix and to itself, and its positions continue from the prefix. So plain ``generate`` gives the
+same results as the packed pass.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Packed:
-    """A batch of sequences, padded on the right; B x L unless said otherwise.
+    """A batch of sequences, padded on the right; B x L unless stated otherwise.
 
     Attributes:
         tokens: input ids.
-        targets: the next token where it is under loss, else -100 (already shifted).
+        targets: the next token where it is part of the loss, else -100 (already shifted).
         topics: index of the lesson's topic at each target, -1 elsewhere.
         positions: position ids.
-        mask: bool B x 1 x L x L, True where a token may look.
+        mask: bool B x 1 x L x L, True where a token may attend.
     """
 
     tokens: Tensor
@@ -42,12 +42,12 @@ class Packed:
 
 @dataclass(frozen=True)
 class Looks:
-    """The points that a batch of sequences names, where they are written; N of them.
+    """The N points that are written in a batch of sequences.
 
     Attributes:
         rows, places: sequence and position of the token of the point's y.
-        points: N x 2, shares of the sides.
-        answers: whether round 2 answers "Yes" (1) or "No" (0); -1 where another lesson names it.
+        points: N x 2, fractions of the sides.
+        answers: whether round 2 answers "Yes" (1) or "No" (0); -1 in other lessons.
     """
 
     rows: Tensor
@@ -80,7 +80,7 @@ class Packer:
         return list(self._id(list(tokens)))
 
     def last_box(self, packed: Packed) -> tuple[list[int], list[int]]:
-        """Places and values of the numbers of the first sequence's last ``[a,b,c,d]``."""
+        """Positions and values of the numbers in the first sequence's last ``[a,b,c,d]``."""
         number = self._number[packed.tokens[0]]
         four = torch.stack([number[place : len(number) - 6 + place] for place in (0, 2, 4, 6)], 1)
         start = int((four >= 0).all(1).nonzero()[-1])
@@ -93,21 +93,21 @@ class Packer:
         opens = torch.isin(tokens, self._opens)
         written = opens[:, :-3] & (number[:, 1:-2] >= 0) & (number[:, 3:] >= 0)
         rows, starts = written.nonzero(as_tuple=True)
-        read = torch.stack([number[rows, starts + 1], number[rows, starts + 3]], -1)
-        # Each list's answers stand in its own order, and so do the lists.
+        values = torch.stack([number[rows, starts + 1], number[rows, starts + 3]], -1)
+        # Points and answers are in the same order, both within a list and across lists.
         round_two = self._topics["points"]
         asked = packed.topics[rows, starts + 3] == round_two
         answered = (packed.topics == round_two) & torch.isin(packed.targets, self._answers)
         answers = torch.full((len(rows),), -1)
         answers[asked] = (packed.targets[answered] == self._answers[0]).long()
-        return Looks(rows, starts + 3, (read + 0.5) / STEPS, answers)
+        return Looks(rows, starts + 3, (values + 0.5) / STEPS, answers)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text in which special tokens do not occur."""
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def lesson(self, lesson: Lesson) -> tuple[list[int], list[int]]:
-        """Tokens after the prefix, and the same where they are under loss (else -100)."""
+        """Tokens after the prefix, and their targets: the tokens in the loss, else -100."""
         tokens: list[int] = []
         taught: list[int] = []
         for number, turn in enumerate(lesson.turns):
@@ -120,11 +120,11 @@ class Packer:
 
     def pack(self, batch: Sequence[Sequence[Lesson]], longest: int = 4096) -> Packed:
         """Sequences for a batch of pictures; lessons that no longer fit are left out."""
-        made = [self._sequence(lessons, longest) for lessons in batch]
-        length = -(-max(len(tokens) for tokens, *_ in made) // 16) * 16
+        sequences = [self._sequence(lessons, longest) for lessons in batch]
+        length = -(-max(len(tokens) for tokens, *_ in sequences) // 16) * 16
         columns = []
         for column, filler in enumerate((0, IGNORED, -1, 0, -1)):
-            rows = [one[column] + [filler] * (length - len(one[column])) for one in made]
+            rows = [one[column] + [filler] * (length - len(one[column])) for one in sequences]
             columns.append(torch.tensor(rows))
         tokens, taught, topics, positions, lesson = columns
         targets, topics = taught.roll(-1, 1), topics.roll(-1, 1)
@@ -139,12 +139,12 @@ class Packer:
         tokens, taught = list(self.prefix), [IGNORED] * start
         topics, positions, numbers = [-1] * start, list(range(start)), [0] * start
         for number, lesson in enumerate(lessons, 1):
-            said, under_loss = self.lesson(lesson)
-            if len(tokens) + len(said) > longest:
+            added, targets = self.lesson(lesson)
+            if len(tokens) + len(added) > longest:
                 continue
-            tokens += said
-            taught += under_loss
-            topics += [self._topics[lesson.topic]] * len(said)
-            positions += range(start, start + len(said))
-            numbers += [number] * len(said)
+            tokens += added
+            taught += targets
+            topics += [self._topics[lesson.topic]] * len(added)
+            positions += range(start, start + len(added))
+            numbers += [number] * len(added)
         return tokens, taught, topics, positions, numbers

@@ -1,8 +1,8 @@
-"""A trained base at a finer picture: ``python -m recipes.embedded_mllm.resize OUT --scenes …``.
+"""A trained base at a higher resolution: ``python -m recipes.embedded_mllm.resize OUT --scenes …``.
 
-Patches keep their size in pixels and become more. What they should say afterwards is what they said
-before: stage 1's heads are fitted on the tower as it was, and ``vision_train --heads`` then trains
-the finer tower to satisfy them, so that the decoder goes on reading the code it has learnt.
+Patches keep their size in pixels, so there are more of them. Their features must keep their
+meaning: stage 1's heads are fitted on the old tower, and ``vision_train --heads`` then trains the
+new tower to satisfy them, so that the decoder can use the features as before.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def merged(base: Path, adapter: Path | None) -> LlavaForConditionalGeneration:
 
 
 def resized(model: LlavaForConditionalGeneration, tokenizer: Any, image_size: int) -> Any:
-    """The same weights for a picture of another side; the code of places is interpolated."""
+    """The same weights for another picture size; the position embeddings are interpolated."""
     old = shape_of(model)
     new = replace(old, image_size=image_size)
     finer = build_model(tokenizer, new)
@@ -49,14 +49,14 @@ def resized(model: LlavaForConditionalGeneration, tokenizer: Any, image_size: in
 
 
 def interpolated(codes: Tensor, old: int, new: int) -> Tensor:
-    """Codes of the patches of a grid, (old², width), at the patches of another: (new², width)."""
+    """Position embeddings of one grid, (old², width), interpolated to another: (new², width)."""
     square = codes.T.reshape(1, -1, old, old)
     wide = functional.interpolate(square, (new, new), mode="bicubic", align_corners=False)
     return wide[0].flatten(1).T.contiguous()
 
 
 def main() -> None:
-    """Write the finer base and the heads of the coarser one into a folder."""
+    """Write the base with the new resolution, and heads fitted on the old one, into a folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--scenes", type=Path, required=True, help="shards at the old or new size")

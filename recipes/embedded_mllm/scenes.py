@@ -1,8 +1,8 @@
 """Scenes as base training reads them: small pictures, object maps, objects and expressions.
 
-Base training looks at tens of thousands of pictures; drawing them costs more than looking. A
-shard on disk holds the pictures at the model's size, one small map of object numbers a picture,
-and a line of JSON a picture with its objects and expressions. No pickles.
+Base training reads tens of thousands of pictures, and rendering them takes longer than training on
+them. So shards on disk hold the pictures at the model's size and, per picture, a small map of
+object numbers and a line of JSON with its objects and expressions. There are no pickles.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SHARD = 1000
 
 @dataclass(frozen=True)
 class Thing:
-    """An object: name, colour, box (shares of the picture's sides) and its unhidden area."""
+    """An object: name, colour, box (fractions of the sides), and area without occlusion."""
 
     name: str
     colour: str | None
@@ -40,7 +40,7 @@ class Thing:
 
     @property
     def centre(self) -> tuple[float, float]:
-        """Middle of the box, shares of the sides."""
+        """Centre of the box, in fractions of the sides."""
         return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
 
@@ -63,7 +63,7 @@ class BaseScene:
     references: tuple[Reference, ...]
 
     def object_at(self, x: float, y: float) -> int:
-        """Number of the object at a place given in shares of the sides, -1 for background."""
+        """Number of the object at a point (fractions of the sides); -1 for background."""
         side = LABEL_SIDE
         column, row = min(int(x * side), side - 1), min(int(y * side), side - 1)
         return int(self.labels[max(row, 0), max(column, 0)]) - 1
@@ -118,7 +118,7 @@ def write_shard(
 
 
 def describe_shard(number: int, folder: Path, world: World, split: str, seed: int) -> None:
-    """Write the objects and expressions of a shard anew; pictures and maps stay as they are.
+    """Rewrite the objects and expressions of a shard; pictures and maps are not changed.
 
     Raises:
         SystemExit: the shard's pictures are not those of this world, split and seed.
@@ -138,7 +138,7 @@ def _stem(folder: Path, split: str, number: int) -> Path:
 
 
 def _line(scene: Scene) -> str:
-    """A scene's objects and expressions, drawn by its own stream."""
+    """A scene's objects and expressions, with a random generator for each scene."""
     rng = random.Random(f"{scene.split}/{scene.seed}/{scene.index}")
     return json.dumps(_describe(scene, rng))
 
@@ -165,8 +165,8 @@ def _describe(scene: Scene, rng: random.Random) -> list[object]:
         ]
         for thing in scene.objects
     ]
-    found = [[e.text, e.kind, e.targets] for e in expressions(scene, rng)]
-    return [things, found]
+    references = [[e.text, e.kind, e.targets] for e in expressions(scene, rng)]
+    return [things, references]
 
 
 def main() -> None:
@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=144)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument(
-        "--describe-only", action="store_true", help="new expressions for pictures that are there"
+        "--describe-only", action="store_true", help="write new expressions for existing pictures"
     )
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)

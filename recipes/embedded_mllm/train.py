@@ -1,8 +1,8 @@
 """Stage 2 of base training: ``python -m recipes.embedded_mllm.train FOLDER``.
 
 Starts from the tower of stage 1, folds its heads into the projector, and teaches the dialogue.
-Checkpoints every few minutes; started again it continues from the last one. Lessons get harder when
-measurements say so, not when a clock does (:data:`COURSE`).
+Writes checkpoints every few minutes, and continues from the last one when started again. Lessons
+become harder (:data:`COURSE`) when the model reaches given accuracies, not at fixed times.
 """
 
 from __future__ import annotations
@@ -65,15 +65,15 @@ COURSE = (
     Plan(boxes=9, absent=2, what=0.05, what_lists=0.1, points=1.6, verify=0.1, ppg=0.3, hard=0.5,
          shared=0.15, jitter=0.25, list_sizes=(6, 9, 9, 12, LONGEST_LIST, LONGEST_LIST)),
 )  # fmt: skip
-"""Lesson plans, easy to hard; the last asks which thing a point lies on."""
+"""Lesson plans, from easy to hard; the last one is about the object that a point lies on."""
 GATES = ({"what": 0.7, "lists": 0.55}, {"points": 0.72}, {"box": 0.85})
-"""What an examination must show before the next plan."""
+"""Figures that an evaluation must reach before the next plan starts."""
 EARLY = "early.safetensors"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B pictures (uint8), their lessons, and what patches and written points should say."""
+    """B pictures (uint8), their lessons, and the targets of patches and written points."""
 
     pictures: Tensor
     packed: Packed
@@ -121,8 +121,8 @@ class LessonBatches(IterableDataset[Batch]):
                 )  # fmt: skip
 
 
-def gentle(name: str) -> float:
-    """Learning-rate factors: low for what was built in, so that training does not wash it out."""
+def new_rates(name: str) -> float:
+    """Learning-rate factors of a new model: low for built-in circuits, to preserve them."""
     if "vision_tower" in name:
         return 0.6
     if "lm_head" in name:
@@ -134,8 +134,8 @@ def gentle(name: str) -> float:
     return 0.3 if "layers.2.self_attn" in name else 1.0
 
 
-def steady(name: str) -> float:
-    """The same for a base that has learnt its dialogue: nothing is fragile, but much is right."""
+def later_rates(name: str) -> float:
+    """Learning-rate factors of a trained base: moderate, to keep what it has learnt."""
     if name.startswith("early."):
         return 6.0
     if "vision_tower" in name or "lm_head" in name:
@@ -148,7 +148,7 @@ def steady(name: str) -> float:
 def start_model(
     folder: Path, world: str, shape: BaseShape, seed: int
 ) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerFast, DenseHeads]:
-    """The tower and heads of stage 1 in a model whose decoder has its circuits built in."""
+    """A model with the tower of stage 1 and with circuits in its decoder; stage 1's heads."""
     torch.manual_seed(seed)
     questions = questions_of(WORLDS[world])
     tokenizer = build_tokenizer(words_of(WORLDS[world]))
@@ -170,8 +170,8 @@ def earlier_model(
 ) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerFast, DenseHeads]:
     """A saved base to continue with, and stage 1's heads.
 
-    Tower and heads come from a run of stage 1 (``tower``); otherwise the heads are fitted anew on
-    the base's own tower, if they are used.
+    Tower and heads come from a run of stage 1 (``tower``). Without one, the heads are fitted on the
+    base's own tower, if they are used.
     """
     tokenizer = build_tokenizer(words_of(WORLDS[world]))
     model = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
@@ -186,7 +186,7 @@ def earlier_model(
 
 
 def load_tower(file: Path, model: LlavaForConditionalGeneration, heads: DenseHeads) -> None:
-    """Tower and heads as stage 1 wrote them."""
+    """Load the tower and heads that stage 1 wrote."""
     stored = load_file(file)
     for module, prefix in ((model.model.vision_tower, "tower."), (heads, "heads.")):
         own = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
@@ -199,7 +199,7 @@ def adapt_vocabulary(
     old: PreTrainedTokenizerFast,
     new: PreTrainedTokenizerFast,
 ) -> None:
-    """Give the tokens of another vocabulary their rows; a new word begins as the mean word."""
+    """Change the model's vocabulary; a new word starts near the mean of all words."""
     before, after = old.get_vocab(), new.get_vocab()
     if before == after:
         return
@@ -219,7 +219,7 @@ def adapt_vocabulary(
 
 
 def main() -> None:
-    """Train until the minutes are over."""
+    """Train for ``--minutes``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--world", default="small", choices=sorted(WORLDS))
@@ -232,13 +232,13 @@ def main() -> None:
     )
     parser.add_argument(
         "--look", type=float, default=0.03,
-        help="weight of saying at each written point what lies there; 0: none",
+        help="weight of the loss of what lies at each written point; 0: none",
     )  # fmt: skip
     parser.add_argument("--tower", type=Path, help="with --start: tower and heads of stage 1")
     parser.add_argument("--optimizer", default="adamw", choices=["muon", "adamw"])
-    parser.add_argument("--examine", type=float, default=8, help="minutes between examinations")
+    parser.add_argument("--examine", type=float, default=8, help="minutes between evaluations")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=Path, help="a saved base to go on with, at the last plan")
+    parser.add_argument("--start", type=Path, help="saved base to continue with, at the last plan")
     options = parser.parse_args()
     torch.set_num_threads(1)
     shape, folder = BaseShape(), options.folder
@@ -256,7 +256,7 @@ def main() -> None:
         early.load_state_dict(load_file(options.start / EARLY))
     trained = [*model.named_parameters(), *early.named_parameters(prefix="early")]
     optimizers = make_optimizers(trained, options.rate, options.optimizer,
-                                 gentle if options.start is None else steady)  # fmt: skip
+                                 new_rates if options.start is None else later_rates)  # fmt: skip
     state = {"step": 0, "seconds": 0.0, "pictures": 0}
     state["stage"] = 0 if options.start is None else len(GATES)
     if (folder / "resume.pt").exists():
@@ -269,7 +269,7 @@ def main() -> None:
     examination = Examination(folder, model, tokenizer, packer, build_processor(tokenizer, shape))
     loss_of, parameters = TokenLoss(tokenizer), [parameter for _, parameter in trained]
     weights = question_weights(heads.questions)
-    places = place_codes(shape)  # a patch must go on knowing where it is
+    places = place_codes(shape)  # patches must keep their place code
     clock = time.time() - state["seconds"]
     next_exam = state["seconds"] + (options.examine * 60 if state["step"] or options.start else 0)
     sums = np.zeros((len(TOPICS), 3))
@@ -298,9 +298,11 @@ def main() -> None:
             dense, _ = dense_loss(heads, features.float(), batch.answers, batch.boxes, weights)
         looked, verdict = early(states, batch.looks, batch.look_answers, batch.look_boxes)
         seen = model.model.multi_modal_projector(features.float())[..., Layout.place]
-        lost = functional.mse_loss(seen, places.expand_as(seen))
-        whole = loss + options.dense * dense + options.look * looked + 0.5 * verdict + lost
-        optimizers.step(whole, parameters)
+        place_loss = functional.mse_loss(seen, places.expand_as(seen))
+        total_loss = (
+            loss + options.dense * dense + options.look * looked + 0.5 * verdict + place_loss
+        )
+        optimizers.step(total_loss, parameters)
         state["step"] += 1
         state["pictures"] += len(batch.pictures)
         topics, right = packed.topics[chosen].numpy(), (logits.argmax(-1) == targets).numpy()
@@ -309,13 +311,13 @@ def main() -> None:
             mine = (topics == topic) & decisive
             sums[topic] += mine.sum(), right[mine].sum(), each.numpy()[mine].sum()
         if state["step"] % 50 == 0:
-            said = " ".join(
-                f"{topic} {hits / n:.2f}/{total / n:.2f}"
-                for topic, (n, hits, total) in zip(TOPICS, sums, strict=True) if n
+            log = " ".join(
+                f"{topic} {hits / n:.2f}/{summed / n:.2f}"
+                for topic, (n, hits, summed) in zip(TOPICS, sums, strict=True) if n
             )  # fmt: skip
             print(
                 f"{state['seconds'] / 60:.1f} min step {state['step']} dense {dense:.2f} "
-                f"look {looked:.2f} verdict {verdict:.3f} place {lost:.2f} {said}",
+                f"look {looked:.2f} verdict {verdict:.3f} place {place_loss:.2f} {log}",
                 flush=True,
             )
             sums[:] = 0
@@ -331,14 +333,14 @@ def examine(
     options: argparse.Namespace,
     shape: BaseShape,
 ) -> None:
-    """Measure, pass the gate if it is open, write checkpoint, model and learning curve."""
-    found = examination.run()
+    """Evaluate, start the next plan if its gate is reached, and write checkpoint and curve."""
+    figures = examination.run()
     gate = GATES[state["stage"]] if state["stage"] < len(GATES) else None
-    if gate and all(found[key] >= value for key, value in gate.items()):
+    if gate and all(figures[key] >= value for key, value in gate.items()):
         state["stage"] += 1
         (folder / "stage").write_text(str(state["stage"]))
     line = {"minutes": round(state["seconds"] / 60, 1), "pictures": state["pictures"],
-            "stage": state["stage"], **found}  # fmt: skip
+            "stage": state["stage"], **figures}  # fmt: skip
     print("EXAM", json.dumps(line), flush=True)
     with (folder / "curve.jsonl").open("a") as curve:
         curve.write(json.dumps(line) + "\n")
@@ -354,7 +356,7 @@ def examine(
 def resume(
     folder: Path, model: LlavaForConditionalGeneration, early: EarlyHeads, optimizers: Optimizers
 ) -> dict[str, Any]:
-    """Take up weights, optimiser and clock of the last checkpoint."""
+    """Load weights, optimiser state and clock of the last checkpoint."""
     kept = load_file(folder / "last.safetensors")
     early.load_state_dict({k[6:]: kept.pop(k) for k in list(kept) if k.startswith("early.")})
     model.load_state_dict(kept)

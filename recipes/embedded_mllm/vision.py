@@ -1,10 +1,10 @@
-"""Stage 1 of base training: the vision tower learns to say, at every patch, what lies there.
+"""Stage 1 of base training: the vision tower learns to tell, at every patch, what lies there.
 
-A referring dialogue carries a few bits a picture; a picture whose every patch must name its
-object, the object's colour, box, rank among its like and place relative to others carries
-thousands, and gives a small tower in minutes what dialogues would take hours to teach. The heads
-used here are not shipped: :mod:`recipes.embedded_mllm.init` folds them into LLaVA's
-projector.
+A referring dialogue gives a few bits of training signal per picture. If every patch must tell its
+object's name, colour, box, rank among objects of the same name, and position relative to others, a
+picture gives thousands of bits, and a small tower learns in minutes what would take hours with
+dialogues. The heads used here are not shipped: :mod:`recipes.embedded_mllm.projector` folds them
+into LLaVA's projector.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn import functional
 from recipes.embedded_mllm.scenes import LABEL_SIDE, BaseScene, Thing
 
 FREQUENCIES = 8
-"""Frequencies of the code of one coordinate, geometric from 1/4 to 8 cycles a side."""
+"""Frequencies of the code of one coordinate, geometric from 1/4 to 8 cycles per side."""
 CODE = 2 * FREQUENCIES
 SIDES = ("left", "right", "top", "bottom")
 FLAGS = (
@@ -30,12 +30,12 @@ FLAGS = (
     *SIDES, "biggest", "smallest", "middle across", "middle down",
 )  # fmt: skip
 CELLS = 3
-"""How finely a patch tells its object's outline: ``CELLS`` x ``CELLS`` cells."""
+"""Resolution of an object's outline in a patch: ``CELLS`` x ``CELLS`` cells."""
 SAMPLES = 2 * CELLS
-"""A patch is judged by ``SAMPLES`` x ``SAMPLES`` places of the object map."""
+"""A patch's targets come from ``SAMPLES`` x ``SAMPLES`` places of the object map."""
 MARGIN = 0.06
-BOXES_A_BATCH = 512
-"""Boxes are asked of a sample of patches: a thousand-way softmax each is dear."""
+BOXES_PER_BATCH = 512
+"""Size of the sample of patches with a box loss: their 1000-way softmaxes are expensive."""
 
 
 def fourier(values: Tensor) -> Tensor:
@@ -46,17 +46,16 @@ def fourier(values: Tensor) -> Tensor:
 
 
 def number_codes(steps: int = 1000) -> Tensor:
-    """Codes of the middles of the cells of the dialogue's number line: (steps, ``CODE``)."""
+    """Codes of the dialogue's numbers, at the centres of their intervals: (steps, ``CODE``)."""
     return fourier((torch.arange(steps) + 0.5) / steps)
 
 
 @dataclass(frozen=True)
 class Questions:
-    """The yes/no questions every patch answers about the object on it, by group.
+    """The yes/no questions that every patch answers about its object, in groups.
 
-    The order is: names, colours, ``FLAGS``, then for every side and name "lies on that side of
-    such a thing", then how much of each cell of the patch
-    the object covers.
+    The order is: names; colours; ``FLAGS``; for every side and name, "lies on that side of an
+    object of this name"; for each cell of the patch, how much of it the object covers.
     """
 
     names: tuple[str, ...]
@@ -64,7 +63,7 @@ class Questions:
 
     @property
     def groups(self) -> dict[str, slice]:
-        """Where each group lies in the answers."""
+        """Slice of each group in the answers."""
         sizes = {
             "names": len(self.names),
             "colours": len(self.colours),
@@ -80,7 +79,7 @@ class Questions:
 
     @property
     def count(self) -> int:
-        """All questions together."""
+        """Number of all questions."""
         return self.groups["cells"].stop
 
     def of_thing(self, number: int, things: tuple[Thing, ...]) -> NDArray[np.float32]:
@@ -103,11 +102,11 @@ class Questions:
 def patch_answers(
     scene: BaseScene, questions: Questions, grid: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """What the patches should say.
+    """Targets for the patches of a scene.
 
     Returns:
         answers: (grid * grid, questions.count), 0–1; all zero on background.
-        boxes: (grid * grid, 4), shares of the sides; NaN on background.
+        boxes: (grid * grid, 4), fractions of the sides; NaN on background.
     """
     places = ((np.arange(grid * SAMPLES) + 0.5) / (grid * SAMPLES) * LABEL_SIDE).astype(int)
     seen = scene.labels[np.ix_(places, places)]
@@ -128,7 +127,7 @@ def patch_answers(
 
 
 def question_weights(questions: Questions) -> Tensor:
-    """How much each question counts beside a dialogue: ranks come hardest."""
+    """Weight of each question in training with dialogues: ranks are the hardest."""
     weights = torch.ones(questions.count)
     weights[questions.groups["flags"]] = 3.0
     return weights
@@ -140,13 +139,13 @@ def point_answers(
     points: Sequence[Sequence[float]],
     questions: Questions,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """What points should say of the object they lie on, as :func:`patch_answers`; no cells.
+    """Targets for points: as :func:`patch_answers`, without cells.
 
     Args:
         scenes: of the batch.
-        rows: which of them each point is about, N.
-        points: N places, shares of the sides.
-        questions: what is asked.
+        rows: index of the scene of each of N points.
+        points: N points, fractions of the sides.
+        questions: the dense questions.
     """
     answers = np.zeros((len(rows), questions.count), dtype=np.float32)
     boxes = np.full((len(rows), 4), np.nan, dtype=np.float32)
@@ -199,25 +198,25 @@ def dense_loss(
     """
     logits = heads.answers(features)
     each = functional.binary_cross_entropy_with_logits(logits, answers, reduction="none")
-    said = (each * weights).sum(-1).mean()
+    answer_loss = (each * weights).sum(-1).mean()
     covered = (~boxes[..., 0].isnan()).nonzero()
-    busy = covered[torch.randperm(len(covered))[:BOXES_A_BATCH]].unbind(1)
+    busy = covered[torch.randperm(len(covered))[:BOXES_PER_BATCH]].unbind(1)
     truth = (boxes[busy] * 1000).long().clamp(0, 999)
     numbers = heads.numbers(features[busy])
-    placed = functional.cross_entropy(numbers.flatten(0, 1), truth.flatten())
-    return said + 0.3 * placed, {"answers": said.item(), "boxes": placed.item()}
+    box_loss = functional.cross_entropy(numbers.flatten(0, 1), truth.flatten())
+    return answer_loss + 0.3 * box_loss, {"answers": answer_loss.item(), "boxes": box_loss.item()}
 
 
 def _flags(number: int, things: tuple[Thing, ...]) -> list[float]:
-    """The ``FLAGS`` of an object among those of its name; ranks only where there are several."""
+    """The ``FLAGS`` of an object among those of its name; ranks only if there are several."""
     thing = things[number]
-    like = [other for other in things if other.name == thing.name]
-    count = len(like)
+    same_name = [other for other in things if other.name == thing.name]
+    count = len(same_name)
     flags = [float(count == size) for size in (1, 2, 3)]
     if count == 1:
         return [*flags, *[0.0] * (len(FLAGS) - 3)]
-    x, y = ([other.centre[axis] for other in like] for axis in (0, 1))
-    areas = [other.full_area for other in like]
+    x, y = ([other.centre[axis] for other in same_name] for axis in (0, 1))
+    areas = [other.full_area for other in same_name]
     here = (thing.centre[0], thing.centre[1])
     flags += [here[0] == min(x), here[0] == max(x), here[1] == min(y), here[1] == max(y)]
     flags += [thing.full_area == max(areas), thing.full_area == min(areas)]

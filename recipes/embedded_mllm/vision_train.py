@@ -1,4 +1,4 @@
-"""Stage 1: ``python -m recipes.embedded_mllm.vision_train FOLDER``."""
+"""Vision training (stage 1): ``python -m recipes.embedded_mllm.vision_train FOLDER``."""
 
 from __future__ import annotations
 
@@ -61,24 +61,26 @@ def dense_batch(cache: SceneShards, indices: np.ndarray, questions: Questions, g
 def measure(
     tower: torch.nn.Module, heads: DenseHeads, batch: Batch, questions: Questions
 ) -> dict[str, float]:
-    """Held-out accuracy of names on covered patches, mean box IoU, flags' balanced accuracy."""
+    """Accuracy of names on covered patches, mean box IoU, balanced accuracy of the other groups."""
     pictures, answers, boxes = batch
     names = len(questions.names)
     features = tower_features(tower, to_pixels(pictures)).float()
     logits, numbers = heads(features)
     groups, busy = questions.groups, ~boxes[..., 0].isnan()
     full = busy & (answers[..., groups["cells"]].mean(-1) > 0.5)
-    right = logits[..., :names].argmax(-1) == answers[..., :names].argmax(-1)
-    found = {"name": right[full].float().mean().item()}
+    correct = logits[..., :names].argmax(-1) == answers[..., :names].argmax(-1)
+    figures = {"name": correct[full].float().mean().item()}
     for group in ("colours", "flags", "relations", "cells"):
-        said, truth = logits[..., groups[group]] > 0, answers[..., groups[group]] > 0.5
+        predicted, truth = logits[..., groups[group]] > 0, answers[..., groups[group]] > 0.5
         where = busy if group == "cells" else full
-        hits = [(said == truth)[where][truth[where] == value].float().mean() for value in (0, 1)]
-        found[group] = (sum(hits) / 2).item()
-    found["silent"] = (logits[..., :names].max(-1).values < 0)[~busy].float().mean().item()
-    read = numbers.argmax(-1).float().add(0.5).div(1000)
-    found["box_iou"] = _iou(read[full], boxes[full]).mean().item()
-    return found
+        hits = [
+            (predicted == truth)[where][truth[where] == value].float().mean() for value in (0, 1)
+        ]
+        figures[group] = (sum(hits) / 2).item()
+    figures["silent"] = (logits[..., :names].max(-1).values < 0)[~busy].float().mean().item()
+    edges = numbers.argmax(-1).float().add(0.5).div(1000)
+    figures["box_iou"] = _iou(edges[full], boxes[full]).mean().item()
+    return figures
 
 
 def _iou(a: Tensor, b: Tensor) -> Tensor:
@@ -91,7 +93,7 @@ def _iou(a: Tensor, b: Tensor) -> Tensor:
 def fit_heads(
     scenes: Path, tower: torch.nn.Module, heads: DenseHeads, shape: BaseShape, steps: int = 300
 ) -> dict[str, float]:
-    """Teach fresh heads to read a tower that stays as it is; what they then read, held out."""
+    """Train new heads on a frozen tower. Returns their held-out accuracy."""
     questions, weights = heads.questions, torch.ones(heads.questions.count)
     batches = DenseBatches(scenes, questions, shape.grid, 32, 0, "train")
     optimizers = make_optimizers(heads.named_parameters(), 5e-3, "adamw")
@@ -106,9 +108,11 @@ def fit_heads(
 
 
 def main() -> None:
-    """Train until the minutes are over; writes ``vision.safetensors`` every few minutes."""
+    """Train for ``--minutes``; writes ``vision.safetensors`` every few minutes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where scenes are and weights go")
+    parser.add_argument(
+        "folder", type=Path, help="folder with the scenes; the weights are written to it"
+    )
     parser.add_argument("--world", default="small", choices=sorted(WORLDS))
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--batch", type=int, default=32)
@@ -118,9 +122,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="vision")
     parser.add_argument(
-        "--start", type=Path, help="a saved base whose tower goes on; its code stays what it is"
+        "--start",
+        type=Path,
+        help="saved base whose tower is trained further; its place code is kept",
     )
-    parser.add_argument("--heads", type=Path, help="read-outs that the tower must satisfy")
+    parser.add_argument("--heads", type=Path, help="saved heads that the tower must satisfy")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -143,7 +149,7 @@ def main() -> None:
             heads.load_state_dict(load_file(options.heads))
         else:
             print("heads", fit_heads(scenes, tower, heads, shape), flush=True)
-        heads.requires_grad_(False)  # the decoder has learnt to read what they read
+        heads.requires_grad_(False)  # the decoder relies on the features that they read
     places = place_codes(shape)
     batches = DenseBatches(scenes, questions, shape.grid, options.batch, options.seed, "train")
     loader = iter(DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=4))
@@ -158,30 +164,30 @@ def main() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             features = tower_features(tower, to_pixels(pictures))
         loss, parts = dense_loss(heads, features.float(), answers, boxes, weights)
-        if projector is not None:  # a patch must go on knowing where it is
+        if projector is not None:  # patches must keep their place code
             seen = projector(features.float())[..., Layout.place]
             loss = loss + functional.mse_loss(seen, places.expand_as(seen))
         optimizers.step(loss, [p for _, p in named])
         step += 1
         sums += [parts["answers"], parts["boxes"]]
         if step % 25 == 0:
-            said = " ".join(f"{k} {v:.3f}" for k, v in zip(parts, sums / 25, strict=True))
+            log = " ".join(f"{k} {v:.3f}" for k, v in zip(parts, sums / 25, strict=True))
             print(
-                f"{share * options.minutes:.1f} min, {step * options.batch} pictures: {said}",
+                f"{share * options.minutes:.1f} min, {step * options.batch} pictures: {log}",
                 flush=True,
             )
             sums[:] = 0
         if step % 200 == 0:
             save(options.folder / f"{options.name}.safetensors", tower, heads)
-            found = measure(tower, heads, held_out, questions)
-            print("  ", {k: round(v, 3) for k, v in found.items()}, flush=True)
-    found = measure(tower, heads, held_out, questions)
-    print("end", {k: round(v, 3) for k, v in found.items()}, flush=True)
+            figures = measure(tower, heads, held_out, questions)
+            print("  ", {k: round(v, 3) for k, v in figures.items()}, flush=True)
+    figures = measure(tower, heads, held_out, questions)
+    print("end", {k: round(v, 3) for k, v in figures.items()}, flush=True)
     save(options.folder / f"{options.name}.safetensors", tower, heads)
 
 
 def save(file: Path, tower: torch.nn.Module, heads: DenseHeads) -> None:
-    """Write tower and heads, their names behind ``tower.`` and ``heads.``."""
+    """Write tower and heads, with ``tower.`` and ``heads.`` before their names."""
     kept = {f"tower.{k}": v for k, v in tower.state_dict().items()}
     kept |= {f"heads.{k}": v for k, v in heads.state_dict().items()}
     save_file({k: v.contiguous() for k, v in kept.items()}, file)

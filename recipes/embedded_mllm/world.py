@@ -1,4 +1,4 @@
-"""What the base model has to know of a world: its questions and its words."""
+"""What the base model must learn about a world: its dense questions and its words."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ LESSON_WORDS = "What is at each point Name every object background"
 
 
 def names_of(world: World) -> tuple[str, ...]:
-    """Names a world's objects can have."""
-    found = [sprites()[key].name for key in world.sprites] + list(world.shapes)
-    return tuple(dict.fromkeys(found))
+    """Names that a world's objects can have."""
+    names = [sprites()[key].name for key in world.sprites] + list(world.shapes)
+    return tuple(dict.fromkeys(names))
 
 
 def questions_of(world: World) -> Questions:
@@ -25,7 +25,7 @@ def questions_of(world: World) -> Questions:
 
 
 def words_of(world: World) -> list[str]:
-    """Every text whose words the tokenizer should know whole."""
+    """Texts whose words should be single tokens."""
     names = names_of(world)
     texts = [LESSON_WORDS, *names, *world.colours, *wording.ORDINALS, *wording.NUMBERS]
     texts += [plurals()[name] for name in names]
@@ -42,7 +42,7 @@ def known_words(world: World) -> list[str]:
 
 
 def _strings(value: object) -> list[str]:
-    """The templates of training in a constant of the wording module; else nothing."""
+    """The training templates in a constant of the wording module; empty if it has none."""
     if isinstance(value, Wordings):
         return list(value.train)
     if isinstance(value, str):
