@@ -3,7 +3,7 @@
 sam4mllm-tool serve --engine ray --replicas 2
 
 A Serve config file names ``sam4mllm_integrations.mcp_ray:app``; its ``args`` are the fields of
-:class:`ServeSettings`. A tool server has no model of its own: it holds the clients' sessions and
+:class:`ServeSettings`. A tool server loads no models: it holds the clients' sessions and
 workspaces and asks the replicas (:mod:`sam4mllm_tool.cluster.replicas`).
 """
 

@@ -1,4 +1,4 @@
-"""Grounding DINO: boxes for a phrase (arXiv 2303.05499); MM Grounding DINO works alike."""
+"""Grounding DINO: boxes for a phrase (arXiv 2303.05499); MM Grounding DINO works the same way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OWLv2: boxes for a phrase (arXiv 2306.09683); OWL-ViT (arXiv 2205.06230) works alike."""
+"""OWLv2: boxes for a phrase (arXiv 2306.09683); OWL-ViT (arXiv 2205.06230) works the same way."""
 
 from __future__ import annotations
 
