@@ -218,7 +218,7 @@ def test_the_deadline_covers_every_part_of_an_answer(head, piece):
 
 
 def test_the_deadline_covers_the_resolver(monkeypatch):
-    monkeypatch.setattr("socket.getaddrinfo", lambda *args, **options: time.sleep(2))
+    monkeypatch.setattr("socket.getaddrinfo", lambda *args, **options: time.sleep(2) or [])
     begun = time.monotonic()
     with pytest.raises(ImageError, match="longer than"):
         fetch("http://slow.example/", ImagePolicy(allow_network=True, timeout_seconds=0.2))

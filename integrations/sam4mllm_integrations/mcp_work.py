@@ -1,4 +1,4 @@
-"""How much a server does at once: places at the model, handed out in turn; what is granted."""
+"""Admission of calls to the server: limits, a fair queue for the models, memory per client."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class ProposeResult(ImageResult):
 
 
 def propose_objects(context: ToolContext, arguments: ProposeObjectsArguments) -> ToolOutput:
-    """Find candidates, let the model judge them if it is told what is meant, keep all of them."""
+    """Find candidates, let the model judge them if an expression is given, keep all of them."""
     record = context.workspace.open_image(arguments.image)
     found = propose(context.model, record.image, arguments.phrase)
     if arguments.expression is not None:
