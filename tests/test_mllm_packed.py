@@ -6,12 +6,13 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from mllm_dialogues import FORM, answers, ask_box, ask_points, check_same
+from mllm_dialogues import FORM, answers, ask_box, ask_points, check_same, open_dialogue
 from random_models import FAMILIES, build, expression, picture
 
 from sam4mllm_tool.concurrency import CallCancelled, CallContext, call_context
@@ -19,7 +20,7 @@ from sam4mllm_tool.errors import BackendError
 from sam4mllm_tool.mllm.engine import Engine
 from sam4mllm_tool.mllm.local import LocalMllm
 from sam4mllm_tool.mllm.packing import Pack, Row
-from sam4mllm_tool.mllm.prefix import Prefix, common_length
+from sam4mllm_tool.mllm.prefix import common_length
 from sam4mllm_tool.mllm.reading import Read
 from sam4mllm_tool.protocols import Question, Reply
 from sam4mllm_tool.types import RgbImage, TargetCount
@@ -54,18 +55,26 @@ def packed_twin(serial: LocalMllm, **options: Any) -> LocalMllm:
     return LocalMllm(serial.model, serial.encoder.processor, name="packed", **options)
 
 
+@dataclass(frozen=True)
+class APass:
+    """A pass: the tokens it read, and how many pictures' dialogues shared it."""
+
+    length: int
+    pictures: int
+
+
 class Passes:
-    """The lengths of all passes."""
+    """All passes within the block."""
 
     def __init__(self, model: Any) -> None:
-        self.lengths: list[int] = []
+        self.seen: list[APass] = []
         self.hook = model.register_forward_pre_hook(self._look, with_kwargs=True)
 
     def _look(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        self.lengths.append(kwargs["input_ids"].shape[1])
+        self.seen.append(APass(kwargs["input_ids"].shape[1], len(kwargs.get("parts", [0]))))
 
-    def __enter__(self) -> list[int]:
-        return self.lengths
+    def __enter__(self) -> list[APass]:
+        return self.seen
 
     def __exit__(self, *_: object) -> None:
         self.hook.remove()
@@ -92,6 +101,16 @@ def a_call(rng: random.Random, pictures: list[RgbImage]) -> Call:
         case _:
             each = [Question(image, points(n), n) for n in (4, 1, 0, 3)]
             return lambda mllm: mllm.answer_each(each, words=FORM.yes_no)
+
+
+def about_each(rng: random.Random, pictures: list[RgbImage]) -> Call:
+    """One call with a question about every picture."""
+    asked = [(image, ask_box(expression(rng), image)) for image in pictures]
+    each = [
+        Question(image, ask_points(opening, "[101,052,800,907]", image, 6, rng.randint(0, 99)), 6)
+        for image, opening in asked
+    ]
+    return lambda mllm: mllm.answer_each(each, words=FORM.yes_no)
 
 
 def check_alike(said: Any, truth: Any) -> None:
@@ -130,7 +149,7 @@ def test_any_mixture_of_callers_gets_what_each_gets_alone(family: str, tmp_path:
     rng = random.Random(family)
     pictures = [picture(seed) for seed in (3, 4)]
     for _ in range(2):
-        calls = [a_call(rng, pictures) for _ in range(6)]
+        calls = [about_each(rng, pictures), *(a_call(rng, pictures) for _ in range(5))]
         with Passes(serial.model) as alone:
             truth = [call(serial) for call in calls]
         with Passes(serial.model) as together:
@@ -140,6 +159,24 @@ def test_any_mixture_of_callers_gets_what_each_gets_alone(family: str, tmp_path:
     assert packed.engine.keeps_apart is (None if family in ONE_BY_ONE else True)
     if family not in ONE_BY_ONE:
         assert len(together) < len(alone)
+        assert max(one.pictures for one in together) == len(pictures)
+
+
+def test_only_the_pictures_themselves_are_read_one_by_one(serial: LocalMllm) -> None:
+    """Eight dialogues about a picture each: as many passes as the longest of them, and the first
+    reads of the seven others."""
+    rng, pictures = random.Random(3), [picture(seed) for seed in range(20, 28)]
+    packed = packed_twin(serial)
+    about_each(rng, pictures[:2])(packed)  # tries out whether the model packs
+    packed.engine.store.clear()
+    call = about_each(rng, pictures)
+    with Passes(serial.model) as alone:
+        truth = call(serial)
+    with Passes(serial.model) as together:
+        check_alike(call(packed), truth)
+    rounds = len(together) - 8
+    assert rounds >= 1 and len(alone) - 8 >= 3 * rounds
+    assert [one.pictures for one in together[:9]] == [1] * 8 + [8]
 
 
 def test_thirty_marks_take_one_pass_and_the_pictures(serial: LocalMllm) -> None:
@@ -151,7 +188,9 @@ def test_thirty_marks_take_one_pass_and_the_pictures(serial: LocalMllm) -> None:
     with Passes(serial.model) as passes:
         said = packed.answer_each(questions, words=FORM.yes_no)
     assert len(passes) == 2
-    assert sum(passes[1:]) < 29 * 20, "what the questions have in common was read with the picture"
+    assert sum(one.length for one in passes[1:]) < 29 * 20, (
+        "what the questions have in common was read with the picture"
+    )
     for (one,), question in zip(said, questions, strict=True):
         check_same([one], answers(serial, image, question.dialogue, 1))
 
@@ -163,19 +202,25 @@ def whole(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_rows_go_on_from_what_they_have_read(serial: LocalMllm) -> None:
-    """Prefixes of different lengths, one of them inside another, and what comes of them later."""
-    engine, image = serial.engine, picture(6)
-    inputs = serial.encoder.image_inputs(image)
-    encoded = serial.encoder.encode(ask_box("abc", image), inputs)
-    first, _ = engine.read(engine.open(image.digest, encoded, inputs), ())
+    """Prefixes of different lengths, one of them inside another, one of another picture, and what
+    comes of them later."""
+    engine = serial.engine
+    first, far = (
+        engine.read(open_dialogue(serial, image, ask_box("abc", image)), ())[0]
+        for image in (picture(6), picture(13))
+    )
     longer, _ = engine.read(first, (7, 8, 9))
     shorter = first.cut(len(first.ids) - 5)
-    spots, news = (longer, shorter, first), ((11, 12), (13,), (14, 15, 16))
+    spots, news = (longer, shorter, first, far), ((11, 12), (13,), (14, 15, 16), (17,))
     alone = [engine.read(spot, ids, 1) for spot, ids in zip(spots, news, strict=True)]
-    prefixes = [spot.prefix for spot in spots]
-    assert all(isinstance(prefix, Prefix) for prefix in prefixes)
-    rows = [Row(prefix, ids, 1) for prefix, ids in zip(prefixes, news, strict=True)]  # type: ignore[arg-type]
-    assert Pack.of(rows).shared == len(shorter.ids)
+    rows = []
+    for spot, ids in zip(spots, news, strict=True):
+        assert spot.prefix is not None
+        rows.append(Row(spot.key, spot.prefix, ids, 1))
+    groups = Pack.of(rows).groups
+    assert [(len(group.rows), group.shared) for group in groups] == [
+        (3, len(shorter.ids)), (1, len(far.ids)),
+    ]  # fmt: skip
     with torch.inference_mode():
         packed = engine._read_packed(rows)
     for (after, logits), (prefix, ours) in zip(alone, packed, strict=True):
@@ -188,15 +233,16 @@ def test_rows_go_on_from_what_they_have_read(serial: LocalMllm) -> None:
 
 def test_a_row_that_is_no_number_fails_alone(serial: LocalMllm) -> None:
     """Even masked, its keys would make a NaN of every row."""
-    packed, image, poison = packed_twin(serial), picture(7), "ZZZZ"
+    packed, image, far, poison = packed_twin(serial), picture(7), picture(14), "ZZZZ"
     (bad,) = set(serial.encoder.encode_continuation("Z"))
     table = serial.model.get_input_embeddings()
     hook = table.register_forward_hook(
         lambda module, args, out: out.masked_fill((args[0] == bad)[..., None], float("nan"))
     )
     calls: list[Call] = [
-        lambda mllm, text=text: mllm.generate(image, ask_box(text, image), grammar=ONE).text
-        for text in ("abc", "a red apple", "dog", "something else")
+        lambda mllm, text=text, on=on: mllm.generate(on, ask_box(text, on), grammar=ONE).text
+        for text in ("abc", "a red apple")
+        for on in (image, far)
     ]
     truth = [call(serial) for call in calls]
 
@@ -213,7 +259,7 @@ def test_a_row_that_is_no_number_fails_alone(serial: LocalMllm) -> None:
 
 
 def test_a_cancelled_row_leaves_the_others(serial: LocalMllm) -> None:
-    packed, image, gone = packed_twin(serial), picture(8), CallContext()
+    packed, image, far, gone = packed_twin(serial), picture(8), picture(15), CallContext()
     packed.generate(image, ask_box("abc", image), grammar=ONE)
     passes = 0
 
@@ -228,10 +274,10 @@ def test_a_cancelled_row_leaves_the_others(serial: LocalMllm) -> None:
             mllm.generate(image, ask_box("gone", image), max_new_tokens=1000)
         return "gone"
 
-    stays = [f"thing {n}" for n in range(4)]
     calls: list[Call] = [
-        lambda mllm, text=text: mllm.generate(image, ask_box(text, image), grammar=ONE).text
-        for text in stays
+        lambda mllm, n=n, on=on: mllm.generate(on, ask_box(f"thing {n}", on), grammar=ONE).text
+        for n in range(2)
+        for on in (image, far)
     ]
     truth = [call(serial) for call in calls]
     hook = serial.model.register_forward_pre_hook(cancel)
@@ -242,12 +288,13 @@ def test_a_cancelled_row_leaves_the_others(serial: LocalMllm) -> None:
     assert packed.under_way.nbytes == 0
 
 
-def test_a_model_that_takes_no_mask_reads_one_by_one(serial: LocalMllm) -> None:
-    """Found by trying: what ignores the mask would mix the dialogues up."""
+def test_a_model_that_attends_in_its_own_way_reads_one_by_one(serial: LocalMllm) -> None:
+    """Found by trying: what does not attend picture by picture would mix the dialogues up."""
     packed, image = packed_twin(serial), picture(9)
-    forward = serial.model.forward
+    forward, text = serial.model.forward, serial.model.config.get_text_config(decoder=True)
 
-    def blind(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+    def blind(*args: Any, parts: Any = None, **kwargs: Any) -> Any:
+        text._attn_implementation = "sdpa"
         return forward(*args, **kwargs)
 
     questions = [Question(image, ask_box(text, image)) for text in ("abc", "dog", "bag")]
@@ -302,9 +349,9 @@ def test_long_reads_do_not_all_fit_in_one_pass(
     monkeypatch.setattr("sam4mllm_tool.mllm.engine._MOST_TOKENS", 150)
     questions = [Question(image, ask_box(f"thing {n}", image)) for n in range(9)]
     truth = serial.answer_each(questions, words=FORM.yes_no)
-    with Passes(serial.model) as lengths:
+    with Passes(serial.model) as passes:
         said = packed.answer_each(questions, words=FORM.yes_no)
-    assert max(lengths[1:]) <= 150 and len(lengths) < 9
+    assert max(one.length for one in passes[1:]) <= 150 and len(passes) < 9
     for one, other in zip(said, truth, strict=True):
         check_same(one, other)
 
@@ -314,4 +361,4 @@ def test_an_engine_that_does_not_pack_reads_one_by_one(serial: LocalMllm) -> Non
     spot = serial.engine.open(image.digest, *serial._encoded(image, ask_box("abc", image)))
     assert isinstance(serial.engine, Engine)
     serial.engine.read(spot, ())
-    assert serial.engine._group(Read(spot)) is None
+    assert not serial.engine._shares(Read(spot))

@@ -14,14 +14,14 @@ from sam4mllm_tool.mllm.turns import Turns
 
 
 class Machine:
-    """Runs reads, which are texts such as ``a1``: of group ``a``, alone in capital letters."""
+    """Runs reads, which are texts such as ``a1``; those in capital letters share no pass."""
 
     def __init__(self, room: int = 100, seconds: float = 0.0) -> None:
         self.passes: list[list[str]] = []
         self.room, self.seconds = room, seconds
         self.gate = threading.Event()
         self.gate.set()
-        self.turns: Turns[str, str] = Turns(self.run, self.group)
+        self.turns: Turns[str, str] = Turns(self.run, self.shares)
 
     def run(self, reads: Sequence[str]) -> list[str | Exception | None]:
         self.gate.wait(10)
@@ -33,8 +33,8 @@ class Machine:
         done = [ValueError(read) if "!wrong" in read else read + " read" for read in now]
         return [*done, *[None] * (len(reads) - len(now))]
 
-    def group(self, read: str) -> str | None:
-        return None if read[0].isupper() else read[0]
+    def shares(self, read: str) -> bool:
+        return read[0].islower()
 
     def waiting(self, callers: int) -> None:
         """Wait until so many callers are in the queue."""
@@ -69,19 +69,19 @@ def taking(machine: Machine, *reads: str, into: list[Any] | None = None) -> Call
     return take
 
 
-def test_reads_of_a_group_share_a_turn_and_others_keep_their_place() -> None:
+def test_reads_share_a_turn_and_others_keep_their_place() -> None:
     machine, found = Machine(), []
-    names = ("b1", "a1", "b2", "C1", "a2", "C2")
+    names = ("a1", "B1", "a2", "C1", "a3", "C2")
     in_order(machine, *(taking(machine, name, into=found) for name in names))
-    assert machine.passes == [["b1"], ["a1", "a2"], ["b2"], ["C1"], ["C2"]]
+    assert machine.passes == [["a1"], ["B1"], ["a2", "a3"], ["C1"], ["C2"]]
     assert sorted(found) == sorted([name + " read"] for name in names)
 
 
 def test_outcomes_come_in_the_order_of_the_reads() -> None:
     machine = Machine(room=2)
-    reads = ["a1", "B1", "a2", "a3", "b1"]
+    reads = ["a1", "B1", "a2", "a3", "B2", "a4"]
     assert machine.turns.take(reads) == [read + " read" for read in reads]
-    assert machine.passes == [["a1", "a2"], ["B1"], ["a3"], ["b1"]]
+    assert machine.passes == [["a1", "a2"], ["B1"], ["a3", "a4"], ["B2"]]
     assert machine.turns.take([]) == []
 
 
@@ -162,7 +162,7 @@ def test_callers_in_step_share_every_turn() -> None:
     start = threading.Barrier(4)
 
     def talk(name: str) -> None:
-        with machine.turns.under_way(["a"]):
+        with machine.turns.under_way():
             start.wait(10)
             for word in range(5):
                 machine.turns.take([f"a{name}{word}"])
@@ -178,7 +178,15 @@ def test_callers_in_step_share_every_turn() -> None:
 
 def test_nobody_waits_for_ever_for_one_who_does_not_come() -> None:
     machine = Machine(seconds=0.01)
-    with machine.turns.under_way(["a"]), machine.turns.under_way(["a"]):
+    with machine.turns.under_way(), machine.turns.under_way():
         assert machine.turns.take(["a1"]) == ["a1 read"]
         assert machine.turns.take(["a2"]) == ["a2 read"]
-    assert not machine.turns._under_way
+    assert machine.turns._under_way == 0
+
+
+def test_nobody_waits_for_one_who_is_there_with_a_read_that_shares_no_pass() -> None:
+    machine = Machine()
+    machine.turns._last_seconds = 1000.0
+    with machine.turns.under_way(), machine.turns.under_way():
+        in_order(machine, taking(machine, "a1"), taking(machine, "B1"))
+    assert machine.passes == [["a1"], ["B1"]]

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from sam4mllm_tool.concurrency import FairLock
 from sam4mllm_tool.errors import BackendError, DeviceOutOfMemory
 from sam4mllm_tool.mllm.encoding import Encoded, ImageInputs, model_inputs
-from sam4mllm_tool.mllm.packing import Pack, Row
+from sam4mllm_tool.mllm.packing import Pack, Row, attention_by_picture
 from sam4mllm_tool.mllm.prefix import Prefix
 from sam4mllm_tool.mllm.reading import Decoding, Read, Readout, Spot, read
 from sam4mllm_tool.mllm.store import PrefixStore
@@ -66,7 +66,7 @@ class Engine:
     Args:
         model: a transformers image-text-to-text model in eval mode.
         cache_bytes: bound for kept keys and values.
-        packed: whether dialogues about one picture may share passes.
+        packed: whether dialogues may share passes.
 
     Attributes:
         reads_both_ways: every token of a prompt attends to all others (PaliGemma's prefix), so the
@@ -80,18 +80,18 @@ class Engine:
     def __init__(self, model: Any, cache_bytes: int, packed: bool = True) -> None:
         self.model = model
         self.store = PrefixStore(cache_bytes)
-        self.turns: Turns[Read, Readout] = Turns(self._pass, self._group)
+        self.turns: Turns[Read, Readout] = Turns(self._pass, self._shares)
         self.turn = FairLock()
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.token_bytes: int | None = None
         self._cache_name = cache_argument(model)
-        layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+        self._text = model.config.get_text_config(decoder=True)
+        layers = DynamicCache(config=self._text).layers
         self.reads_both_ways = model.config.model_type in _BOTH_WAYS
         self.can_cut = not self.reads_both_ways and all(type(x) is DynamicLayer for x in layers)
-        # Other kinds of attention take no mask of their caller's: they know which tokens there are.
-        attention = model.config.get_text_config(decoder=True)._attn_implementation
         self.keeps_apart: bool | None = None
-        self._may_pack = packed and self.can_cut and attention in ("sdpa", "eager")
+        # Shared passes attend by sdpa: what runs by another attention may need just that one.
+        self._may_pack = packed and self.can_cut and self._text._attn_implementation == "sdpa"
 
     def open(self, digest: str, encoded: Encoded, inputs: ImageInputs) -> Spot:
         """The end of a dialogue, with as much of it read as the store has kept."""
@@ -135,10 +135,10 @@ class Engine:
                 return
             self.store.keep(spot.key, trunk.cut(image_end), spot.prefix)
 
-    def _group(self, one: Read) -> str | None:
-        """Reads about the same picture may share a pass, once it was read."""
+    def _shares(self, one: Read) -> bool:
+        """Whether it may share a pass: a picture's first read is a pass of its own."""
         known = one.spot.prefix is not None or self.store.holds(one.spot.key)
-        return one.spot.key[0] if self._may_pack and known else None
+        return self._may_pack and known
 
     def _pass(self, reads: Sequence[Read]) -> list[Readout | Exception | None]:
         """Read the first, and in the same pass what can share it; ``None`` for all others."""
@@ -152,18 +152,19 @@ class Engine:
         return [outcomes.get(index) for index in range(len(reads))]
 
     def _rows(self, reads: Sequence[Read]) -> dict[int, Row]:
-        """Those that can share a pass with the first one, by their index."""
+        """Those that can share a pass with the first one, by their index; picture by picture."""
         rows: dict[int, Row] = {}
         room = _MOST_TOKENS
         for index, one in enumerate(reads):
             known = one.spot.prefix or self.store.find(one.spot.key, one.unread, one.keep)
-            if known is None or one.spot.key != reads[0].spot.key:
+            if known is None:
                 continue
             ids = (one.spot.ids + one.ids)[len(known.ids) :]
             room -= len(ids)
             if room >= 0 or not rows:
-                rows[index] = Row(known, ids, one.keep)
-        return rows if 0 in rows else {}
+                rows[index] = Row(one.spot.key, known, ids, one.keep)
+        by_picture = sorted(rows.items(), key=lambda row: reads[row[0]].spot.key)
+        return dict(by_picture) if 0 in rows else {}
 
     def _read_rows(
         self, reads: Sequence[Read], rows: Sequence[Row]
@@ -201,15 +202,18 @@ class Engine:
         """
         if self.keeps_apart is None:
             ids = (one.spot.ids + one.ids)[len(one.spot.key[1]) :]  # words of a question
-            self.keeps_apart = self._tried(ids[:4], (ids[1:4], ids[:1:-1][:5]))
+            self.keeps_apart = self._tried((ids[:4], ids[3::-1]), (ids[1:4], ids[:1:-1][:5]))
         return self.keeps_apart
 
-    def _tried(self, before: tuple[int, ...], texts: Sequence[tuple[int, ...]]) -> bool:
+    def _tried(self, starts: Sequence[tuple[int, ...]], texts: Sequence[tuple[int, ...]]) -> bool:
         try:
             nothing = ImageInputs((), {}, {})
-            prefix, _ = self._prefill(nothing, before, 0, 1)
-            alone = [self._read_on(prefix, ids, 1)[1] for ids in texts]
-            packed = self._read_packed([Row(prefix, ids, 1) for ids in texts])
+            rows = []
+            for start in starts:  # as if each were a picture
+                prefix, _ = self._prefill(nothing, start, 0, 1)
+                rows += [Row(start, prefix, ids, 1) for ids in texts]
+            alone = [self._read_on(row.prefix, row.ids, 1)[1] for row in rows]
+            packed = self._read_packed(rows)
         except Exception:
             return False
         gap = max(float((a - b).abs().max()) for a, (_, b) in zip(alone, packed, strict=True))
@@ -217,12 +221,10 @@ class Engine:
 
     def _read_packed(self, rows: Sequence[Row]) -> list[tuple[Prefix, Tensor]]:
         pack = Pack.of(rows)
-        out = self.model(
-            use_cache=True,
-            **pack.arguments(self.device, self.model.dtype),
-            **{self._cache_name: pack.cache},
-        )
-        self._check_filled(pack.cache, pack.length)
+        arguments = pack.arguments(self.device, self.model.dtype)
+        with attention_by_picture(self._text):
+            out = self.model(use_cache=True, **arguments, **{self._cache_name: pack.cache})
+        self._check_filled(pack.cache, sum(group.held for group in pack.groups))
         logits = finite(out.logits[0].float())
         return list(zip(pack.prefixes(), logits.split([row.keep for row in rows]), strict=True))
 

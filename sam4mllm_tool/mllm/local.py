@@ -70,7 +70,7 @@ class LocalMllm:
             bound of the same size.
         thought_budget: tokens that a thinking model may think before it answers; 0 closes its
             thoughts at once.
-        packed: whether dialogues about one picture, of one call or of several, share passes.
+        packed: whether dialogues, of one call or of several, share passes.
     """
 
     def __init__(
@@ -296,10 +296,7 @@ class LocalMllm:
                 longest += self.thinking.budget
             own += len(ids.ids) - ids.image_end + longest
             shared[digest, ids.ids[: ids.image_end]] = ids.image_end
-        with (
-            self._room(own, shared),
-            self.engine.turns.under_way(digest for digest, *_ in encoded),
-        ):
+        with self._room(own, shared), self.engine.turns.under_way():
             yield [self.engine.open(*one) for one in encoded]
 
     def _room(self, own: int, shared: Mapping[Hashable, int]) -> AbstractContextManager[None]:

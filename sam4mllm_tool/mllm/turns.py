@@ -1,16 +1,16 @@
 """Which caller reads next: callers take turns, first come first served, and share passes.
 
-The caller whose turn it is runs a pass for itself and for all callers that wait with reads of its
-group. The scheduler has no thread of its own, so a pass that fails ends only the call that ran it,
-and the others ask again.
+The caller whose turn it is runs a pass for itself and for all callers that wait with reads that can
+share it. The scheduler has no thread of its own, so a pass that fails ends only the call that ran
+it, and the others ask again.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -53,7 +53,7 @@ class _Caller(Generic[R, T]):
 
 
 class Turns(Generic[R, T]):
-    """Runs the callers' reads, together where they belong to the same group.
+    """Runs the callers' reads, together where they can share a pass.
 
     Fair: the caller that has waited longest gets the turn and then goes to the end of the queue;
     within a shared turn, the first reads of all callers come before any second read.
@@ -62,20 +62,20 @@ class Turns(Generic[R, T]):
         run: runs the first of the given reads, and as many of the others as fit into the pass: one
             outcome per read, ``None`` for those that must wait for another turn. An error of one
             read is its outcome; an error raised belongs to the caller whose turn it is.
-        group: reads of the same group may be run together, a read of group ``None`` is run alone.
+        shares: whether a read can share a pass; if not, it is run alone.
     """
 
     def __init__(
         self,
         run: Callable[[Sequence[R]], Sequence[T | Exception | None]],
-        group: Callable[[R], Hashable | None],
+        shares: Callable[[R], bool],
     ) -> None:
-        self._run, self._group = run, group
+        self._run, self._shares = run, shares
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
         self._queue: deque[_Caller[R, T]] = deque()
         self._busy = False
-        self._under_way: Counter[Hashable] = Counter()
+        self._under_way = 0
         self._last_seconds = 0.0
 
     def take(self, reads: Sequence[R]) -> list[T]:
@@ -105,21 +105,19 @@ class Turns(Generic[R, T]):
         return outcomes  # type: ignore[return-value]
 
     @contextmanager
-    def under_way(self, groups: Iterable[Hashable]) -> Iterator[None]:
-        """Announce reads of these groups, so that other callers wait for them for a moment.
+    def under_way(self) -> Iterator[None]:
+        """Announce a caller, so that others wait for its next read for a moment.
 
         Without it, callers that share a turn would fall out of step: the first to return from a
         pass would run the next one alone.
         """
-        groups = set(groups)
         with self._lock:
-            self._under_way.update(groups)
+            self._under_way += 1
         try:
             yield
         finally:
             with self._lock:
-                self._under_way.subtract(groups)
-                self._under_way += Counter()  # drops groups whose count is zero
+                self._under_way -= 1
                 self._arrived.notify_all()
 
     def _waited(self, caller: _Caller[R, T]) -> bool:
@@ -154,28 +152,21 @@ class Turns(Generic[R, T]):
                 self._call_next()
 
     def _gathered(self, leader: _Caller[R, T]) -> list[tuple[_Caller[R, T], int]]:
-        """The leader's first read and the waiting reads of its group, one per caller in turn."""
+        """The leader's first read and the waiting reads that can share its pass, in turn."""
         first = leader.waiting[0]
-        group = self._group(leader.reads[first])
-        if group is None:
+        if not self._shares(leader.reads[first]):
             return [(leader, first)]
-        self._await_others(group)
+        self._await_others()
         wanted = [who for who in self._queue if who is leader or who.wanted]
         ranks = zip_longest(
-            *([(who, index) for index in self._of_group(who, group)] for who in wanted)
+            *([(who, i) for i in who.waiting if self._shares(who.reads[i])] for who in wanted)
         )
         return [one for rank in ranks for one in rank if one is not None]
 
-    def _of_group(self, who: _Caller[R, T], group: Hashable) -> list[int]:
-        return [index for index in who.waiting if self._group(who.reads[index]) == group]
-
-    def _await_others(self, group: Hashable) -> None:
-        """Wait for announced reads, for at most half the time of the last pass."""
+    def _await_others(self) -> None:
+        """Wait for announced callers, for at most half the time of the last pass."""
         end = time.monotonic() + self._last_seconds / 2
-        while (left := end - time.monotonic()) > 0:
-            here = sum(bool(self._of_group(who, group)) for who in self._queue)
-            if here >= self._under_way[group]:
-                return
+        while (left := end - time.monotonic()) > 0 and len(self._queue) < self._under_way:
             self._arrived.wait(left)
 
     def _dismiss(self) -> None:
