@@ -33,7 +33,14 @@ from sam4mllm_tool.evaluation.outcome import Outcome, compare_masks
 from sam4mllm_tool.evaluation.scenes import scene_cases
 from sam4mllm_tool.grammar import Grammar
 from sam4mllm_tool.pipeline.model import Sam4MLLM, load
-from sam4mllm_tool.protocols import CheckpointNotes, Dialogue, Mllm, Reply, YesNoWords
+from sam4mllm_tool.protocols import (
+    CheckpointNotes,
+    Dialogue,
+    Mllm,
+    Reply,
+    YesNoWords,
+    sample_replies,
+)
 from sam4mllm_tool.tools.toolbox import Toolbox
 from sam4mllm_tool.types import Mask, RgbImage, YesNo
 
@@ -80,6 +87,14 @@ class CountingMllm:
     ) -> list[Reply]:
         """The MLLM's replies."""
         replies = self.inner.alternates(image, dialogue, grammar=grammar, count=count)
+        self.tokens += sum(reply.tokens for reply in replies)
+        return replies
+
+    def sample(
+        self, image: RgbImage, dialogue: Dialogue, *, grammar: Grammar, count: int
+    ) -> list[Reply]:
+        """The MLLM's replies."""
+        replies = sample_replies(self.inner, image, dialogue, grammar=grammar, count=count)
         self.tokens += sum(reply.tokens for reply in replies)
         return replies
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, PositiveInt, field_serializer, field_validator
 
+from sam4mllm_tool.errors import InputError
 from sam4mllm_tool.grammar import Grammar
 from sam4mllm_tool.types import Box, Mask, PromptPoint, RgbImage, YesNo
 
@@ -30,11 +31,14 @@ __all__ = [
     "Proposer",
     "Question",
     "Reply",
+    "SamplesReplies",
     "SegmentPrompt",
     "Segmenter",
     "Turn",
+    "Verification",
     "YesNoWords",
     "answer_each",
+    "sample_replies",
 ]
 
 
@@ -78,6 +82,11 @@ class Reply:
     forward_passes: int = 0
 
 
+Verification = Literal["question", "posterior"]
+"""How an MLLM tells whether a box shows what an expression describes: it is asked that as a yes/no
+question, or its own answers to "where is it?" are compared with the box."""
+
+
 class CheckpointNotes(BaseModel):
     """What a checkpoint states about itself in ``sam4mllm.json`` beside its weights.
 
@@ -88,6 +97,8 @@ class CheckpointNotes(BaseModel):
         points_per_question: the longest list of points it was taught to answer.
         box_calibration: slope and intercept of a logistic function from the logarithm of a box's
             likelihood to the probability that the box is right (Platt scaling, 1999).
+        verification: how it verifies a box best; "posterior" for one that was not taught the
+            question.
         caution: a sentence that every result should carry.
     """
 
@@ -98,6 +109,7 @@ class CheckpointNotes(BaseModel):
     lower_case: bool = False
     points_per_question: PositiveInt | None = None
     box_calibration: tuple[float, float] | None = None
+    verification: Verification = "question"
     caution: str = ""
 
     def box_probability(self, likelihood: float) -> float | None:
@@ -195,6 +207,36 @@ def answer_each(
         mllm.answer_yes_no(one.image, one.dialogue, words=words, count=one.count)
         for one in questions
     ]
+
+
+@runtime_checkable
+class SamplesReplies(Protocol):
+    """What an :class:`Mllm` may do besides: reply as often as there are replies to weigh."""
+
+    def sample(
+        self, image: RgbImage, dialogue: Dialogue, *, grammar: Grammar, count: int
+    ) -> list[Reply]:
+        """``count`` replies to the last user turn, drawn from the model's distribution.
+
+        Temperature 1 within ``grammar``: a reply of probability p comes about p·``count`` times.
+        The same call gets the same replies.
+        """
+
+
+def sample_replies(
+    mllm: Mllm, image: RgbImage, dialogue: Dialogue, *, grammar: Grammar | None, count: int
+) -> list[Reply]:
+    """The MLLM's :meth:`SamplesReplies.sample`.
+
+    Raises:
+        InputError: the MLLM cannot sample, or its replies have no grammar.
+    """
+    if grammar is None or not isinstance(mllm, SamplesReplies):
+        raise InputError(
+            f"{mllm.name} cannot sample its replies",
+            hint="Verify by the question instead: Settings(verification='question').",
+        )
+    return mllm.sample(image, dialogue, grammar=grammar, count=count)
 
 
 @dataclass(frozen=True)

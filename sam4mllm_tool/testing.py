@@ -76,6 +76,15 @@ class TruthfulMllm:
             different.setdefault(reply.text, reply)
         return list(different.values())[:count]
 
+    def sample(
+        self, image: RgbImage, dialogue: Dialogue, *, grammar: Grammar, count: int
+    ) -> list[Reply]:
+        """The true boxes with the given certainty, else that there is nothing."""
+        true = self.generate(image, dialogue)
+        nothing = Reply(Sam4MllmFormat().write_boxes([], image.size), -3.0, 1, 1)
+        sure = round(self.certainty * count)
+        return [true] * sure + [nothing] * (count - sure)
+
     def answer_yes_no(
         self, image: RgbImage, dialogue: Dialogue, *, words: YesNoWords, count: int
     ) -> list[YesNo]:

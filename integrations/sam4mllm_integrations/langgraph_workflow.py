@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, TypedDict
 from sam4mllm_integrations._shared import Picture, bounded_picture
 from sam4mllm_tool.concurrency import CallContext, call_context
 from sam4mllm_tool.errors import DialogueError
-from sam4mllm_tool.pipeline.candidates import ACCEPTED, noun_phrase
+from sam4mllm_tool.pipeline.candidates import noun_phrase
 from sam4mllm_tool.tools.builtin.is_point_inside_object import PointsResult
 from sam4mllm_tool.tools.builtin.locate_object import LocateResult
 from sam4mllm_tool.tools.builtin.propose_objects import ProposeResult
@@ -238,10 +238,9 @@ class _Flow:
         if not isinstance(result, ProposeResult):
             assert isinstance(result, ObjectsResult)
             return [one.object_id for one in result.objects]
-        judged = result.candidates[: self.settings.candidates]
-        every = [one.object_id for one in judged]
-        meant = [one.object_id for one in judged if (one.is_meant or 0.0) >= ACCEPTED]
-        return every if getattr(self.thinker, "vision", False) else meant
+        judged = [one.object_id for one in result.candidates[: self.settings.candidates]]
+        sees = getattr(self.thinker, "vision", False)
+        return [object_id for object_id in judged if sees or object_id in result.meant]
 
     def probe(self, state: QuestionState) -> QuestionState:
         """Ask about points on each object; the answers guide the masks."""

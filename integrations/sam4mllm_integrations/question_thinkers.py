@@ -175,11 +175,11 @@ class LocalThinker:
     """The MLLM behind the tools, without any other model.
 
     It is asked in words what could answer the question, unless it was taught a small vocabulary
-    only; and whether the region of each object shows what was looked for. The question itself is
+    only; each object's box is verified for what was looked for. The question itself is
     always a candidate: an MLLM that was taught such questions finds the object by it directly.
 
     Attributes:
-        accept_above: share of yes against no from which an object is accepted.
+        accept_above: probability, as verified, from which an object is accepted.
     """
 
     toolbox: Toolbox
@@ -201,7 +201,7 @@ class LocalThinker:
         return Thought(candidates=tuple(candidates), tokens=reply.tokens)
 
     def judge(self, question: str, image_id: str, found: Found) -> Thought:
-        """Ask of each object's region whether it shows the expression."""
+        """Verify of each object's box that it shows the expression."""
         model, workspace = self.toolbox.model, self.toolbox.workspace
         image = workspace.image(image_id).image
         boxes = {number: workspace.object(o).box for number, o in found.shown.items()}
@@ -213,7 +213,7 @@ class LocalThinker:
         keep = [number for number, share in shares.items() if share >= self.accept_above]
         listed = ", ".join(f"{number}: {share:.2f}" for number, share in shares.items())
         judgement = Judgement(
-            action="accept" if keep else "retry", keep=keep, reason=f"share of yes: {listed}"
+            action="accept" if keep else "retry", keep=keep, reason=f"verified: {listed}"
         )
         confidence = max(shares.values(), default=0.0)
         return Thought(judgement=judgement, confidence=confidence, tokens=len(boxes))

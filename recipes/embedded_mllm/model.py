@@ -243,6 +243,7 @@ def save_base(
         "format": Sam4MllmFormat().name,
         "lower_case": True,
         "points_per_question": LONGEST_LIST,
+        "verification": "posterior",
         "caution": CAUTION,
         "vocabulary": list(vocabulary),
         "world": world,

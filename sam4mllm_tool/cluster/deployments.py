@@ -17,7 +17,7 @@ PICTURES_KNOWN = 64
 """Pictures per replica that Serve remembers. A replica that has dropped one reads it again."""
 
 _METHODS = {
-    "generate", "alternates", "answer_yes_no", "answer_each",
+    "generate", "alternates", "sample", "answer_yes_no", "answer_each",
     "embed", "predict", "logits_at_image_size",
 }  # fmt: skip
 

@@ -167,6 +167,12 @@ class RemoteMllm:
         """Likely alternative replies."""
         return self._replicas.call("alternates", image, dialogue, grammar=grammar, count=count)
 
+    def sample(
+        self, image: RgbImage, dialogue: Dialogue, *, grammar: Grammar, count: int
+    ) -> list[Reply]:
+        """Replies drawn from the model's distribution."""
+        return self._replicas.call("sample", image, dialogue, grammar=grammar, count=count)
+
     def answer_yes_no(
         self, image: RgbImage, dialogue: Dialogue, *, words: YesNoWords, count: int
     ) -> list[YesNo]:

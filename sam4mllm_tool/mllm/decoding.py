@@ -124,7 +124,7 @@ def speak(
         if grammar.at_end(place) or len(ids) >= limit:
             return Spoken(tuple(ids), score, spot, tuple(forks))
         spot, logits = yield from read(spot, new)
-        fork = _choose(logits[-1], spot, grammar, place, tuple(ids), score)
+        fork = fork_at(logits[-1], spot, grammar, place, tuple(ids), score)
         forks.append(fork)
         token = int(fork.tokens[fork.chosen])
         score += float(fork.log_probabilities[fork.chosen])
@@ -255,10 +255,11 @@ class _Guesser:
             answers[slot] = self._yes[0] if margin >= 0 else self._no[0]
 
 
-def _choose(
+def fork_at(
     logits: Tensor, spot: Spot, grammar: TokenGrammar, place: Place, before: tuple[int, ...],
     score: float,
 ) -> Fork:  # fmt: skip
+    """The choice after ``spot``, the likeliest option chosen."""
     tokens = torch.tensor(list(grammar.allowed(place)), device=logits.device)
     among = logits[tokens].log_softmax(-1)
     return Fork(spot, place, tokens, among, int(among.argmax()), before, score)

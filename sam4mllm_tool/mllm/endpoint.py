@@ -128,6 +128,16 @@ class OpenAIEndpointMllm:
         ranked = sorted(different.values(), key=lambda r: -(r.log_probability or -math.inf))
         return [greedy, *ranked[: count - 1]]
 
+    def sample(
+        self, image: RgbImage, dialogue: Dialogue, *, grammar: Grammar, count: int
+    ) -> list[Reply]:
+        """``count`` replies at temperature 1 with a fixed seed, in one request. Raises as
+        :meth:`generate`.
+        """
+        return self._replies(
+            image, dialogue, grammar, LONGEST_REPLY, n=count, temperature=1.0, seed=0
+        )
+
     def answer_yes_no(
         self, image: RgbImage, dialogue: Dialogue, *, words: YesNoWords, count: int
     ) -> list[YesNo]:

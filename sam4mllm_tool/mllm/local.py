@@ -32,6 +32,7 @@ from sam4mllm_tool.mllm.files import find_checkpoint, read_json
 from sam4mllm_tool.mllm.grammar_tokens import TokenGrammar, YesNoTokens, yes_no_tokens
 from sam4mllm_tool.mllm.placement import USUAL_CACHE, cache_room, choose_placement
 from sam4mllm_tool.mllm.reading import Decoding, Spot, together
+from sam4mllm_tool.mllm.sampling import speak_spread
 from sam4mllm_tool.mllm.thoughts import thinking_of
 from sam4mllm_tool.protocols import (
     NO_NOTES,
@@ -160,8 +161,10 @@ class LocalMllm:
             model.forward = torch.compile(model.forward, dynamic=True)
         notes = _read_notes(folder)
         if adapted is not None:
-            # Published adapters have no notes; their dialogue is the paper's.
-            notes = {"format": "sam4mllm", **notes, **_read_notes(adapted)}
+            # Published adapters have no notes; their dialogue is the paper's, which has no question
+            # for verification.
+            papers = {"format": "sam4mllm", "verification": "posterior"}
+            notes = {**papers, **notes, **_read_notes(adapted)}
         stock = format_for(model.config.model_type, read_json(folder / PREPROCESSOR_FILE))
         found = cls(
             model.eval(),
@@ -222,6 +225,17 @@ class LocalMllm:
         with self._dialogues([(image, dialogue)], count * _USUAL_REPLY) as (spot,):
             spot = self.engine.run(self._begun(spot))
             replies = self.engine.run(speak_alternates(spot, rules, LONGEST_REPLY, count))
+            self.engine.keep(replies[0].spot)
+        return [self._reply(r, len(r.forks), r.spot.passes) for r in replies]
+
+    def sample(
+        self, image: RgbImage, dialogue: Dialogue, *, grammar: Grammar, count: int
+    ) -> list[Reply]:
+        """``count`` replies as often as the model would give them; see :mod:`.sampling`."""
+        rules = self._grammar(grammar)
+        with self._dialogues([(image, dialogue)], count * _USUAL_REPLY) as (spot,):
+            spot = self.engine.run(self._begun(spot))
+            replies = self.engine.run(speak_spread(spot, rules, LONGEST_REPLY, count))
             self.engine.keep(replies[0].spot)
         return [self._reply(r, len(r.forks), r.spot.passes) for r in replies]
 

@@ -22,6 +22,7 @@ from sam4mllm_tool.mllm.encoding import Encoded, ImageInputs
 from sam4mllm_tool.mllm.engine import finite
 from sam4mllm_tool.mllm.grammar_tokens import Place, TokenGrammar
 from sam4mllm_tool.mllm.local import LONGEST_REPLY, LocalMllm
+from sam4mllm_tool.mllm.sampling import divided, even_codes
 from sam4mllm_tool.mllm.thoughts import ANSWER, CLOSE
 from sam4mllm_tool.protocols import Dialogue, Question, Reply, YesNoWords
 from sam4mllm_tool.types import RgbImage, YesNo
@@ -62,6 +63,19 @@ class RecomputeMllm(LocalMllm):
             found.setdefault(ids, self._scored(ids, after, score))
         greedy, *others = found.values()
         return [greedy, *sorted(others, key=lambda r: -(r.log_probability or 0.0))]
+
+    def sample(
+        self, image: RgbImage, dialogue: Dialogue, *, grammar: Grammar, count: int
+    ) -> list[Reply]:
+        """A reply for each code, each by a ``model.generate`` of its own."""
+        tokens = self._grammar(grammar)
+        found = []
+        for code in even_codes(count):
+            only = _AtCode(tokens, (), code=code)
+            ids, logits = self._run(image, dialogue, only, LONGEST_REPLY)
+            reply = tuple(token for token in ids if not tokens.is_end(token))
+            found.append(self._scored(reply, [*_free_choices(tokens, ids, logits, 0)], 0.0))
+        return found
 
     def answer_yes_no(
         self, image: RgbImage, dialogue: Dialogue, *, words: YesNoWords, count: int
@@ -207,6 +221,22 @@ class _OnlyGrammar(LogitsProcessor):
         if self.step <= len(self.start):
             return _restricted(scores, (self.start[self.step - 1],))
         return _restricted(scores, tuple(self.grammar.allowed(self.place)))
+
+
+@dataclass
+class _AtCode(_OnlyGrammar):
+    """Allows only the token that a code names, at each step; see :mod:`.sampling`."""
+
+    code: float = 0.5
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        allowed = super().__call__(input_ids, scores)
+        assert self.place is not None
+        tokens = list(self.grammar.allowed(self.place))
+        if self.grammar.at_end(self.place):
+            return allowed
+        ((choice, (self.code,)),) = divided(allowed[0, tokens].log_softmax(-1), (self.code,))
+        return _restricted(scores, (tokens[choice],))
 
 
 def _restricted(scores: Tensor, allowed: tuple[int, ...]) -> Tensor:

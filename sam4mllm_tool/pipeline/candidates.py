@@ -44,7 +44,8 @@ class Candidate:
     Attributes:
         drawn: the proposer's own mask, or the segmenter's for the box (and the answered points).
         points: the points that the MLLM was asked about; none if it was asked by one mark.
-        share: of yes against no, 0 to 1; ``None`` if the MLLM was not asked.
+        share: of yes against no, 0 to 1, or of the MLLM's own answers that agree; ``None`` if it
+            was not asked.
     """
 
     proposal: Proposal
@@ -102,14 +103,22 @@ def judge(
 
     It is asked about the innermost points of each mask: named by coordinates, several a candidate,
     which also guide its mask; or, for a family that reads marks better, by one numbered mark for
-    each candidate on one picture.
+    each candidate on one picture. Where boxes are verified by the MLLM's own answers, the share is
+    that of :meth:`DialogueSteps.verify` instead, and confidence decides between equals only.
 
     Raises:
-        As :meth:`DialogueSteps.check_points`.
+        As :meth:`DialogueSteps.check_points` and :meth:`DialogueSteps.verify`.
     """
     image = to_rgb_image(image)
     if not candidates:
         return []
+    if steps.verification == "posterior":
+        verified = steps.verify(image, expression, [one.box for one in candidates])
+        judged = [
+            replace(one, share=answer.p_yes)
+            for one, answer in zip(candidates, verified, strict=True)
+        ]
+        return sorted(judged, key=lambda one: (one.share, _confidence(one)), reverse=True)
     if (steps.settings.point_asking or steps.speech.point_asking) == "marks":
         answers = _ask_by_marks(steps, image, expression, candidates)
         judged = [
@@ -142,9 +151,34 @@ def accept(judged: Sequence[Candidate], count: TargetCount) -> list[Candidate]:
     return kept
 
 
+def guided(
+    steps: DialogueSteps, image: ImageLike, expression: str, chosen: Sequence[Candidate]
+) -> list[Candidate]:
+    """The chosen ones with round 2's points in their masks, where they were judged by their boxes.
+
+    A proposer's own mask stays as it is.
+    """
+    image = to_rgb_image(image)
+    bare = [n for n, one in enumerate(chosen) if one.proposal.mask is None]
+    if steps.verification != "posterior" or not bare:
+        return list(chosen)
+    boxes = [chosen[n].box for n in bare]
+    location = steps.stated(image, expression, *boxes)
+    answers = steps.check_points_of_each(image, location, boxes)
+    masks = _masks(steps, image, [chosen[n].proposal for n in bare], answers)
+    found = list(chosen)
+    for n, some, drawn in zip(bare, answers, masks, strict=True):
+        found[n] = replace(found[n], points=some, drawn=drawn)
+    return found
+
+
 def _belief(one: Candidate) -> float:
+    return (one.share or 0.0) * _confidence(one)
+
+
+def _confidence(one: Candidate) -> float:
     confidence = one.proposal.confidence
-    return (one.share or 0.0) * (1.0 if confidence is None else confidence)
+    return 1.0 if confidence is None else confidence
 
 
 def _same(a: Mask, b: Mask) -> bool:

@@ -17,7 +17,7 @@ from sam4mllm_tool.masks.files import masks_to_coco
 from sam4mllm_tool.masks.interop import LabelledMask, to_detections
 from sam4mllm_tool.pipeline.points import Thresholds
 from sam4mllm_tool.pipeline.trace import Trace
-from sam4mllm_tool.protocols import Dialogue, MaskCandidate
+from sam4mllm_tool.protocols import Dialogue, MaskCandidate, Verification
 from sam4mllm_tool.types import Box, Mask, PromptPoint, RgbImage, Status, TargetCount
 
 if TYPE_CHECKING:
@@ -36,8 +36,11 @@ class Settings:
         thresholds: which answers count.
         point_asking: points named by coordinates, or by numbered marks drawn on the picture (one
             extra image for all points); ``None`` = as the dialogue format prefers.
-        verified_boxes: if above 1, the MLLM is asked about each of that many candidate boxes
-            ("does this region show …?") and the surest is taken, if one object is found.
+        verified_boxes: if above 1, that many candidate boxes are verified and the surest is taken,
+            if one object is found.
+        verification: boxes are verified by a yes/no question ("does this region show …?"), or by
+            the share of the MLLM's own answers that agree ("posterior"); ``None`` = as suits the
+            checkpoint.
         positive, negative: points asked for in a PPG reply.
         budget: most points *adaptive* asks about per object.
         per_question: points *adaptive* asks about at a time.
@@ -52,6 +55,7 @@ class Settings:
     thresholds: Thresholds = field(default_factory=Thresholds)
     point_asking: PointAsking | None = None
     verified_boxes: int = 0
+    verification: Verification | None = None
     positive: int = 3
     negative: int = 1
     budget: int = 9

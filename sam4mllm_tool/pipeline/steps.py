@@ -25,6 +25,7 @@ from sam4mllm_tool.pipeline.points import (
 from sam4mllm_tool.pipeline.reading import read_expression
 from sam4mllm_tool.pipeline.results import LocatedObject, Location, ScoredBox, Settings
 from sam4mllm_tool.pipeline.validation import check_count, check_expression, check_image_points
+from sam4mllm_tool.pipeline.verification import ANSWERS, posterior
 from sam4mllm_tool.protocols import (
     Dialogue,
     MaskCandidate,
@@ -35,7 +36,9 @@ from sam4mllm_tool.protocols import (
     Segmenter,
     SegmentPrompt,
     Turn,
+    Verification,
     answer_each,
+    sample_replies,
 )
 from sam4mllm_tool.types import (
     Box,
@@ -245,12 +248,39 @@ class DialogueSteps:
         return answers
 
     def verify(self, image: ImageLike, expression: str, boxes: Sequence[Box]) -> list[YesNo]:
-        """For each box, whether its region shows what the expression describes."""
-        image, wording = to_rgb_image(image), self._wording(check_expression(expression))
+        """For each box, the probability that its region shows what the expression describes.
+
+        Either from the answer to that question, or from the MLLM's own answers to where it is
+        (:mod:`sam4mllm_tool.pipeline.verification`), as settings or checkpoint say.
+
+        Raises:
+            InputError: the settings name the second way, and the MLLM cannot sample replies.
+        """
+        image, text = to_rgb_image(image), check_expression(expression)
         stage("verify")
+        if not boxes:
+            return []
+        if self.verification == "posterior":
+            return posterior(self._sampled(image, text), boxes)
+        wording = self._wording(text)
         asked = [self.speech.ask_verification(wording, box, image.size) for box in boxes]
         questions = [Question(image, self._opening(question)) for question in asked]
         return [answer for (answer,) in self._yes_no(questions)]
+
+    @property
+    def verification(self) -> Verification:
+        """How boxes are verified: as the settings say, else as suits the checkpoint."""
+        return self.settings.verification or self.mllm.notes.verification
+
+    def _sampled(self, image: RgbImage, expression: str) -> list[tuple[Box, ...]]:
+        """The boxes of round 1's replies, drawn as often as the MLLM would give them."""
+        count = TargetCount.ZERO_OR_MORE
+        question = self.speech.ask_boxes(self._wording(expression), count, image.size)
+        grammar = self.speech.box_grammar(count)
+        dialogue = self._opening(question)
+        drawn = sample_replies(self.mllm, image, dialogue, grammar=grammar, count=ANSWERS)
+        read = {one.text: self.speech.read_boxes(one.text, image.size).boxes for one in drawn}
+        return [read[one.text] for one in drawn]
 
     def _surest(self, image: RgbImage, location: Location) -> Location:
         """The location with the candidate box that verification is surest of."""

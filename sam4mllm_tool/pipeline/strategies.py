@@ -26,7 +26,7 @@ import numpy as np
 from sam4mllm_tool.concurrency import stage
 from sam4mllm_tool.errors import InputError, nearest
 from sam4mllm_tool.geometry import clip_box
-from sam4mllm_tool.pipeline.candidates import accept, judge, noun_phrase, propose
+from sam4mllm_tool.pipeline.candidates import accept, guided, judge, noun_phrase, propose
 from sam4mllm_tool.pipeline.points import inner_points
 from sam4mllm_tool.pipeline.results import LocatedObject, Location, ScoredBox, SegmentedObject
 from sam4mllm_tool.pipeline.steps import DialogueSteps, agreement, choose_mask
@@ -128,12 +128,13 @@ class Propose:
     def run(
         self, steps: DialogueSteps, image: RgbImage, expression: str, count: TargetCount
     ) -> Found:
-        """Phrase → candidates with masks → points on each → those that are meant."""
+        """Phrase → candidates with masks → the MLLM judges each → those that are meant → points."""
         phrase = noun_phrase(expression) if steps.proposer else expression
         judged = judge(steps, image, expression, propose(steps, image, phrase))
-        chosen = accept(judged, count)
-        taken = {id(one) for one in chosen}
+        meant = accept(judged, count)
+        taken = {id(one) for one in meant}
         others = tuple(ScoredBox(one.box) for one in judged if id(one) not in taken)
+        chosen = guided(steps, image, expression, meant)
         stated = steps.stated(image, expression, *(one.box for one in chosen))
         found = tuple(replace(one, alternates=others) for one in stated.objects)
         location = replace(stated, count=count, objects=found)

@@ -6,6 +6,7 @@ Recording is done by wrappers around the two backends, so the flow itself knows 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -32,6 +33,7 @@ from sam4mllm_tool.protocols import (
     SegmentPrompt,
     YesNoWords,
     answer_each,
+    sample_replies,
 )
 from sam4mllm_tool.types import Box, Mask, RgbImage, YesNo
 
@@ -41,10 +43,10 @@ T = TypeVar("T")
 class Exchange(BaseModel):
     """One question to the MLLM and what came back."""
 
-    kind: Literal["generate", "alternates", "yes_no"]
+    kind: Literal["generate", "alternates", "sample", "yes_no"]
     image: str = Field(description="digest of the picture that was asked about")
     dialogue: list[tuple[str, str]] = Field(description="(role, text) turns, the question last")
-    count: int = Field(1, description="answers or alternates asked for")
+    count: int = Field(1, description="answers or replies asked for")
     replies: list[tuple[str, float | None, int]] = Field(
         default=[], description="(text, log-probability, free tokens) of each reply"
     )
@@ -206,6 +208,9 @@ class Trace(BaseModel):
 def _answer_text(exchange: Exchange) -> str:
     if exchange.kind == "yes_no":
         return "".join("Yes" if a.p_yes >= a.p_no else "No" for a in exchange.answers)
+    if exchange.kind == "sample":
+        times = Counter(text for text, *_ in exchange.replies)
+        return "\n".join(f"{text} ({n} of {times.total()})" for text, n in times.most_common())
     return "\n".join(text for text, *_ in exchange.replies).strip()
 
 
@@ -264,6 +269,17 @@ class RecordingMllm:
         self._note("alternates", image, dialogue, count, seconds, replies=replies)
         return replies
 
+    def sample(
+        self, image: RgbImage, dialogue: Dialogue, *, grammar: Grammar, count: int
+    ) -> list[Reply]:
+        """As the wrapped MLLM, noted as stage *verify*."""
+        replies, seconds = self._recorder.timed(
+            "verify",
+            lambda: sample_replies(self._mllm, image, dialogue, grammar=grammar, count=count),
+        )
+        self._note("sample", image, dialogue, count, seconds, replies=replies)
+        return replies
+
     def answer_yes_no(
         self, image: RgbImage, dialogue: Dialogue, *, words: YesNoWords, count: int
     ) -> list[YesNo]:
@@ -287,7 +303,7 @@ class RecordingMllm:
 
     def _note(
         self,
-        kind: Literal["generate", "alternates", "yes_no"],
+        kind: Literal["generate", "alternates", "sample", "yes_no"],
         image: RgbImage,
         dialogue: Dialogue,
         count: int,
@@ -406,6 +422,13 @@ class ReplayMllm:
     ) -> list[Reply]:
         """The recorded replies."""
         found = self._find("alternates", image, dialogue, count)
+        return [Reply(*reply) for reply in found.replies]
+
+    def sample(
+        self, image: RgbImage, dialogue: Dialogue, *, grammar: Grammar, count: int
+    ) -> list[Reply]:
+        """The recorded replies."""
+        found = self._find("sample", image, dialogue, count)
         return [Reply(*reply) for reply in found.replies]
 
     def answer_yes_no(

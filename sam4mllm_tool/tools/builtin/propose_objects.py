@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from sam4mllm_tool.pipeline.candidates import ACCEPTED, Candidate, judge, propose
+from sam4mllm_tool.pipeline.candidates import Candidate, accept, judge, propose
 from sam4mllm_tool.tools.output import header, mask_of, object_line, rounded, summary
 from sam4mllm_tool.tools.registry import ToolContext, ToolOutput, ToolSpec
 from sam4mllm_tool.tools.schemas import (
@@ -15,6 +15,7 @@ from sam4mllm_tool.tools.schemas import (
     ToolArguments,
 )
 from sam4mllm_tool.tools.workspace import ImageRecord, ObjectRecord
+from sam4mllm_tool.types import TargetCount
 
 
 class ProposeObjectsArguments(ToolArguments):
@@ -39,7 +40,7 @@ class ProposedObject(ObjectSummary):
         None, description="How much the proposer believes in it, 0 to 1; not calibrated."
     )
     is_meant: float | None = Field(
-        None, description="Share of yes from the model, asked whether this is the expression."
+        None, description="The model's belief that this is the expression, 0 to 1."
     )
 
 
@@ -47,6 +48,11 @@ class ProposeResult(ImageResult):
     """Candidates, the surest first; their masks stay in the workspace."""
 
     candidates: list[ProposedObject] = Field(default=[])
+    meant: list[str] = Field(
+        default=[],
+        description="object_ids that the model takes to be meant, each thing once; empty without "
+        "an expression.",
+    )
 
 
 def propose_objects(context: ToolContext, arguments: ProposeObjectsArguments) -> ToolOutput:
@@ -65,16 +71,18 @@ def propose_objects(context: ToolContext, arguments: ProposeObjectsArguments) ->
         )
         for one, candidate in zip(kept, found, strict=True)
     ]
+    taken = {id(one) for one in accept(found, TargetCount.ZERO_OR_MORE)}
+    meant = [one.object_id for one, of in zip(candidates, found, strict=True) if id(of) in taken]
     asked = arguments.expression or arguments.phrase
     notes = (*record.notes, *context.model.stated(record.image, asked).notes)
     if candidates:
-        lines = [*map(_line, candidates), _next_step(candidates, arguments.expression is not None)]
+        lines = [*map(_line, candidates), _next_step(meant, arguments.expression is not None)]
         head = header(record, "found", "\n".join(lines), notes)
     else:
         text = f"Nothing in {record.image_id} is proposed for {arguments.phrase[:80]!r}."
         head = header(record, "not_found", text, notes)
     return ToolOutput(
-        ProposeResult(**head, candidates=candidates),
+        ProposeResult(**head, candidates=candidates, meant=meant),
         masks={one.object_id: mask_of(one) for one in kept},
     )
 
@@ -105,9 +113,8 @@ def _line(one: ProposedObject) -> str:
     return ", ".join(parts)
 
 
-def _next_step(candidates: list[ProposedObject], judged: bool) -> str:
+def _next_step(meant: list[str], judged: bool) -> str:
     """What the model takes to be meant, and what to do where it was not asked or says none."""
-    meant = [one.object_id for one in candidates if (one.is_meant or 0.0) >= ACCEPTED]
     if meant:
         return f"The model takes {', '.join(meant)} to be meant."
     none = "The model takes none of them to be meant. " * judged
