@@ -183,7 +183,10 @@ def _answer(tally: Tally, case: Case, answer: Callable[[], Answer], counter: Cou
 
 
 def report(tallies: dict[str, Tally]) -> dict[str, dict[str, Any]]:
-    """gIoU and cIoU with 95% intervals; tool calls, tokens, seconds per question."""
+    """gIoU and cIoU with 95% intervals, gIoU's paired difference from the first way, and tool
+    calls, tokens and seconds per question.
+    """
+    first = next(iter(tallies.values())).outcomes
     rows: dict[str, dict[str, Any]] = {}
     for name, tally in tallies.items():
         count = len(tally.outcomes)
@@ -191,6 +194,8 @@ def report(tallies: dict[str, Tally]) -> dict[str, dict[str, Any]]:
         for metric in ("gIoU", "cIoU"):
             estimate = Bootstrap().estimate(tally.outcomes, METRICS[metric])
             row[metric] = [estimate.value, estimate.low, estimate.high]
+        gap = Bootstrap().compare(first, tally.outcomes, METRICS["gIoU"])
+        row["gIoU − first"] = [gap.value, gap.low, gap.high]
         row["tool_calls"] = tally.tool_calls / count
         row["tokens"] = tally.tokens / count
         row["seconds"] = sum(outcome.seconds for outcome in tally.outcomes) / count
@@ -206,12 +211,15 @@ def scene_questions(seed: int, limit: int) -> Iterator[Case]:
 
 
 def _print(rows: dict[str, dict[str, Any]]) -> None:
-    table = Table("way", "questions", "gIoU", "cIoU", "tool calls", "tokens", "seconds")
+    table = Table(
+        "way", "questions", "gIoU", "cIoU", "gIoU − first", "tool calls", "tokens", "seconds"
+    )
     for name, row in rows.items():
         shares = [
             "–" if row[m][0] is None else "{:.1%} ({:.1%}–{:.1%})".format(*row[m])
             for m in ("gIoU", "cIoU")
         ]
+        shares.append("{:+.3f} ({:+.3f} … {:+.3f})".format(*row["gIoU − first"]))
         numbers = [f"{row[m]:.2f}" for m in ("tool_calls", "tokens", "seconds")]
         table.add_row(name, str(row["questions"]), *shares, *numbers)
     Console().print(table)
@@ -230,6 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--chat", help="provider:model of a LangChain chat model")
     parser.add_argument("--proposer", default="mllm", help="as the option of sam4mllm-tool")
     parser.add_argument("--candidates", type=int, default=0, help="proposed by the workflow")
+    parser.add_argument("--verification", choices=("question", "posterior"))
     parser.add_argument("--attempts", type=int, default=QuestionSettings.max_attempts)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
@@ -244,6 +253,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         else scene_questions(args.seed, args.limit)
     )
     model = load(args.mllm, adapter=args.adapter, segmenter=args.segmenter, proposer=args.proposer)
+    if args.verification:
+        chosen = replace(model.settings, verification=args.verification)
+        model = replace(model, settings=chosen)
     settings = QuestionSettings(max_attempts=args.attempts, candidates=args.candidates)
     rows = report(run(model, cases, chat, settings))
     if args.json:

@@ -77,12 +77,19 @@ def measure(
     for text in [*one, *none]:
         target = text.targets[0] if text.targets else None
         boxes = list(_boxes(scene, target, rng))
-        ways = _ways(model, image, text.text, [box for _, _, box in boxes])
+        offered: list[Box] = []
+        if target is not None:
+            first = model.locate(image, text.text, "1", alternates=ALTERNATES).objects[0]
+            offered = [first.box, *(other.box for other in first.alternates)]
+        ways, beliefs = _ways(model, image, text.text, [box for _, _, box in boxes], offered)
         for number, (kind, right, _) in enumerate(boxes):
             scores = {name: some[number] for name, some in ways.items()}
             judged.append(Judged(picture, kind, right, scores))
         if target is not None:
-            ranked.append(_rank(model, image, text.text, Box(*scene.objects[target].box), picture))
+            true = Box(*scene.objects[target].box)
+            are_right = [box_iou(box, true) >= 0.5 for box in offered]
+            surest = beliefs.index(max(beliefs))  # the first of equals
+            ranked.append(Ranked(picture, are_right[0], are_right[surest], any(are_right)))
     return judged, ranked
 
 
@@ -117,28 +124,24 @@ def _moved(
 
 
 def _ways(
-    model: Sam4MLLM, image: RgbImage, text: str, boxes: Sequence[Box]
-) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
-    for way in ("question", "posterior"):
-        asked = replace(model, settings=replace(model.settings, verification=way))
-        answers = asked.verify(image, text, boxes)
-        found[way] = [a.p_yes / max(a.p_yes + a.p_no, 1e-9) for a in answers]
+    model: Sam4MLLM, image: RgbImage, text: str, boxes: Sequence[Box], offered: Sequence[Box]
+) -> tuple[dict[str, list[float]], list[float]]:
+    """What each way says of the boxes, and the model's belief in those it offers itself."""
+    asked, drawn = (
+        replace(model, settings=replace(model.settings, verification=way))
+        for way in ("question", "posterior")
+    )
+    answers = asked.verify(image, text, boxes)
+    beliefs = [one.p_yes for one in drawn.verify(image, text, [*boxes, *offered])]
     objects = model.locate(image, text).objects
-    found["IoU with the first box"] = [
-        max((box_iou(one.box, box) for one in objects), default=0.0) for box in boxes
-    ]
-    return found
-
-
-def _rank(model: Sam4MLLM, image: RgbImage, text: str, true: Box, picture: str) -> Ranked:
-    found = model.locate(image, text, "1", alternates=ALTERNATES).objects[0]
-    boxes = [found.box, *(one.box for one in found.alternates)]
-    settings = replace(model.settings, verification="posterior")
-    answers = replace(model, settings=settings).verify(image, text, boxes)
-    surest = max(range(len(boxes)), key=lambda n: answers[n].p_yes)  # the first of equals
-    right = [box_iou(box, true) >= 0.5 for box in boxes]
-    return Ranked(picture, right[0], right[surest], any(right))
+    ways = {
+        "question": [a.p_yes / max(a.p_yes + a.p_no, 1e-9) for a in answers],
+        "posterior": beliefs[: len(boxes)],
+        "IoU with the first box": [
+            max((box_iou(one.box, box) for one in objects), default=0.0) for box in boxes
+        ],
+    }
+    return ways, beliefs[len(boxes) :]
 
 
 def area_under_curve(right: Sequence[bool], scores: Sequence[float]) -> float:
