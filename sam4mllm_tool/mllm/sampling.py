@@ -5,6 +5,7 @@ Language Models" (ICML 2023, arXiv 2210.15458). All replies of a grammar, sorted
 from 0 to 1 among themselves, each as much as its probability. Numbers at even distances then name
 replies as often as the model would give them at temperature 1, with no randomness and a smaller
 variance than independent draws: a reply of probability p comes between p·n - 1 and p·n + 1 times.
+Float32 holds some 20 bits of a code: what long replies need beyond those, rounding decides.
 """
 
 from __future__ import annotations
