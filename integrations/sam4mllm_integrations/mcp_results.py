@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from sam4mllm_tool.errors import BackendError, Busy, InputError
 
 if TYPE_CHECKING:
     from sam4mllm_integrations._shared import ToolReply
+
+logger = logging.getLogger(__name__)
 
 TRACE = "sam4mllm/trace"
 """In a request's ``_meta``: ask for the trace. In the result's: the trace, masks as COCO RLE.
@@ -48,17 +51,30 @@ def tool_result(
 def protocol_errors(request_id: str = "") -> Iterator[None]:
     """What a tool's result cannot say, as an error of the protocol.
 
+    What a client is told is one line. Where nothing but the server can help, the log has the rest.
+
     Raises:
-        MCPError: in place of an ``InputError`` or ``BackendError``.
+        MCPError: in place of any other error.
     """
     try:
         yield
+    except MCPError:
+        raise
     except InputError as error:
         raise MCPError(types.INVALID_PARAMS, str(error)) from error
     except BackendError as error:
         data: dict[str, Any] = {"error": type(error).__name__, "retryable": error.retryable}
         if isinstance(error, Busy):
             data["retry_after"] = round(error.retry_after, 1)
-        if request_id:
-            data["request_id"] = request_id
-        raise MCPError(types.INTERNAL_ERROR, str(error), data) from error
+        elif not error.retryable:
+            logger.error("request %s failed", request_id, exc_info=error)
+        raise _internal(str(error), data, request_id) from error
+    except Exception as error:
+        logger.exception("request %s failed", request_id)
+        told = f"This is a fault of the server; its log has request {request_id}."
+        raise _internal(told, {"error": "ServerFault", "retryable": False}, request_id) from error
+
+
+def _internal(message: str, data: dict[str, Any], request_id: str) -> MCPError:
+    known = {"request_id": request_id} if request_id else {}
+    return MCPError(types.INTERNAL_ERROR, " ".join(message.split()), data | known)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from sam4mllm_integrations._shared import Picture
 from sam4mllm_tool.errors import DialogueError
+from sam4mllm_tool.pipeline.faults import checked_replies, typed_faults
 from sam4mllm_tool.protocols import Turn
 from sam4mllm_tool.tools.toolbox import Toolbox
 
@@ -195,7 +196,9 @@ class LocalThinker:
             f"{question}\nName the objects in the picture that answer this, "
             "each as a short noun phrase on a line of its own."
         )
-        reply = model.mllm.generate(image, (Turn("user", asked),), max_new_tokens=48)
+        with typed_faults(model.mllm.name):
+            reply = model.mllm.generate(image, (Turn("user", asked),), max_new_tokens=48)
+            checked_replies([reply])
         named = _phrases(reply.text)
         candidates = list(dict.fromkeys((question, *named)))[:MAX_CANDIDATES]
         return Thought(candidates=tuple(candidates), tokens=reply.tokens)

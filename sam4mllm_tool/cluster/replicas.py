@@ -130,6 +130,8 @@ def _result(response: DeploymentResponse) -> Any:
     while True:
         try:
             return response.result(timeout_s=_CHECK_SECONDS)
+        except RayTaskError:  # a model's own time-out is an instance of both
+            raise
         except TimeoutError:
             try:
                 check_cancelled()

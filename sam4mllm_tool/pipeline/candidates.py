@@ -15,6 +15,7 @@ from sam4mllm_tool.concurrency import stage
 from sam4mllm_tool.geometry import different_boxes, union_box
 from sam4mllm_tool.images.loading import ImageLike, to_rgb_image
 from sam4mllm_tool.masks.relations import share_inside
+from sam4mllm_tool.pipeline.faults import checked_proposals, typed_faults
 from sam4mllm_tool.pipeline.points import inner_points
 from sam4mllm_tool.pipeline.results import ScoredBox
 from sam4mllm_tool.pipeline.steps import DialogueSteps
@@ -91,7 +92,9 @@ def propose(
         found = _answered(steps, image, phrase, most)
     else:
         stage("propose")
-        found = steps.proposer.propose(image, check_expression(phrase), most)
+        text = check_expression(phrase)
+        with typed_faults(steps.proposer.name):
+            found = list(checked_proposals(steps.proposer.propose(image, text, most), image))
     masks = _masks(steps, image, found, [()] * len(found))
     return [Candidate(*pair) for pair in zip(found, masks, strict=True)]
 

@@ -16,7 +16,14 @@ from sam4mllm_tool.drawing.marks import draw_marks
 from sam4mllm_tool.errors import DialogueError
 from sam4mllm_tool.formats import DialogueFormat, get_format
 from sam4mllm_tool.geometry import clip_box
+from sam4mllm_tool.grammar import Grammar
 from sam4mllm_tool.images.loading import ImageLike, to_rgb_image
+from sam4mllm_tool.pipeline.faults import (
+    checked_answers,
+    checked_masks,
+    checked_replies,
+    typed_faults,
+)
 from sam4mllm_tool.pipeline.points import (
     Thresholds,
     candidate_points,
@@ -98,12 +105,7 @@ class DialogueSteps:
         question = self.speech.ask_boxes(self._wording(text), count, image.size)
         grammar = self.speech.box_grammar(count)
         dialogue = self._opening(question)
-        if alternates and grammar is not None:
-            best, *others = self.mllm.alternates(
-                image, dialogue, grammar=grammar, count=alternates + 1
-            )
-        else:
-            best, others = self.mllm.generate(image, dialogue, grammar=grammar), []
+        best, *others = self._replies(image, dialogue, grammar, alternates)
         read = self.speech.read_boxes(best.text, image.size)
         boxes = read.boxes[:1] if count is TargetCount.ONE else read.boxes
         # A free reply may hold several boxes where one was asked for: the rest are alternates.
@@ -130,7 +132,7 @@ class DialogueSteps:
         question = self.speech.ask_box_and_points(wording, count, n_in, n_out, image.size)
         grammar = self.speech.box_and_points_grammar(count, n_in, n_out)
         dialogue = self._opening(question)
-        reply = self.mllm.generate(image, dialogue, grammar=grammar)
+        (reply,) = self._replies(image, dialogue, grammar)
         read = self.speech.read_box_and_points(reply.text, n_in, n_out, image.size)
         belief = self._belief(reply)
         found = tuple(LocatedObject(r.box, *belief, (), r.points) for r in read)
@@ -236,8 +238,11 @@ class DialogueSteps:
             question = self.speech.ask_marks(wording, some)
             yield Question(marked, self._opening(question), len(some))
 
-    def _yes_no(self, questions: Sequence[Question]) -> list[list[YesNo]]:
-        answers = answer_each(self.mllm, questions, words=self.speech.yes_no)
+    def _yes_no(self, questions: Sequence[Question]) -> Sequence[Sequence[YesNo]]:
+        with typed_faults(self.mllm.name):
+            answers = checked_answers(
+                answer_each(self.mllm, questions, words=self.speech.yes_no), len(questions)
+            )
         for question, some in zip(questions, answers, strict=True):
             if len(some) != question.count:
                 raise DialogueError(
@@ -319,7 +324,27 @@ class DialogueSteps:
         image = to_rgb_image(image)
         stage("mask")
         clipped = [replace(p, box=_clip(p.box, image)) for p in prompts]
-        return self.segmenter.predict(image, clipped)
+        with typed_faults(self.segmenter.name):
+            masks = checked_masks(self.segmenter.predict(image, clipped), image, len(clipped))
+        return [tuple(some) for some in masks]
+
+    def embed(self, image: ImageLike) -> None:
+        """Have the segmenter look at the image, which takes long, before it draws masks."""
+        image = to_rgb_image(image)
+        stage("image embedding")
+        with typed_faults(self.segmenter.name):
+            self.segmenter.embed(image)
+
+    def _replies(
+        self, image: RgbImage, dialogue: Dialogue, grammar: Grammar | None, alternates: int = 0
+    ) -> Sequence[Reply]:
+        """The reply, and likely others if they are wanted and the format has a grammar."""
+        with typed_faults(self.mllm.name):
+            if alternates and grammar is not None:
+                return checked_replies(
+                    self.mllm.alternates(image, dialogue, grammar=grammar, count=alternates + 1)
+                )
+            return checked_replies([self.mllm.generate(image, dialogue, grammar=grammar)])
 
     def _opening(self, question: str) -> Dialogue:
         system = self.speech.system_prompt

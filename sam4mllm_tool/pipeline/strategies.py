@@ -23,7 +23,6 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from sam4mllm_tool.concurrency import stage
 from sam4mllm_tool.errors import InputError, nearest
 from sam4mllm_tool.geometry import clip_box
 from sam4mllm_tool.pipeline.candidates import accept, guided, judge, noun_phrase, propose
@@ -114,8 +113,7 @@ class Adaptive:
         """Box → mask → points → mask → …"""
         location = steps.locate(image, expression, count)
         if location.objects:
-            stage("image embedding")
-            steps.segmenter.embed(image)
+            steps.embed(image)
         return location, tuple(_adapt(steps, image, location, one) for one in location.objects)
 
 
@@ -179,8 +177,7 @@ def _drawn(
     """The masks for located objects and their prompt points, drawn in one call."""
     if not location.objects:
         return location, ()
-    stage("image embedding")
-    steps.segmenter.embed(image)
+    steps.embed(image)
     pairs = zip(location.objects, points, strict=True)
     drawn = steps.draw(image, [SegmentPrompt(found.box, some) for found, some in pairs])
     parts = zip(location.objects, points, drawn, strict=True)

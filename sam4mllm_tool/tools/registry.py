@@ -30,6 +30,7 @@ from PIL import Image
 from pydantic import BaseModel
 
 from sam4mllm_tool.errors import InputError
+from sam4mllm_tool.pipeline.faults import typed_faults
 from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.pipeline.trace import Trace
 from sam4mllm_tool.tools.coordinates import Coordinates, Frame
@@ -87,10 +88,15 @@ class ToolContext:
 
     @property
     def model(self) -> Sam4MLLM:
-        """The pipeline, loaded now if it was not yet."""
+        """The pipeline, loaded now if it was not yet.
+
+        Raises:
+            BackendError: it cannot be loaded; the next call tries again.
+        """
         with self._loading:
             if not isinstance(self._model, Sam4MLLM):
-                self._model = self._model()
+                with typed_faults("loading the models"):
+                    self._model = self._model()
             return self._model
 
     def frame(self, record: ImageRecord) -> Frame:
