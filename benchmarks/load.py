@@ -5,128 +5,49 @@ own whose answer is known; what it gets back is compared with the truth and with
 client got. The models are honest stand-ins that take ``--think`` seconds per question
 (``--embedded`` takes the shipped ones, whose answers are compared with the single client's only).
 
-``--kills 20`` ends a server that keeps its state with ``kill -9`` that often, at random moments of
-the clients' work, and asks after every restart for every object it had acknowledged.
+``--kills 20`` and ``--sigterms 10`` end servers amid the clients' work, see
+:mod:`benchmarks.load_ends`.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
-import contextlib
 import json
 import math
-import random
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
-import httpx2
 import psutil
-from mcp import Client, MCPError
-from mcp.client.streamable_http import streamable_http_client
-from PIL import Image, ImageDraw
+from mcp import MCPError
 
-if TYPE_CHECKING:
-    from sam4mllm_tool.pipeline.model import Sam4MLLM
+from benchmarks.load_server import (
+    PATIENCE,
+    Memory,
+    area,
+    connected,
+    free_port,
+    gauges,
+    picture,
+    serve,
+    server,
+    serving,
+)
 
-WIDTH, HEIGHT = 128, 96
-RED = (214, 40, 40)
-
-
-def block(number: int) -> tuple[int, int, int, int]:
-    """The block of client ``number``: no two clients' blocks have the same area and place."""
-    left, top = 4 + number % 16 * 2, 4 + number // 16 % 16 * 2
-    return left, top, left + 24 + number % 16 * 2, top + 20 + number // 16
-
-
-def picture(number: int) -> str:
-    """The picture of client ``number`` as a data URI."""
-    image = Image.new("RGB", (WIDTH, HEIGHT), (255, 255, 255))
-    left, top, right, bottom = block(number)
-    ImageDraw.Draw(image).rectangle((left, top, right - 1, bottom - 1), fill=RED)
-    buffer = BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def area(number: int) -> int:
-    """Pixels of the block."""
-    left, top, right, bottom = block(number)
-    return (right - left) * (bottom - top)
-
-
-# -- the server ----------------------------------------------------------------------------------
-
-
-def serve(port: int, clients: int, think: float, state: Path | None) -> None:
-    """A server with stand-in models that know every client's block; with state, each is a user."""
-    from sam4mllm_integrations.mcp_server import Credentials, HttpSettings
-    from sam4mllm_integrations.mcp_server import serve as serve_mcp
-
-    users = {f"client-{number}": token(number) for number in range(clients)} if state else {}
-    http = HttpSettings(port=port, credentials=Credentials(users=users))
-    serve_mcp(lambda: stand_ins(clients, think), transport="http", http=http, state=state)
-
-
-def stand_ins(clients: int, think: float) -> Sam4MLLM:
-    """Stand-in models that know every client's block and take ``think`` seconds per reply."""
-    import numpy as np
-
-    from sam4mllm_tool.pipeline.model import Sam4MLLM
-    from sam4mllm_tool.testing import ColourSegmenter, TruthfulMllm
-    from sam4mllm_tool.types import Mask
-
-    class Thinking(TruthfulMllm):
-        def generate(self, *args: Any, **options: Any) -> Any:
-            time.sleep(think)
-            self.said.clear()
-            return super().generate(*args, **options)
-
-    truth = {}
-    for number in range(clients):
-        left, top, right, bottom = block(number)
-        pixels = np.zeros((HEIGHT, WIDTH), bool)
-        pixels[top:bottom, left:right] = True
-        truth[f"block {number}"] = [Mask(pixels)]
-    return Sam4MLLM(Thinking(truth), ColourSegmenter())
-
-
-def token(number: int) -> str:
-    """The token of client ``number``."""
-    return f"token-of-client-{number}"
-
-
-@contextlib.contextmanager
-def server(command: Sequence[str], port: int) -> Iterator[tuple[str, psutil.Process]]:
-    """The server's process, once it answers."""
-    process = subprocess.Popen(command)
-    try:
-        for _ in range(600):
-            with contextlib.suppress(httpx2.HTTPError):
-                httpx2.get(f"http://127.0.0.1:{port}/health")
-                break
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}/mcp", psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
-
-
-def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+QUEUED = 30
+"""Segment calls that wait or run while calls without a model are timed."""
+_LEAST_WAITING = 0.8
+"""Share of them that must wait before the timing begins; the others run or are being sent."""
+_THINK_WHILE_QUEUED = 0.2
+"""Seconds per reply while they are timed: the models are what is waited for, not the processor."""
+_COMPARED = 20
 
 
 # -- the clients ---------------------------------------------------------------------------------
@@ -169,7 +90,7 @@ async def one_client(
     mine: list[str] = []
     image: str = picture(number)
     arguments: dict[str, Any]
-    async with Client(url, mode=era, read_timeout_seconds=300) as client:
+    async with connected(url, era) as client:
         for turn in range(calls):
             kind = turn % 3 if len(mine) >= 2 else 0
             if kind == 0:
@@ -184,8 +105,7 @@ async def one_client(
             try:
                 answer = await client.call_tool(name, arguments)
             except MCPError as error:
-                busy = isinstance(error.error.data, dict) and error.error.data["error"] == "Busy"
-                tally.note("busy" if busy else "lost", str(error))
+                tally.note("busy" if is_busy(error) else "lost", str(error))
                 continue
             except Exception as error:
                 tally.note("lost", repr(error))
@@ -201,6 +121,11 @@ async def one_client(
                 image = data["image_id"]
                 mine += [one["object_id"] for one in data["objects"]]
     return results
+
+
+def is_busy(error: MCPError) -> bool:
+    """Whether the server refused the call because it has too much to do."""
+    return isinstance(error.error.data, dict) and error.error.data.get("error") == "Busy"
 
 
 def judged(
@@ -248,7 +173,7 @@ async def keep_busy(url: str, clients: int) -> None:
 
     async def one(number: int) -> None:
         arguments = {"image": picture(number), "expression": f"block {number}"}
-        async with Client(url, read_timeout_seconds=300) as client:
+        async with connected(url) as client:
             while True:
                 await client.call_tool("segment_object", arguments)
 
@@ -257,21 +182,30 @@ async def keep_busy(url: str, clients: int) -> None:
             tasks.start_soon(one, number)
 
 
-async def model_free_seconds(url: str, queued: int, looks: int = 60) -> float:
-    """95th percentile of a call without a model while ``queued`` segment calls are in progress."""
+async def model_free_seconds(url: str, queued: int, looks: int = 60) -> dict[str, float]:
+    """A call without a model while ``queued`` segment calls wait or run.
+
+    Returns:
+        The 95th percentile of its seconds, and the fewest and most calls that were seen waiting.
+    """
     tally = Tally()
+    waiting: list[float] = []
     others = None
     if queued:  # in a process of their own, so that only the server is shared
         command = [sys.executable, "-m", "benchmarks.load", "--busy", url, "--clients", str(queued)]
         others = subprocess.Popen(command)
-        await anyio.sleep(5)
     try:
-        async with Client(url) as client:
+        async with connected(url) as client:
             arguments = {"image": picture(0), "expression": "block 0"}
             first = await client.call_tool("segment_object", arguments)
             assert first.structured_content is not None
             image = first.structured_content["image_id"]
-            for _ in range(looks):
+            with anyio.fail_after(PATIENCE):
+                while (await gauges(url))["waiting_calls"] < _LEAST_WAITING * queued:
+                    await anyio.sleep(0.2)
+            for look in range(looks):
+                if look % 10 == 0:
+                    waiting.append((await gauges(url))["waiting_calls"])
                 begun = time.perf_counter()
                 await client.call_tool("view_objects", {"image": image})
                 tally.seconds.setdefault("view_objects", []).append(time.perf_counter() - begun)
@@ -279,105 +213,57 @@ async def model_free_seconds(url: str, queued: int, looks: int = 60) -> float:
     finally:
         if others:
             others.kill()
-    return tally.percentile(["view_objects"], 0.95)
-
-
-# -- kill -9 -------------------------------------------------------------------------------------
-
-
-async def survive(kills: int, clients: int, think: float, state: Path) -> dict[str, Any]:
-    """Kill a server at random moments; every acknowledged object has to be there afterwards."""
-    acknowledged: list[dict[str, int]] = [{} for _ in range(clients)]
-    checked = lost = 0
-    chance = random.Random(0)
-
-    async def look(url: str, number: int) -> None:
-        nonlocal checked, lost
-        async with as_user(url, number) as client:
-            for object_id, expected in acknowledged[number].items():
-                checked += 1
-                with contextlib.suppress(MCPError):
-                    uri = f"sam4mllm://masks/{object_id}.json"
-                    (content,) = (await client.read_resource(uri)).contents
-                    document = json.loads(content.text)  # type: ignore[union-attr]
-                    if document["annotations"][0]["area"] == expected:
-                        continue
-                lost += 1
-
-    async def work(url: str, number: int) -> None:
-        arguments = {"image": picture(number), "expression": f"block {number}"}
-        with contextlib.suppress(Exception):
-            async with as_user(url, number) as client:
-                while True:
-                    answer = await client.call_tool("segment_object", arguments)
-                    assert answer.structured_content is not None
-                    (one,) = answer.structured_content["objects"]
-                    acknowledged[number][one["object_id"]] = one["area"]
-
-    for _ in range(kills + 1):
-        port = free_port()
-        command = [sys.executable, "-m", "benchmarks.load", "--serve", str(port), "--state"]
-        command += [str(state), "--clients", str(clients), "--think", str(think)]
-        with server(command, port) as (url, process):
-            async with anyio.create_task_group() as tasks:
-                for number in range(clients):
-                    tasks.start_soon(look, url, number)
-            async with anyio.create_task_group() as tasks:
-                for number in range(clients):
-                    tasks.start_soon(work, url, number)
-                before = sum(map(len, acknowledged))
-                while sum(map(len, acknowledged)) < before + clients:
-                    await anyio.sleep(0.01)
-                await anyio.sleep(chance.uniform(0.0, 1.0))
-                process.kill()
-    handles = sum(map(len, acknowledged))
-    return {"kills": kills, "acknowledged": handles, "checks": checked, "lost": lost}
-
-
-@contextlib.asynccontextmanager
-async def as_user(url: str, number: int) -> AsyncIterator[Client]:
-    """A client that shows its user's token."""
-    headers = {"Authorization": f"Bearer {token(number)}"}
-    async with (
-        httpx2.AsyncClient(headers=headers, timeout=60) as http,
-        Client(streamable_http_client(url, http_client=http)) as client,
-    ):
-        yield client
+            others.wait()
+    p95 = round(tally.percentile(["view_objects"], 0.95), 4)
+    return {"p95": p95, "fewest_waiting": min(waiting), "most_waiting": max(waiting)}
 
 
 async def measure(
     url: str, process: psutil.Process, clients: int, calls: int, era: str, exact: bool
 ) -> dict[str, Any]:
-    """All clients at once, then each result against a single client's."""
-    megabyte = 1024**2
+    """All clients at once, then each result of some against a single client's."""
     await all_clients(url, 1, 3, era, exact)  # loads the models
-    before = process.memory_info().rss / megabyte
+    memory = Memory(url, process)
     begun = time.perf_counter()
-    tally, results = await all_clients(url, clients, calls, era, exact)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(memory.watch)
+        tally, results = await all_clients(url, clients, calls, era, exact)
+        tasks.cancel_scope.cancel()
     seconds = time.perf_counter() - begun
-    for number in range(0, clients, max(1, clients // 10)):
-        alone = Tally()
-        single = await one_client(url, number, calls, era, alone, exact)
-        complete = len(results[number]) == len(single) == calls
-        if complete and results[number] != single:
-            tally.note("wrong", f"client {number} alone was answered otherwise")
-    report: dict[str, Any] = {
+    while_asked = memory.report()
+    await anyio.sleep(1)
+    await memory.sample()
+    compared = 0
+    for number in range(0, clients, max(1, clients // _COMPARED)):
+        single = await one_client(url, number, calls, era, Tally(), exact)
+        if len(results[number]) == len(single) == calls:
+            compared += 1
+            if results[number] != single:
+                tally.note("wrong", f"client {number} alone was answered otherwise")
+    counted = sum(tally.outcomes[name] for name in ("ok", "busy", "lost", "crossed", "wrong"))
+    return {
         "clients": clients,
         "calls": clients * calls,
+        "not_made": max(0, clients * calls - counted),
         "protocol": era,
         "outcomes": dict(tally.outcomes),
+        "compared_with_a_single_client": compared,
         "seconds": round(seconds, 1),
         "p50_segment": round(tally.percentile(["segment_object"], 0.5), 3),
         "p95_segment": round(tally.percentile(["segment_object"], 0.95), 3),
         "p95_model_free": round(tally.percentile(MODEL_FREE, 0.95), 3),
-        "memory_before_mb": round(before),
-        "memory_after_mb": round(process.memory_info().rss / megabyte),
+        **while_asked,
+        "resident_and_kept_mb_afterwards": list(map(round, memory.samples[-1][1:])),
         "examples": tally.examples,
     }
-    if exact:
-        report["p95_view_idle"] = round(await model_free_seconds(url, 0), 4)
-        report["p95_view_with_30_segment_calls"] = round(await model_free_seconds(url, 30), 4)
-    return report
+
+
+async def beside_the_queue(url: str) -> dict[str, Any]:
+    """Whether calls without a model wait for those that need one."""
+    idle = await model_free_seconds(url, 0)
+    busy = await model_free_seconds(url, QUEUED)
+    most = round(3 * idle["p95"] + 0.05, 4)
+    return {"view_idle": idle, f"view_with_{QUEUED}_segment_calls": busy, "p95_may_be": most}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -389,34 +275,53 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--think", type=float, default=0.005)
     parser.add_argument("--embedded", action="store_true")
     parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--sigterms", type=int, default=0)
     parser.add_argument("--state", type=Path)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--serve", type=int, metavar="PORT", help=argparse.SUPPRESS)
     parser.add_argument("--busy", metavar="URL", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.serve:
-        serve(args.serve, max(args.clients, 30), args.think, args.state)
-        return
-    if args.kills:
-        with tempfile.TemporaryDirectory() as folder:
-            state = args.state or Path(folder)
-            print(json.dumps(anyio.run(survive, args.kills, args.clients, args.think, state)))
-        return
-    if args.busy:
+        serve(args.serve, max(args.clients, QUEUED), args.think, args.state)
+    elif args.busy:
         anyio.run(keep_busy, args.busy, args.clients)
-        return
-    port = free_port()
-    command = [sys.executable, "-m"]
-    if args.embedded:
-        command += ["sam4mllm_tool", "mcp", "--transport", "http", "--port", str(port)]
+    elif args.kills or args.sigterms:
+        print(json.dumps(ended(args), indent=1))
     else:
-        command += ["benchmarks.load", "--serve", str(port), "--clients", str(args.clients)]
-        command += ["--think", str(args.think)]
+        show(loaded(args), args.json)
+
+
+def ended(args: argparse.Namespace) -> dict[str, Any]:
+    """What is lost when servers are ended."""
+    from benchmarks import load_ends
+
+    if args.sigterms:
+        return anyio.run(load_ends.drain, args.sigterms, args.clients, args.think)
+    with tempfile.TemporaryDirectory() as folder:
+        state = args.state or Path(folder)
+        return anyio.run(load_ends.survive, args.kills, args.clients, args.think, state)
+
+
+def loaded(args: argparse.Namespace) -> dict[str, Any]:
+    """What a server does under load."""
+    port = free_port()
+    command = serving(port, args.clients, args.think)
+    if args.embedded:
+        command = [sys.executable, "-m", "sam4mllm_tool", "mcp", "--transport", "http", "--port"]
+        command.append(str(port))
+    exact = not args.embedded
     with server(command, port) as (url, process):
-        report = anyio.run(
-            measure, url, process, args.clients, args.calls, args.era, not args.embedded
-        )
-    if args.json:
+        report = anyio.run(measure, url, process, args.clients, args.calls, args.era, exact)
+    if exact:
+        port = free_port()
+        with server(serving(port, QUEUED, _THINK_WHILE_QUEUED), port) as (url, _):
+            report |= anyio.run(beside_the_queue, url)
+    return report
+
+
+def show(report: dict[str, Any], as_json: bool) -> None:
+    """Print a report."""
+    if as_json:
         print(json.dumps(report, indent=1))
         return
     for name, value in report.items():

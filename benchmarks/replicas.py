@@ -38,7 +38,8 @@ from mcp.types import RequestParamsMeta
 from sam4mllm_integrations.mcp_ray import NAME, ServeSettings, deploy, front
 from sam4mllm_integrations.mcp_tools import CALL_ID
 
-from benchmarks.load import Tally, area, as_user, free_port, picture, stand_ins, token
+from benchmarks.load import Tally
+from benchmarks.load_server import area, as_user, free_port, picture, stand_ins, token
 from sam4mllm_tool.cluster.connect import cluster
 from sam4mllm_tool.cluster.deployments import model_deployment
 

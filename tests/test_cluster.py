@@ -61,7 +61,7 @@ def test_more_processes_need_ray_and_more_servers_a_state():
 
 
 def test_no_cluster_at_the_address():
-    from benchmarks.load import free_port
+    from benchmarks.load_server import free_port
     from sam4mllm_tool.cluster.connect import cluster
 
     for address in (f"127.0.0.1:{free_port()}", f"ray://127.0.0.1:{free_port()}"):

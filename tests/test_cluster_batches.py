@@ -151,7 +151,7 @@ def nothing_known(settings) -> Sam4MLLM:
 
 
 def test_the_command_line_needs_ray_and_finds_no_cluster(monkeypatch, pictures, tmp_path):
-    from benchmarks.load import free_port
+    from benchmarks.load_server import free_port
 
     (tmp_path / "texts.txt").write_text("the red block\n")
     options = ["--expressions", str(tmp_path / "texts.txt"), "--engine", "ray"]

@@ -21,7 +21,8 @@ from sam4mllm_integrations.mcp_credentials import Credentials, read_tokens
 from sam4mllm_integrations.mcp_work import Limits, ModelQueue, deadline
 from test_integration_mcp import ERAS, RED, EndlessMllm, over_http
 
-from benchmarks.load import all_clients, free_port, server
+from benchmarks.load import all_clients
+from benchmarks.load_server import free_port, server
 from sam4mllm_tool.errors import Busy, CallTimeout, InputError
 from sam4mllm_tool.pipeline.model import Sam4MLLM
 from sam4mllm_tool.testing import ColourSegmenter, TruthfulMllm
@@ -477,7 +478,7 @@ async def test_sigterm_lets_running_calls_end():
     port = free_port()
     command = [sys.executable, "-m", "benchmarks.load", "--serve", str(port), "--clients", "8"]
     with server([*command, "--think", "0.4"], port) as (url, process):
-        from benchmarks.load import area, picture
+        from benchmarks.load_server import area, picture
 
         async def call(number: int) -> int:
             arguments = {"image": picture(number), "expression": f"block {number}"}

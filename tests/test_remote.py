@@ -19,7 +19,7 @@ from sam4mllm_integrations.mcp_work import Limits
 from test_integration_mcp import over_http
 from typer.testing import CliRunner
 
-from benchmarks.load import free_port
+from benchmarks.load_server import free_port
 from sam4mllm_tool.cli import app
 from sam4mllm_tool.errors import (
     AccessDenied,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.load import survive
+from benchmarks.load_ends import survive
 from sam4mllm_tool.errors import InputError, StorageError, UnknownHandle
 from sam4mllm_tool.tools.state import StateStore
 from sam4mllm_tool.tools.toolbox import Toolbox

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from http.cookies import CookieError, SimpleCookie
 from typing import TYPE_CHECKING
 
-import anyio
 from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
 from mcp.server.auth.provider import AccessToken
 from mcp.server.transport_security import TransportSecuritySettings
@@ -18,8 +17,10 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sam4mllm_integrations.hosts import is_loopback, served_names
+from sam4mllm_integrations.mcp_bodies import Bodies, BodyRefused, ClientGone
 from sam4mllm_integrations.mcp_clients import COOKIE, USER, session_key
 from sam4mllm_integrations.mcp_credentials import Credentials
+from sam4mllm_integrations.mcp_refusals import plain_refusals
 from sam4mllm_integrations.mcp_tools import ToolServer
 from sam4mllm_tool.errors import InputError
 
@@ -30,12 +31,6 @@ PATH = "/mcp"
 CLIENT_COOKIE = "sam4mllm_client"
 _COOKIE_RULES = f"Path={PATH}; HttpOnly; SameSite=Strict"
 _OPEN_PATHS = {"/health", "/ready"}
-
-_MOST_VALUES = 100_000
-"""Bound on what a request's JSON holds: parsed, a value takes 20 times its characters.
-
-Commas and brackets are counted; a picture's base64 has neither.
-"""
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,8 @@ class HttpSettings:
         keep_alive_seconds: how long a connection may be idle between requests. Clients give up idle
             connections after 5 s (HTTPX); the server must not be first, or it closes one just as a
             request is sent on it.
-        connections: bound on connections, before anyone has shown a token.
+        connections: bound on connections, before anyone has shown a token. A client has two to
+            four: one for each request under way, and one to listen on.
     """
 
     host: str = "127.0.0.1"
@@ -69,7 +65,7 @@ class HttpSettings:
     header_seconds: float = 60.0
     body_seconds: float = 60.0
     keep_alive_seconds: int = 30
-    connections: int = 2048
+    connections: int = 4096
 
 
 def http_app(tools: ToolServer, settings: HttpSettings | None = None) -> Starlette:
@@ -120,10 +116,6 @@ def http_app(tools: ToolServer, settings: HttpSettings | None = None) -> Starlet
     return app
 
 
-class _TooManyValues(Exception):
-    """A request's JSON would take too much time and memory to parse."""
-
-
 def check_reach(host: str, credentials: Credentials) -> None:
     """Refuse to listen where other machines reach the server, if it asks for no token.
 
@@ -147,7 +139,7 @@ class Gate:
         self._tools = tools
         self._settings = settings
         self._max_body = max_body
-        self._bodies = 0
+        self._bodies = Bodies(max(settings.bodies_bytes, max_body), settings.body_seconds)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope."""
@@ -163,17 +155,8 @@ class Gate:
             )
             await refusal(scope, receive, send)
             return
-        size = self._body_size(scope, headers)
-        if self._bodies + size > max(self._settings.bodies_bytes, self._max_body):
-            busy = PlainTextResponse("Too many large requests.", 503, {"Retry-After": "5"})
-            await busy(scope, receive, send)
-            return
-        send = self._with_cookie(scope, headers, send)
-        self._bodies += size
-        try:
-            await self._serve(scope, receive, send, headers)
-        finally:
-            self._bodies -= size
+        send = plain_refusals(self._with_cookie(scope, headers, send))
+        await self._serve(scope, receive, send, headers)
 
     def _admitted(self, scope: Scope, headers: Headers) -> bool:
         credentials = self._settings.credentials
@@ -188,11 +171,10 @@ class Gate:
         scope["user"] = AuthenticatedUser(token)
         return True
 
-    def _body_size(self, scope: Scope, headers: Headers) -> int:
-        if scope["method"] != "POST":
-            return 0
-        stated = headers.get("content-length", "")
-        return min(int(stated), self._max_body) if stated.isdecimal() else self._max_body
+    def _announced(self, scope: Scope, headers: Headers) -> int:
+        """Bytes of the body by its header; a larger one is refused by the SDK."""
+        stated = headers.get("content-length", "") if scope["method"] == "POST" else ""
+        return min(int(stated), self._max_body) if stated.isdecimal() else 0
 
     def _with_cookie(self, scope: Scope, headers: Headers, send: Send) -> Send:
         """From 2026-07-28 on there are no sessions: a signed cookie tells clients apart.
@@ -219,22 +201,8 @@ class Gate:
         return send_with_cookie
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
-        """Pass the request on, with bounds on the time its body takes and on what it holds."""
-        status = values = 0
-        begun = anyio.current_time()
-        complete = False
-
-        async def receive_in_bounds() -> Message:
-            nonlocal complete, values
-            if complete:
-                return await receive()
-            with anyio.fail_after(begun + self._settings.body_seconds - anyio.current_time()):
-                message = await receive()
-            complete = not message.get("more_body", False)
-            values += sum(map(message.get("body", b"").count, (b",", b"[", b"{")))
-            if values > _MOST_VALUES:
-                raise _TooManyValues
-            return message
+        """Pass the request on, with bounds on its body."""
+        status = 0
 
         async def send_noting(message: Message) -> None:
             nonlocal status
@@ -243,15 +211,18 @@ class Gate:
             await send(message)
 
         try:
-            with self._tools.answering(scope["method"] == "POST"):
-                await self.app(scope, receive_in_bounds, send_noting)
-        except (TimeoutError, _TooManyValues) as error:
-            many = isinstance(error, _TooManyValues)
-            if status or (complete and not many):
+            with (
+                self._tools.answering(scope["method"] == "POST"),
+                self._bodies.one(receive, self._announced(scope, headers)) as bounded,
+            ):
+                await self.app(scope, bounded, send_noting)
+        except ClientGone:
+            return
+        except BodyRefused as refused:
+            if status:
                 raise
-            code, text = (413, "Too many values.") if many else (408, "The body came too slowly.")
-            refusal = PlainTextResponse(text, code, {"Connection": "close"})
-            await refusal(scope, receive, send)
+            answer = PlainTextResponse(refused.text, refused.status, refused.headers)
+            await answer(scope, receive, send)
         session = headers.get("mcp-session-id")
         if scope["method"] == "DELETE" and session and 200 <= status < 300:
             self._tools.forget(session_key(session))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -15,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sam4mllm_integrations.mcp_http import HttpSettings, http_app
 from sam4mllm_integrations.mcp_tools import ToolServer
+from sam4mllm_tool.errors import InputError
 
 _SECONDS_FOR_LAST_BYTES = 5
 _OTHER_FILES = 512
@@ -44,25 +46,37 @@ def serve_http(tools: ToolServer, settings: HttpSettings) -> None:
     """Serve over HTTP until interrupted; SIGTERM lets running calls end first.
 
     Raises:
-        InputError: an address that other machines reach, without a token.
+        InputError: an address that other machines reach, without a token; or one that cannot be
+            listened on.
     """
-    _allow_files(settings.connections + _OTHER_FILES)
-    HttpServer(tools, settings).run()
+    files = _allow_files(settings.connections + _OTHER_FILES)
+    settings = replace(settings, connections=max(1, files - _OTHER_FILES))
+    try:
+        HttpServer(tools, settings).run()
+    except SystemExit as error:  # uvicorn has logged why
+        raise InputError(
+            f"{settings.host}, port {settings.port} cannot be listened on",
+            hint="Stop the server that listens there, or choose another --port.",
+        ) from error
 
 
-def _allow_files(number: int) -> None:
+def _allow_files(number: int) -> int:
     """Raise the soft limit on open files, often 1,024, so far as the hard limit lets us.
 
     Else idle connections use up what the bound on connections grants, and nobody gets in.
+
+    Returns:
+        How many of ``number`` may be open.
     """
     try:
         import resource
     except ImportError:  # Windows has no such limit
-        return
+        return number
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
 
 
 class HttpServer(uvicorn.Server):
@@ -88,11 +102,16 @@ class HttpServer(uvicorn.Server):
         self._drained_at = 0.0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains, the second ends at once."""
-        if self._tools.draining:
+        """The first signal drains. A second Ctrl-C ends at once.
+
+        A second SIGTERM changes nothing: a process manager and the shell around the server may both
+        send one.
+        """
+        if not self._tools.draining:
+            self._tools.draining = True
+            self._drained_at = time.monotonic() + self._tools.limits.drain_seconds
+        elif sig == signal.SIGINT:
             self.should_exit = self.force_exit = True
-        self._tools.draining = True
-        self._drained_at = time.monotonic() + self._tools.limits.drain_seconds
 
     async def on_tick(self, counter: int) -> bool:
         """Asked ten times a second whether to end."""
