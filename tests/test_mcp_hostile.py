@@ -199,6 +199,26 @@ async def test_a_body_that_does_not_come_or_breaks_off():
         assert (await receive())["type"] == "http.disconnect"  # of a complete request: told
 
 
+# -- what an operator sees -------------------------------------------------------------------------
+
+
+def test_with_log_each_call_is_a_line_on_standard_error(monkeypatch, capsys):
+    from sam4mllm_integrations import mcp_watch
+
+    monkeypatch.setattr(mcp_watch.logger, "handlers", [])
+    monkeypatch.setattr(mcp_watch.logger, "propagate", True)
+    level = mcp_watch.logger.level
+    mcp_watch.log_calls()
+    try:
+        with mcp_watch.Watch({}).call("view_objects", "session 0123456789abcdef") as one:
+            pass
+    finally:
+        mcp_watch.logger.setLevel(level)
+    line = json.loads(capsys.readouterr().err)
+    assert (line["tool"], line["outcome"]) == ("view_objects", "ok")
+    assert line["request_id"] == one.request_id and line["client"] == "session 01234567"
+
+
 # -- the end -------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ import pytest
 from mcp import Client, MCPError
 from mcp.client.streamable_http import streamable_http_client
 from sam4mllm_integrations.mcp_credentials import Credentials, read_tokens
-from sam4mllm_integrations.mcp_work import Limits, ModelQueue, deadline
+from sam4mllm_integrations.mcp_work import FairQueue, Limits, deadline
 from test_integration_mcp import ERAS, RED, EndlessMllm, over_http
 
 from benchmarks.load import all_clients
@@ -175,7 +175,7 @@ def test_tokens_are_read_from_a_file(tmp_path):
 
 
 async def test_clients_take_turns_at_the_model():
-    queue, order = ModelQueue(places=1, max_waiting=10), []
+    queue, order = FairQueue(places=1, max_waiting=10), []
 
     async def call(client: str) -> None:
         async with queue.place(client):
@@ -191,7 +191,7 @@ async def test_clients_take_turns_at_the_model():
 
 
 async def test_beyond_the_bound_the_queue_is_busy_and_cancelled_calls_leave_it():
-    queue = ModelQueue(places=1, max_waiting=2)
+    queue = FairQueue(places=1, max_waiting=2)
     async with anyio.create_task_group() as tasks:
 
         async def hold(client: str) -> None:
@@ -210,6 +210,32 @@ async def test_beyond_the_bound_the_queue_is_busy_and_cancelled_calls_leave_it()
     with anyio.fail_after(1):
         async with queue.place("e"):
             pass
+
+
+async def test_one_client_holds_half_the_places_at_most():
+    """Eight slow downloads of one client would leave the others none."""
+    queue, running = FairQueue(places=4, max_waiting=20, each=2), []
+    goes_on = anyio.Event()
+
+    async def call(client: str) -> None:
+        async with queue.place(client):
+            running.append(client)
+            await goes_on.wait()
+
+    async with anyio.create_task_group() as tasks:
+        for client in ["greedy"] * 5 + ["b", "c"]:
+            tasks.start_soon(call, client)
+        await anyio.sleep(0.01)
+        assert running == ["greedy", "greedy", "b", "c"] and queue.waiting == 3
+        goes_on.set()
+        await anyio.sleep(0.01)
+    assert running[4:] == ["greedy"] * 3 and queue.waiting == 0
+    # Every place is free again, and a client that was cancelled holds none.
+    with anyio.move_on_after(0.01):
+        async with queue.place("greedy"), queue.place("greedy"), queue.place("greedy"):
+            raise AssertionError("it holds a third")
+    async with queue.place("greedy"), queue.place("greedy"), queue.place("b"), queue.place("c"):
+        pass
 
 
 async def test_a_deadline_is_its_own_error():

@@ -23,6 +23,7 @@ try:
     from sam4mllm_integrations.mcp_http import HttpSettings
     from sam4mllm_integrations.mcp_serving import serve_http, serve_stdio
     from sam4mllm_integrations.mcp_tools import ToolServer
+    from sam4mllm_integrations.mcp_watch import log_calls
     from sam4mllm_integrations.mcp_work import Limits
 except ImportError as error:
     raise ImportError('the MCP server needs: pip install "sam4mllm-tool[mcp]"') from error
@@ -30,7 +31,15 @@ except ImportError as error:
 if TYPE_CHECKING:
     from sam4mllm_tool.pipeline.model import Sam4MLLM
 
-__all__ = ["Credentials", "HttpSettings", "Limits", "ToolServer", "read_tokens", "serve"]
+__all__ = [
+    "Credentials",
+    "HttpSettings",
+    "Limits",
+    "ToolServer",
+    "log_calls",
+    "read_tokens",
+    "serve",
+]
 
 
 def serve(

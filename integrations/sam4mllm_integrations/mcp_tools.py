@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import anyio
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sam4mllm_integrations._shared import (
     MAX_PICTURE_CHARACTERS,
@@ -36,6 +35,7 @@ from sam4mllm_tool.tools.coordinates import Coordinates
 from sam4mllm_tool.tools.registry import ToolSpec
 from sam4mllm_tool.tools.state import StateStore
 from sam4mllm_tool.tools.toolbox import Toolbox
+from sam4mllm_tool.tools.workspace import Workspace
 
 try:
     import mcp_types as types
@@ -47,7 +47,7 @@ try:
     from sam4mllm_integrations.mcp_masks import mask_list, mask_templates, read_mask
     from sam4mllm_integrations.mcp_results import protocol_errors, tool_result
     from sam4mllm_integrations.mcp_watch import CallWatch, Watch
-    from sam4mllm_integrations.mcp_work import Limits, ModelQueue, deadline
+    from sam4mllm_integrations.mcp_work import FairQueue, Limits, deadline
 except ImportError as error:
     raise ImportError('the MCP server needs: pip install "sam4mllm-tool[mcp]"') from error
 
@@ -68,6 +68,7 @@ INSTRUCTIONS = (
 
 logger = logging.getLogger(__name__)
 _Context = ServerRequestContext[Any, Any]
+T = TypeVar("T")
 
 
 @dataclass
@@ -113,8 +114,9 @@ class ToolServer:
         self._clients = Clients(
             self._model, tuple(self.allow_dirs), self.policy, self.limits, self.state
         )
-        self._queue = ModelQueue(self.limits.model_calls, self.limits.waiting_calls)
-        self._others = anyio.CapacityLimiter(self.limits.other_calls)
+        waiting, others = self.limits.waiting_calls, self.limits.other_calls
+        self._queue = FairQueue(self.limits.model_calls, waiting)
+        self._others = FairQueue(others, waiting, each=max(1, others // 2))
         self.watch = Watch(
             {
                 ("sam4mllm_waiting_calls", "Calls that wait for the models."): (
@@ -227,7 +229,7 @@ class ToolServer:
     ) -> types.CallToolResult:
         """Pictures are opened, and tools without a model run, beside the queue at the models."""
         if not self._model.spec(params.name).needs_model:
-            async with self._others:
+            async with self._others.place(client.key):
                 return await self._run_now(ctx, client, params, call_id, call)
         try:
             arguments = await self._with_image_opened(client, params.arguments)
@@ -244,7 +246,7 @@ class ToolServer:
         source = (arguments or {}).get("image")
         if not arguments or not isinstance(source, str):
             return arguments
-        async with self._others:
+        async with self._others.place(client.key):
             record = await run_in_thread(client.toolbox.workspace.open_image, source)
         return {**arguments, "image": record.image_id}
 
@@ -324,10 +326,7 @@ class ToolServer:
 
     async def list_masks(self, ctx: _Context, params: Any) -> types.ListResourcesResult:
         """The masks of the client's objects."""
-        with protocol_errors():
-            workspace = (await self._admitted(ctx)).toolbox.workspace
-            objects = await run_in_thread(workspace.objects)
-        return mask_list(objects)
+        return mask_list(await self._read(ctx, Workspace.objects))
 
     async def list_mask_templates(
         self, ctx: _Context, params: Any
@@ -343,10 +342,19 @@ class ToolServer:
         Raises:
             MCPError: no such object, or it has no mask.
         """
-        with protocol_errors():
-            workspace = (await self._admitted(ctx)).toolbox.workspace
-            content = await run_in_thread(read_mask, workspace, str(params.uri))
+        content = await self._read(ctx, partial(read_mask, uri=str(params.uri)))
         return types.ReadResourceResult(contents=[content])
+
+    async def _read(self, ctx: _Context, function: Callable[[Workspace], T]) -> T:
+        """What a function finds in the client's workspace, within the bounds on other calls.
+
+        Raises:
+            MCPError: it failed, or took too long.
+        """
+        with protocol_errors(), deadline(self.limits.call_seconds):
+            client = await self._admitted(ctx)
+            async with self._others.place(client.key):
+                return await run_in_thread(function, client.toolbox.workspace)
 
 
 def _call_id(params: types.CallToolRequestParams) -> str:

@@ -20,6 +20,15 @@ _tracer = trace.get_tracer("sam4mllm_tool")
 _BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
+def log_calls() -> None:
+    """Write the JSON line of each call to standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
 @dataclass
 class CallWatch:
     """One call as it is watched.

@@ -1,9 +1,9 @@
-"""Admission of calls to the server: limits, a fair queue for the models, memory per client."""
+"""Admission of calls to the server: limits, fair queues, deadlines."""
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -22,8 +22,10 @@ class Limits:
         memory_bytes: pixels, masks and logits kept for all clients together.
         client_bytes: the same for one client.
         model_calls: calls that use the models at a time.
-        waiting_calls: calls that wait for the models; further ones are refused as busy.
-        other_calls: calls that need no model, and pictures opened, at a time.
+        waiting_calls: calls that wait for the models, and as many for the other places; further
+            ones are refused as busy.
+        other_calls: calls that need no model, pictures opened and masks read, at a time; half of
+            them for one client at most, so that its slow downloads leave room for the others.
         call_seconds: deadline of a call: waiting, fetching, decoding and models together.
         idle_seconds: how long a client's handles outlive its last call.
         drain_seconds: how long running calls may take after SIGTERM.
@@ -40,18 +42,21 @@ class Limits:
     drain_seconds: float = 30.0
 
 
-class ModelQueue:
-    """Places at the models. Clients take turns, however many calls each has waiting.
+class FairQueue:
+    """Places for work. Clients take turns, however many calls each has waiting.
 
     Args:
         places: calls that run at a time.
         max_waiting: calls that may wait.
+        each: places that one client may hold at a time; all by default.
     """
 
-    def __init__(self, places: int, max_waiting: int) -> None:
+    def __init__(self, places: int, max_waiting: int, each: int | None = None) -> None:
         self._places = places
         self._free = places
         self._max_waiting = max_waiting
+        self._each = places if each is None else each
+        self._held: Counter[str] = Counter()
         self._waiting: OrderedDict[str, deque[anyio.Event]] = OrderedDict()
         self._mean_seconds = 1.0
 
@@ -78,37 +83,46 @@ class ModelQueue:
             yield
         finally:
             self._mean_seconds += 0.1 * (time.monotonic() - begun - self._mean_seconds)
-            self._leave()
+            self._leave(client)
 
     async def _enter(self, client: str) -> None:
-        if self._free:
-            self._free -= 1
+        if self._may_enter(client):
+            self._take(client)
             return
         if self.waiting >= self._max_waiting:
-            raise Busy(
-                f"{self.waiting} calls wait for the models", retry_after=self.seconds_until_free
-            )
+            raise Busy(f"{self.waiting} calls wait", retry_after=self.seconds_until_free)
         turn = anyio.Event()
         self._waiting.setdefault(client, deque()).append(turn)
         try:
             await turn.wait()
         except BaseException:
             if turn.is_set():  # the place was handed over just now
-                self._leave()
+                self._leave(client)
             else:
                 self._waiting[client].remove(turn)
                 if not self._waiting[client]:
                     del self._waiting[client]
             raise
 
-    def _leave(self) -> None:
-        if not self._waiting:
-            self._free += 1
+    def _leave(self, client: str) -> None:
+        self._free += 1
+        self._held[client] -= 1
+        self._held += Counter()  # drops clients that hold none
+        following = next(filter(self._may_enter, self._waiting), None)
+        if following is None:
             return
-        client, turns = self._waiting.popitem(last=False)
+        turns = self._waiting.pop(following)
+        self._take(following)
         turns.popleft().set()
         if turns:
-            self._waiting[client] = turns  # behind all others
+            self._waiting[following] = turns  # behind all others
+
+    def _may_enter(self, client: str) -> bool:
+        return self._free > 0 and self._held[client] < self._each
+
+    def _take(self, client: str) -> None:
+        self._free -= 1
+        self._held[client] += 1
 
 
 @contextmanager

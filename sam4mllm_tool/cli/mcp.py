@@ -109,6 +109,9 @@ def mcp(
     coordinates: Annotated[CoordinatesOption, typer.Option(help="Unit of coordinates.")] = (
         CoordinatesOption.PIXELS
     ),
+    log: Annotated[
+        bool, typer.Option(help="Write a JSON line for each call to standard error.")
+    ] = False,
     links: Annotated[
         bool, typer.Option(help="Link results to their masks; some clients cannot take links.")
     ] = True,
@@ -127,6 +130,8 @@ def mcp(
     except ImportError as error:
         raise not_installed("the MCP server", "mcp") from error
 
+    if log:
+        mcp_server.log_calls()
     mcp_server.serve(
         lambda: load_models(
             mllm,

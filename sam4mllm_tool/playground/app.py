@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-from sam4mllm_integrations.mcp_work import Limits, ModelQueue, deadline
+from sam4mllm_integrations.mcp_work import FairQueue, Limits, deadline
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
@@ -62,7 +62,7 @@ class Playground:
         self._sessions = Sessions(self.toolbox, self.policy, self.limits)
         self._uploads = anyio.CapacityLimiter(self.limits.other_calls)
         self._thumbnails: dict[str, pictures.File] = {}
-        self._queue = ModelQueue(self.limits.model_calls, self.limits.waiting_calls)
+        self._queue = FairQueue(self.limits.model_calls, self.limits.waiting_calls)
 
     def routes(self) -> list[BaseRoute]:
         """All routes of the application."""
