@@ -253,7 +253,7 @@ async def measure(
         "p95_segment": round(tally.percentile(["segment_object"], 0.95), 3),
         "p95_model_free": round(tally.percentile(MODEL_FREE, 0.95), 3),
         **while_asked,
-        "resident_and_kept_mb_afterwards": list(map(round, memory.samples[-1][1:])),
+        "resident_and_kept_mb_afterwards": memory.latest,
         "examples": tally.examples,
     }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import random
 import signal
 import time
@@ -22,6 +23,7 @@ from mcp import MCPError
 
 from benchmarks.load import is_busy
 from benchmarks.load_server import (
+    PATIENCE,
     area,
     as_user,
     connected,
@@ -96,38 +98,47 @@ async def drain(times: int, clients: int, think: float) -> dict[str, Any]:
     examples: list[str] = []
     chance = random.Random(0)
     ends: list[tuple[int | None, float]] = []
-    sent_before: dict[str, float]
+    signalled = math.inf
+
+    def note(outcome: str, begun: float, what: str) -> None:
+        if outcome == "lost" and begun > signalled:
+            outcome = "sent too late"
+        outcomes[outcome] += 1
+        if outcome not in {"answered", "refused"} and len(examples) < 10:
+            examples.append(f"{outcome}: {what[:200]}")
 
     async def work(url: str, number: int, times_answered: list[int]) -> None:
-        with contextlib.suppress(Exception):  # of leaving: the server is gone by then
+        begun = 0.0  # of the call that has no outcome yet
+        try:
             async with connected(url) as client:
                 while True:
                     begun = time.monotonic()
                     outcome, what = await _outcome(client, number)
-                    if begun > sent_before["signal"] and outcome == "lost":
-                        outcome = "sent too late"
-                    outcomes[outcome] += 1
-                    if outcome not in {"answered", "refused"} and len(examples) < 10:
-                        examples.append(f"{outcome}: {what[:200]}")
+                    note(outcome, begun, what)
+                    begun = 0.0
                     if outcome != "answered":
                         return
                     times_answered[number] += 1
+        except Exception as error:  # a client that lost its connection ends its calls at once
+            if begun:
+                note("lost", begun, repr(error))
 
     for _ in range(times):
         port = free_port()
-        sent_before = {"signal": float("inf")}
+        signalled = math.inf
         answered = [0] * clients
         with server(serving(port, clients, think), port) as (url, process):
             async with anyio.create_task_group() as tasks:
                 for number in range(clients):
                     tasks.start_soon(work, url, number, answered)
-                while not all(answered):
-                    await anyio.sleep(0.01)
+                with anyio.fail_after(PATIENCE):
+                    while not all(answered):
+                        await anyio.sleep(0.01)
                 await anyio.sleep(chance.uniform(0.0, 1.0))
                 process.send_signal(signal.SIGTERM)
-                sent_before["signal"] = time.monotonic()
+                signalled = time.monotonic()
             code = await anyio.to_thread.run_sync(process.wait, _SECONDS_TO_END)
-            ends.append((code, round(time.monotonic() - sent_before["signal"], 1)))
+            ends.append((code, round(time.monotonic() - signalled, 1)))
     return {
         "sigterms": times,
         "clients": clients,

@@ -182,7 +182,7 @@ class Memory:
         what is kept for clients left out.
         """
         start = self.samples[0][0]
-        shown: dict[str, list[int]] = {}
+        shown: dict[str, list[float]] = {}
         for seconds, resident, kept in self.samples:
             minute = int((seconds - start) // 60)
             shown.setdefault(f"minute {minute}" if minute else "start", [resident, kept])
@@ -192,6 +192,15 @@ class Memory:
         own = [resident - kept for _, resident, kept in later]
         slope = statistics.linear_regression(minutes, own).slope if len(later) > 1 else math.nan
         return {
-            "resident_and_kept_mb": {name: list(map(round, two)) for name, two in shown.items()},
+            "resident_and_kept_mb": {name: _rounded(two) for name, two in shown.items()},
             "growth_mb_per_minute": round(slope, 1),
         }
+
+    @property
+    def latest(self) -> list[float]:
+        """The last sample's resident and kept memory."""
+        return _rounded(self.samples[-1][1:])
+
+
+def _rounded(sizes: Sequence[float]) -> list[float]:
+    return [round(size, 1) for size in sizes]
