@@ -34,7 +34,7 @@ ROOT = HERE.parent
 @asynccontextmanager
 async def client_with(url: str, era: str = "auto", **headers: str):
     async with (
-        httpx2.AsyncClient(headers=headers) as http,
+        httpx2.AsyncClient(headers=headers, timeout=60) as http,
         Client(streamable_http_client(url, http_client=http), mode=era) as client,
     ):
         yield client
@@ -180,13 +180,13 @@ async def test_clients_take_turns_at_the_model():
     async def call(client: str) -> None:
         async with queue.place(client):
             order.append(client)
-            await anyio.sleep(0.01)
 
-    async with anyio.create_task_group() as tasks:
-        for client in ["greedy"] * 6 + ["b", "c", "b"]:
+    async with anyio.create_task_group() as tasks, queue.place("another"):
+        for number, client in enumerate(["greedy"] * 6 + ["b", "c", "b"], 1):
             tasks.start_soon(call, client)
-            await anyio.sleep(0)
-    assert order == ["greedy", "greedy", "b", "c", "greedy", "b", "greedy", "greedy", "greedy"]
+            while queue.waiting < number:
+                await anyio.sleep(0)
+    assert order == ["greedy", "b", "c", "greedy", "b", "greedy", "greedy", "greedy", "greedy"]
     assert queue.waiting == 0
 
 
