@@ -257,6 +257,8 @@ async def test_a_call_that_is_accepted_is_answered_whatever_the_number_of_signal
             for _ in range(3):
                 running.handle_exit(signal.SIGTERM, None)
                 await anyio.sleep(0.2)
+            ready = await client.get(url.replace("/mcp", "/ready"))
+            assert (ready.status_code, ready.json()["draining"]) == (503, True)
             yield text(PING)[9:]
 
         answer = await client.post(url, content=slow(), headers=session)

@@ -505,28 +505,32 @@ async def test_health_readiness_metrics_and_the_log(model, blocks_file, caplog):
 async def test_sigterm_lets_running_calls_end():
     port = free_port()
     command = [sys.executable, "-m", "benchmarks.load", "--serve", str(port), "--clients", "8"]
-    with server([*command, "--think", "0.4"], port) as (url, process):
-        from benchmarks.load_server import area, picture
+    with server([*command, "--think", "0.8"], port) as (url, process):
+        from benchmarks.load_server import area, gauges, picture
 
-        async def call(number: int) -> int:
+        async def call(number: int, goes: asyncio.Event) -> int:
             arguments = {"image": picture(number), "expression": f"block {number}"}
-            async with Client(url) as client:
+            async with client_with(url) as client:
                 await client.list_tools()
-                begun.append(number)
+                connected.append(number)
+                await goes.wait()
                 answer = await client.call_tool("segment_object", arguments)
                 return answer.structured_content["objects"][0]["area"]
 
-        begun: list[int] = []
-        calls = [asyncio.create_task(call(number)) for number in range(6)]
-        while len(begun) < 6:
+        connected: list[int] = []
+        early, late = asyncio.Event(), asyncio.Event()
+        calls = [asyncio.create_task(call(number, early)) for number in range(6)]
+        refused = asyncio.create_task(call(7, late))
+        while len(connected) < 7:
             await anyio.sleep(0.01)
-        await anyio.sleep(0.8)  # all are accepted, most of them wait
+        early.set()
+        while (await gauges(url))["waiting_calls"] < 3:  # all are accepted, most of them wait
+            await anyio.sleep(0.01)
         os.kill(process.pid, signal.SIGTERM)
-        await anyio.sleep(0.3)
-        assert httpx2.get(url.replace("/mcp", "/ready")).json()["draining"]
-        with pytest.raises(BaseException) as refused:
-            await call(7)
-        assert busy(_the_error(refused.value))
+        late.set()
+        with pytest.raises(BaseException) as told:
+            await refused
+        assert busy(_the_error(told.value))
         assert await asyncio.gather(*calls) == [area(number) for number in range(6)]
         with anyio.fail_after(10):
             while process.is_running() and process.status() != "zombie":
