@@ -12,6 +12,7 @@ from test_integration_mcp import ERAS, RED, over_http
 
 from sam4mllm_tool.errors import BackendError, DeviceOutOfMemory, EndpointError
 from sam4mllm_tool.pipeline.model import Sam4MLLM
+from sam4mllm_tool.pipeline.results import Settings
 from sam4mllm_tool.protocols import MaskCandidate, Proposal, Reply
 from sam4mllm_tool.testing import ColourSegmenter, TruthfulMllm
 from sam4mllm_tool.tools.toolbox import Toolbox
@@ -209,6 +210,21 @@ def test_the_workflows_own_questions_too(bench):
     bench.models["mllm"].breaks("generate", RuntimeError("CUDA error"))
     with pytest.raises(BackendError, match="CUDA error"):
         LocalThinker(bench.box).understand("what is red?", "img_1", None)
+
+
+class BrokenSampler(Broken):
+    def sample(self, *args, **options):  # looked for on the class
+        return self.__getattr__("sample")(*args, **options)
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("CUDA error"), [], [reply(text=None)]])
+def test_sampled_replies_too(truth, blocks, fault):
+    broken = BrokenSampler(TruthfulMllm(truth))
+    model = Sam4MLLM(broken, ColourSegmenter(), Settings(verification="posterior"))
+    broken.breaks("sample", fault)
+    with pytest.raises(BackendError):
+        model.verify(blocks, "the red block", [BOX])
+    assert model.verify(blocks, "the red block", [BOX])
 
 
 # -- through the server --------------------------------------------------------------------------

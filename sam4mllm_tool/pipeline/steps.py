@@ -283,7 +283,10 @@ class DialogueSteps:
         question = self.speech.ask_boxes(self._wording(expression), count, image.size)
         grammar = self.speech.box_grammar(count)
         dialogue = self._opening(question)
-        drawn = sample_replies(self.mllm, image, dialogue, grammar=grammar, count=ANSWERS)
+        with typed_faults(self.mllm.name):
+            drawn = checked_replies(
+                sample_replies(self.mllm, image, dialogue, grammar=grammar, count=ANSWERS)
+            )
         read = {one.text: self.speech.read_boxes(one.text, image.size).boxes for one in drawn}
         return [read[one.text] for one in drawn]
 
