@@ -9,6 +9,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from io import BytesIO
@@ -64,17 +65,23 @@ def serve(port: int, clients: int, think: float, state: Path | None) -> None:
     serve_mcp(lambda: stand_ins(clients, think), transport="http", http=http, state=state)
 
 
-def stand_ins(clients: int, think: float) -> Sam4MLLM:
-    """Stand-in models that know every client's block and take ``think`` seconds per reply."""
+def stand_ins(clients: int, think: float, in_turn: bool = False) -> Sam4MLLM:
+    """Stand-in models that know every client's block and take ``think`` seconds per reply.
+
+    Concurrent callers wait side by side, or ``in_turn``, as for a model on one GPU.
+    """
     import numpy as np
 
     from sam4mllm_tool.pipeline.model import Sam4MLLM
     from sam4mllm_tool.testing import ColourSegmenter, TruthfulMllm
     from sam4mllm_tool.types import Mask
 
+    turn = threading.Lock() if in_turn else contextlib.nullcontext()
+
     class Thinking(TruthfulMllm):
         def generate(self, *args: Any, **options: Any) -> Any:
-            time.sleep(think)
+            with turn:
+                time.sleep(think)
             self.said.clear()
             return super().generate(*args, **options)
 

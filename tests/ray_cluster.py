@@ -1,6 +1,7 @@
 """A Ray cluster of this machine for the tests, which leaves no process behind."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 
 _SECONDS = 240
+_MARK = "SAM4MLLM_TEST_CLUSTER"  # in the environment of all of a cluster's processes
 _SLOW = {
     # On a busy machine Ray's own helpers take longer to start than it waits for them.
     "RAY_agent_register_timeout_ms": "300000",
@@ -24,8 +26,11 @@ _SLOW = {
 }
 # "ray start" for a machine that is busy with other tests. Ray gives its helpers 15 seconds to tell
 # which ports they chose, and the node 30 to appear. Here the ports are chosen for them, and the
-# node is waited for.
+# node is waited for. When the process of the tests is gone, however it ended, so is the cluster.
 _PATIENT_START = """
+import os
+import signal
+import threading
 import time
 from ray import _raylet as names
 from ray._private import services
@@ -55,7 +60,15 @@ def get_node_at_last(*args, **kwargs):
                 raise
             time.sleep(0.2)
 
+def end_with(parent):
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 Node.start_raylet, services.get_node = start_with_known_ports, get_node_at_last
+# Two processes that no test needs; one of them would listen on a port that is always the same.
+Node.start_ray_client_server = Node.start_api_server = lambda node, **options: None
 main()
 """
 
@@ -81,6 +94,8 @@ def started(log_folder: Path) -> Iterator[int]:
         *("--node-ip-address", "127.0.0.1", "--port", str(gcs), "--num-cpus", "2"),
         *("--include-dashboard", "false", "--disable-usage-stats"),
         *("--object-store-memory", str(100 * 1024**2)),
+        *("--min-worker-port", "0", "--max-worker-port", "0"),  # any that are free
+        *("--no-monitor", "--include-log-monitor", "false"),  # nothing grows, nobody reads along
     ]
     for name, port in zip(names, agents, strict=True):
         command += [f"--{name}-port", str(port)]
@@ -89,38 +104,57 @@ def started(log_folder: Path) -> Iterator[int]:
         folder = ending.enter_context(tempfile.TemporaryDirectory(prefix="ray"))
         log = ending.enter_context((log_folder / "ray.log").open("wb"))
         head = subprocess.Popen(
-            [*command, "--temp-dir", folder], env=os.environ | _SLOW, stdout=log, stderr=log
+            [*command, "--temp-dir", folder],
+            env=os.environ | _SLOW | {_MARK: folder},
+            stdout=log,
+            stderr=log,
         )
-        ending.callback(end, psutil.Process(head.pid))
+        ending.callback(end, folder)
         _wait_for(gcs, head)
         ending.callback(ray.shutdown)
         _join(f"127.0.0.1:{gcs}", head)
-        ending.callback(serve.shutdown)
         serve.start(http_options={"host": "127.0.0.1", "port": http})
         yield http
 
 
-def end(head: psutil.Process) -> None:
-    """End a process with all that it started."""
-    started = [head, *head.children(recursive=True)]
-    head.terminate()
-    with suppress(psutil.TimeoutExpired):
-        head.wait(30)
-    _, alive = psutil.wait_procs(started, 10)
-    for process in alive:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    _, alive = psutil.wait_procs(alive, 30)
-    assert not alive, f"left behind: {alive}"
+def end(folder: str) -> None:
+    """End all processes of the cluster with that folder.
+
+    None in an orderly way: Serve and Ray would each take half a minute.
+    """
+    until = time.monotonic() + 60
+    while alive := members(folder):
+        assert time.monotonic() < until, f"left behind: {alive}"
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, 1)
+
+
+def members(folder: str) -> list[psutil.Process]:
+    """The processes of the cluster with that folder, those without a parent too."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            running = process.status() != psutil.STATUS_ZOMBIE
+            if running and process.environ().get(_MARK) == folder:
+                found.append(process)
+    return found
 
 
 def free_ports(number: int) -> list[int]:
-    """Ports that nobody listens on."""
-    with ExitStack() as open_sockets:
-        bound = [open_sockets.enter_context(socket.socket()) for _ in range(number)]
-        for one in bound:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in bound]
+    """Ports that nobody listens on.
+
+    They lie below those that Linux gives out, so that no other process gets one of them meanwhile.
+    """
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 1000):
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == number:
+            return found
+    raise OSError("no free ports")
 
 
 def _wait_for(port: int, head: subprocess.Popen) -> None:

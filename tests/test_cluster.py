@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+import time
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from sam4mllm_tool.errors import (
 from sam4mllm_tool.protocols import NO_NOTES, Reply, Turn
 from sam4mllm_tool.types import RgbImage
 
-CLIENTS, CALLS = 6, 9
+CLIENTS, CALLS = 5, 4
 # The first test waits for the cluster too.
 pytestmark = pytest.mark.timeout(900)
 EXAMPLES = Path(__file__).parents[1] / "examples" / "ray"
@@ -114,47 +115,54 @@ def test_the_example_configurations_are_as_serve_and_we_read_them(name):
 @pytest.fixture(scope="module")
 def served(ray_cluster, tmp_path_factory):
     """The application with stand-ins, two replicas of each."""
-    from benchmarks import replicas
+    from benchmarks.ray_app import served
 
-    one = replicas.served(tmp_path_factory.mktemp("serve"), ray_cluster, CLIENTS, think=0.05)
+    one = served(tmp_path_factory.mktemp("serve"), ray_cluster, CLIENTS, think=0.05)
     one.deploy(2)
     return one
 
 
-def outcome(served, **options):
-    from benchmarks import replicas
+def outcome(served, events, repeat):
+    """Run the clients until all events are over; each waits for that many calls to be answered."""
+    from benchmarks import ray_app, replicas
 
-    begin = partial(replicas.run, every=1.5, **options)
-    report = anyio.run(begin, served.url, replicas.block_questions(CLIENTS), CALLS)
-    wanted = ("ok", "failed", "crossed", "doubled", "lost")
-    assert {name: report[name] for name in wanted} == {
-        "ok": CLIENTS * CALLS, "failed": 0, "crossed": 0, "doubled": 0, "lost": 0,
-    }, report["examples"]  # fmt: skip
-    return report
+    async def happen(tally):
+        for answered, event, what in events:
+            while tally.outcomes["ok"] < answered:
+                await anyio.sleep(0.02)
+            await anyio.to_thread.run_sync(event, what)
+
+    begin = partial(replicas.run, events=happen, repeat=repeat)
+    report = anyio.run(begin, served.url, ray_app.block_questions(CLIENTS), CALLS)
+    wrong = {name: report[name] for name in replicas.OUTCOMES if name != "ok"}
+    assert wrong == dict.fromkeys(wrong, 0), report["examples"]
+    assert report["ok"] >= CLIENTS * CALLS
+
+
+def replace_one(deployment):
+    """End a process and wait for its successor."""
+    from benchmarks.ray_app import processes
+
+    others = set(processes(deployment))
+    victim = others.pop()
+    victim.kill()
+    until = time.monotonic() + 200
+    while len(set(processes(deployment)) - {victim}) <= len(others):
+        assert time.monotonic() < until, f"no new {deployment}"
+        time.sleep(0.2)
 
 
 def test_killed_replicas_and_tool_servers_fail_no_call(served):
-    """The short form of ``python -m benchmarks.replicas``."""
-    from benchmarks.replicas import processes
+    """The short form of ``python -m benchmarks.replicas``.
 
-    ended = []
-
-    async def beside():
-        await anyio.sleep(2)
-        for process in await anyio.to_thread.run_sync(processes, "Tools"):
-            process.kill()
-            ended.append(process.pid)
-
-    report = outcome(served, victims=("Mllm", "Segmenter"), beside=beside, repeat=True)
-    assert len(ended) == 1 and sum(report["killed"].values()) >= 1
+    Clients make a call again if its connection breaks, and all of them at the end.
+    """
+    victims = enumerate(("Mllm", "Segmenter", "Tools"), 1)
+    outcome(served, [(6 * n, replace_one, name) for n, name in victims], repeat=True)
 
 
 def test_replicas_come_and_go_under_load(served):
-    async def beside():
-        for number in (1, 2):
-            await anyio.to_thread.run_sync(served.deploy, number)
-
-    outcome(served, beside=beside)
+    outcome(served, [(6, served.deploy, 1), (12, served.deploy, 2)], repeat=False)
 
 
 class Witness:
