@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import math
 import socket
 import statistics
 import subprocess
@@ -197,10 +196,10 @@ class Memory:
         later = self.samples[len(self.samples) // 2 :]
         minutes = [seconds / 60 for seconds, _, _ in later]
         own = [resident - kept for _, resident, kept in later]
-        slope = statistics.linear_regression(minutes, own).slope if len(later) > 1 else math.nan
+        slope = statistics.linear_regression(minutes, own).slope if len(later) > 1 else None
         return {
             "resident_and_kept_mb": {name: _rounded(two) for name, two in shown.items()},
-            "growth_mb_per_minute": round(slope, 1),
+            "growth_mb_per_minute": None if slope is None else round(slope, 1),
         }
 
     @property
