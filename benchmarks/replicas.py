@@ -34,7 +34,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -211,7 +211,7 @@ async def run(
     questions: Sequence[Question],
     calls: int,
     *,
-    meanwhile: Sequence[Callable[[], Awaitable[None]]] = (),
+    meanwhile: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (),
     events: Callable[[Tally], Awaitable[None]] | None = None,
     repeat: bool = False,
 ) -> dict[str, Any]:
@@ -305,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             app.deploy(args.replicas)
             killed, numbers = Counter[str](), (1, args.replicas)
-            meanwhile: list[Callable[[], Awaitable[None]]]
+            meanwhile: list[Callable[[], Coroutine[Any, Any, None]]]
             meanwhile = [partial(kills, args.victims, args.kill_every, killed)]
             if args.change_every:
                 meanwhile.append(partial(changes, app.deploy, numbers, args.change_every))

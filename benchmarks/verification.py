@@ -17,6 +17,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -177,7 +178,7 @@ def report(judged: Sequence[Judged], ranked: Sequence[Ranked]) -> dict[str, dict
             continue
         rows[world] = {"boxes": [float(len(some))], "expressions": [float(len(asked))]}
         for way in some[0].scores:
-            rows[world][f"AUC, {way}"] = [*with_interval(some, lambda r, w=way: _auc(r, w))]
+            rows[world][f"AUC, {way}"] = [*with_interval(some, partial(_auc, way=way))]
         for name, part in (("first", _share("first")), ("surest", _share("surest")),
                            ("best of all", _share("best")), ("surest − first", _gain)):  # fmt: skip
             rows[world][f"Acc@0.5, {name}"] = [*with_interval(asked, part)]

@@ -31,7 +31,7 @@ def plain_refusals(send: Send) -> Send:
             body = _in_one_line(message.get("body", b""))
             if not message.get("more_body"):
                 MutableHeaders(scope=held)["content-length"] = str(len(body))
-                message = message | {"body": body}
+                message = {**message, "body": body}
             start, held = held, None
             await send(start)
         await send(message)

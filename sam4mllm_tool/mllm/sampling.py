@@ -78,8 +78,8 @@ def divided(log_probabilities: Tensor, codes: Sequence[float]) -> Iterator[tuple
         log_probabilities: of all choices, shape (choices,); together they have probability 1.
         codes: in ascending order.
     """
-    ends = log_probabilities.cpu().double().exp().cumsum(-1)
-    ends = (ends / ends[-1]).tolist()
+    sums = log_probabilities.cpu().double().exp().cumsum(-1)
+    ends: list[float] = (sums / sums[-1]).tolist()
     fallen: dict[int, list[float]] = {}
     for code in codes:
         choice = bisect_right(ends, code)
