@@ -1,10 +1,12 @@
 """Does round 2 tell the thing asked about from its neighbours? Points well inside, true boxes.
 
     python -m benchmarks.neighbours --world small-overlap --seed 900
+    python -m benchmarks.neighbours --world small-overlap --seed 900 --alone
 
 The true box is stated as round 1's reply, so that a wrong box is not counted against the points;
 a 3 × 3 grid over it is asked about, and those of its points are judged that lie at least 4 px
-inside some object.
+inside some object. ``--alone`` asks about each point in a question of its own, as a probe of a single
+point does. "Yes and no" is the probability that these two words have together, on average.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ DEPTH = 4
 Answers = dict[str, list[bool]]
 
 
-def ask(model: Sam4MLLM, scene: Scene, answers: Answers) -> None:
+def ask(model: Sam4MLLM, scene: Scene, alone: bool, answers: Answers, shares: list[float]) -> None:
     """Round 2 about each object of a scene; whether the answers are right, by what lies there."""
     image = RgbImage.from_pil(scene.image)
     depths = np.stack(
@@ -43,13 +45,15 @@ def ask(model: Sam4MLLM, scene: Scene, answers: Answers) -> None:
         box = Box(*thing.box)
         points = grid_points(box, 9)
         location = model.stated(image, named[0], box)
-        found = model.check_points(image, location, box, points)
+        lists = [[point] for point in points] if alone else [points]
+        found = [one for some in lists for one in model.check_points(image, location, box, some)]
         for point, answer in zip(points, found, strict=True):
             here = depths[:, int(point.y), int(point.x)]
             if here.max() < DEPTH:
                 continue
             on = int(here.argmax()) == number
             assert answer.p_yes is not None and answer.p_no is not None
+            shares.append(answer.p_yes + answer.p_no)
             answers["target" if on else "other object"].append((answer.p_yes > answer.p_no) == on)
 
 
@@ -60,12 +64,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=900)
     parser.add_argument("--scenes", type=int, default=110)
     parser.add_argument("--mllm", default="embedded")
+    parser.add_argument("--alone", action="store_true", help="one question per point")
     options = parser.parse_args()
-    model, answers = load(options.mllm), defaultdict[str, list[bool]](list)
+    model, answers, shares = load(options.mllm), defaultdict[str, list[bool]](list), list[float]()
     for index in track(range(options.scenes), options.world):
-        ask(model, render_scene(WORLDS[options.world], "test", index, options.seed), answers)
+        scene = render_scene(WORLDS[options.world], "test", index, options.seed)
+        ask(model, scene, options.alone, answers, shares)
     for place, right in sorted(answers.items()):
         print(f"{place}: {np.mean(right):.3f} of {len(right)}")
+    print(f"yes and no: {np.mean(shares):.3f}")
 
 
 if __name__ == "__main__":
