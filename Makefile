@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/sam4mllm-tool demo --out demo-output
 
 test: $(VENV)/.installed-dev check
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -5,8 +5,8 @@
 
 The true box is stated as round 1's reply, so that a wrong box is not counted against the points;
 a 3 × 3 grid over it is asked about, and those of its points are judged that lie at least 4 px
-inside some object. ``--alone`` asks about each point in a question of its own, as a probe of a single
-point does. "Yes and no" is the probability that these two words have together, on average.
+inside some object. ``--alone`` asks about each point in a question of its own, as a probe of a
+single point does. "Yes and no" is the probability that these two words have together, on average.
 """
 
 from __future__ import annotations

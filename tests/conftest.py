@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,10 @@ RED, BLUE, WHITE = (214, 40, 40), (45, 95, 215), (255, 255, 255)
 
 
 # Several workers (`-n`) share the cores: one thread of torch each. Read when torch is imported.
+# Workers get a width of 80 columns; tests of the command line choose their own.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.pop("COLUMNS", None)
 
 # Ray reads these when it is imported. A cluster of ours serves nobody else.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -34,20 +37,28 @@ SLOWEST = (
 """Files of tests that take a quarter of a minute and more."""
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that run the shipped models, and say which tests share a worker (`-n`).
+    """Mark the tests that run the shipped models, so that the others can be run alone.
 
-    A file's tests do, because of its fixtures; so do all tests on the Ray cluster. The files that
-    take longest come first, so that no worker is left with one of them at the end.
+    The files that take longest come first: no worker (`-n`) is left with one of them at the end.
     """
     for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        if "embedded_model" in fixtures:
+        if "embedded_model" in getattr(item, "fixturenames", ()):
             item.add_marker("shipped")
-        group = "ray" if "ray_cluster" in fixtures else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: item.path.stem not in SLOWEST)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests share a worker, and so do all tests on the Ray cluster."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "ray" if "test_cluster" in file else file
+
+    return Files(config, log)
 
 
 @pytest.fixture(scope="session")
