@@ -1,13 +1,19 @@
-"""Calls to replicas, without a cluster: what is tried again, and how often."""
+"""Calls to replicas, without a cluster: retries, their number, and what one call carries."""
+
+import asyncio
+import pickle
 
 import pytest
 from ray.exceptions import ActorDiedError, ObjectLostError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from sam4mllm_tool.cluster import replicas
-from sam4mllm_tool.cluster.replicas import Replicas
+from sam4mllm_tool.cluster.deployments import ModelReplica
+from sam4mllm_tool.cluster.replicas import RemoteMllm, Replicas
 from sam4mllm_tool.concurrency import CallCancelled, CallContext, call_context
 from sam4mllm_tool.errors import Busy, ClusterError, DeviceOutOfMemory
+from sam4mllm_tool.formats.sam4mllm import Sam4MllmFormat
+from sam4mllm_tool.protocols import Question, Turn
 
 LOST = ObjectLostError("00", None, "here")
 
@@ -88,3 +94,46 @@ def test_a_cancelled_caller_cancels_the_call(blocks):
     with call_context(context), pytest.raises(CallCancelled):
         Replicas(handle).call("generate", blocks)
     assert handle.ends == ["never", "cancelled"]
+
+
+class Here(ModelReplica):
+    """A replica in this process; what it is asked and answers travels as to another one."""
+
+    calls = 0
+
+    def call(self, *arguments, **options):
+        self.calls += 1
+        arguments, options = pickle.loads(pickle.dumps((arguments, options)))
+        return pickle.loads(pickle.dumps(asyncio.run(super().call(*arguments, **options))))
+
+    async def _has_picture(self, digest):
+        return digest
+
+
+def test_questions_about_one_picture_are_one_call_and_share_passes(embedded_model, demo_image):
+    mllm, form = embedded_model.mllm, Sam4MllmFormat()
+    image, expression = demo_image
+    other = type(image).from_pil(image.pil.rotate(180))
+    questions = [
+        Question((image, other)[n % 2], (Turn("user", form.ask_marks(expression, [n])),), 1)
+        for n in range(10)
+    ]
+    replica, passes = Here(lambda: mllm), []
+    hook = mllm.model.register_forward_pre_hook(lambda *_: passes.append(1))
+
+    def asked(one, some):
+        mllm.engine.store.clear()
+        passes.clear()
+        return one.answer_each(some, words=form.yes_no), len(passes)
+
+    try:
+        asked(mllm, questions)  # the first shared pass tries out whether the model keeps them apart
+        alone = [asked(mllm, [one]) for one in questions]
+        answers, number = asked(RemoteMllm(replica), questions)
+    finally:
+        hook.remove()
+    assert replica.calls == 2
+    assert number <= 4 < sum(each for _, each in alone)
+    for ((one,), _), together in zip(alone, answers, strict=True):
+        expected = [pytest.approx(tuple(answer), abs=1e-4) for answer in one]
+        assert list(map(tuple, together)) == expected
