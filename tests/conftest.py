@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +22,6 @@ RED, BLUE, WHITE = (214, 40, 40), (45, 95, 215), (255, 255, 255)
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.pop("COLUMNS", None)
-
-# Ray reads these when it is imported. A cluster of ours serves nobody else.
-os.environ.setdefault("RAY_AUTH_MODE", "token")
-os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-
 
 SLOWEST = (
     "test_cluster", "test_cluster_batches", "test_playground_browser", "test_training_families",
@@ -56,7 +49,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Files(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
-            return "ray" if "test_cluster" in file else file
+            return "cluster" if "/cluster/" in file else file
 
     return Files(config, log)
 
@@ -122,12 +115,3 @@ def blocks_file(blocks: RgbImage, tmp_path: Path) -> Path:
     path = tmp_path / "blocks.png"
     blocks.pil.save(path)
     return path
-
-
-@pytest.fixture(scope="session")
-def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """One small Ray cluster for the whole run, joined; the port on which Serve listens."""
-    from ray_cluster import started
-
-    with started(tmp_path_factory.getbasetemp()) as port:
-        yield port

@@ -27,7 +27,7 @@ from sam4mllm_tool.types import RgbImage
 CLIENTS, CALLS = 5, 4
 # The first test waits for the cluster too.
 pytestmark = pytest.mark.timeout(900)
-EXAMPLES = Path(__file__).parents[1] / "examples" / "ray"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "ray"
 
 
 @pytest.mark.parametrize(
