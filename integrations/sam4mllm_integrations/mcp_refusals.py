@@ -8,7 +8,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import Message, Send
 
 _NOT_JSON_RPC = "The body is not one JSON-RPC request, notification or response."
-_SECONDS_UNTIL_ROOM = "60"
+_SECONDS_UNTIL_ROOM = "5"
 
 
 def plain_refusals(send: Send) -> Send:
