@@ -59,10 +59,10 @@ class Plan:
     jitter: float = 0.1  # most that an inexact box's edge moves, of its side
     kinds: dict[str, float] = field(
         default_factory=lambda: {
-            "category": 1.5, "colour": 1.5, "function": 1.8, "size": 3.0, "position": 2.5,
-            "ordinal": 3.5, "relation": 4.5, "plural": 3.0, "compound": 2.5, "negation": 3.5,
-            "nearest": 3.5, "clauses": 3.0, "request": 1.5,
-            "absent": 1.5, "contradicted": 2.0, "miscounted": 1.0,
+            "category": 1.5, "colour": 1.5, "function": 2.5, "size": 3.0, "position": 2.5,
+            "ordinal": 5.0, "relation": 5.0, "plural": 3.0, "compound": 2.5, "negation": 5.0,
+            "nearest": 5.5, "clauses": 5.0, "request": 1.5,
+            "absent": 2.5, "contradicted": 5.0, "miscounted": 1.0,
         }
     )  # fmt: skip
     """Weight of each kind among those of a scene; for present and absent objects separately."""
