@@ -1,7 +1,7 @@
 """Many clients at once against the real MCP server over HTTP, with the official client.
 
-Run ``python -m benchmarks.load --clients 200 --calls 20 --json``. Every client has a picture of its
-own whose answer is known; what it gets back is compared with the truth and with what a single
+Run ``python -m benchmarks.load --clients 200 --calls 20 --json``. Every client has its own
+picture, whose answer is known; what it gets back is compared with the truth and with what a single
 client got. The models are honest stand-ins that take ``--think`` seconds per question
 (``--embedded`` takes the shipped ones, whose answers are compared with the single client's only).
 
@@ -35,7 +35,9 @@ from benchmarks.load_server import (
     connected,
     free_port,
     gauges,
+    is_busy,
     picture,
+    question,
     serve,
     server,
     serving,
@@ -123,11 +125,6 @@ async def one_client(
     return results
 
 
-def is_busy(error: MCPError) -> bool:
-    """Whether the server refused the call because it has too much to do."""
-    return isinstance(error.error.data, dict) and error.error.data.get("error") == "Busy"
-
-
 def judged(
     name: str, data: Any, number: int, mine: list[str], exact: bool
 ) -> tuple[str, str]:  # fmt: skip
@@ -172,10 +169,9 @@ async def keep_busy(url: str, clients: int) -> None:
     """Segment calls without end, one after the other from each client."""
 
     async def one(number: int) -> None:
-        arguments = {"image": picture(number), "expression": f"block {number}"}
         async with connected(url) as client:
             while True:
-                await client.call_tool("segment_object", arguments)
+                await client.call_tool("segment_object", question(number))
 
     async with anyio.create_task_group() as tasks:
         for number in range(clients):

@@ -21,23 +21,19 @@ from typing import Any
 import anyio
 from mcp import MCPError
 
-from benchmarks.load import is_busy
 from benchmarks.load_server import (
     PATIENCE,
     area,
     as_user,
     connected,
     free_port,
-    picture,
+    is_busy,
+    question,
     server,
     serving,
 )
 
 _SECONDS_TO_END = 60
-
-
-def _call(number: int) -> dict[str, Any]:
-    return {"image": picture(number), "expression": f"block {number}"}
 
 
 async def survive(kills: int, clients: int, think: float, state: Path) -> dict[str, Any]:
@@ -63,7 +59,7 @@ async def survive(kills: int, clients: int, think: float, state: Path) -> dict[s
         with contextlib.suppress(Exception):
             async with as_user(url, number) as client:
                 while True:
-                    answer = await client.call_tool("segment_object", _call(number))
+                    answer = await client.call_tool("segment_object", question(number))
                     assert answer.structured_content is not None
                     (one,) = answer.structured_content["objects"]
                     acknowledged[number][one["object_id"]] = one["area"]
@@ -151,7 +147,7 @@ async def drain(times: int, clients: int, think: float) -> dict[str, Any]:
 
 async def _outcome(client: Any, number: int) -> tuple[str, str]:
     try:
-        answer = await client.call_tool("segment_object", _call(number))
+        answer = await client.call_tool("segment_object", question(number))
     except MCPError as error:
         return ("refused" if is_busy(error) else "lost"), str(error)
     except Exception as error:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import httpx2
 import psutil
-from mcp import Client
+from mcp import Client, MCPError
 from mcp.client.streamable_http import streamable_http_client
 from PIL import Image, ImageDraw
 
@@ -52,6 +52,16 @@ def area(number: int) -> int:
     """Pixels of the block."""
     left, top, right, bottom = block(number)
     return (right - left) * (bottom - top)
+
+
+def question(number: int) -> dict[str, Any]:
+    """The arguments with which client ``number`` segments its block."""
+    return {"image": picture(number), "expression": f"block {number}"}
+
+
+def is_busy(error: MCPError) -> bool:
+    """Whether the server refused the call because it has too much to do."""
+    return isinstance(error.error.data, dict) and error.error.data.get("error") == "Busy"
 
 
 def serve(port: int, clients: int, think: float, state: Path | None) -> None:

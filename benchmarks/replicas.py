@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.replicas --clients 50 --calls 20 --kill-every 5 --json`` starts a cluster on
 this machine (``--address`` joins one) with the embedded models (``--stand-ins``: honest stand-ins
-that take ``--think`` seconds per reply, one after the other). Every client has a picture of its
-own, whose answer is known beforehand, and gives each call an id. Meanwhile processes of
+that take ``--think`` seconds per reply, one after the other). Every client has its own
+picture, whose answer is known beforehand, and gives each call an id. Meanwhile processes of
 ``--victims`` (Mllm, Segmenter, Tools) end by ``kill -9``; with ``--change-every`` the number of
 replicas goes down to one and up again. A call counts as
 

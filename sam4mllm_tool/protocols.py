@@ -97,8 +97,7 @@ class CheckpointNotes(BaseModel):
         points_per_question: the longest list of points it was taught to answer.
         box_calibration: slope and intercept of a logistic function from the logarithm of a box's
             likelihood to the probability that the box is right (Platt scaling, 1999).
-        verification: how it verifies a box best; "posterior" for one that was not taught the
-            question.
+        verification: how boxes are to be verified; "posterior" where the question was not taught.
         caution: a sentence that every result should carry.
     """
 

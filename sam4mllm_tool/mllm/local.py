@@ -221,23 +221,13 @@ class LocalMllm:
         The first one is the greedy reply of :meth:`generate`; the others differ from it at one
         choice and are greedy afterwards, so each costs only its own tail.
         """
-        rules = self._grammar(grammar)
-        with self._dialogues([(image, dialogue)], count * _USUAL_REPLY) as (spot,):
-            spot = self.engine.run(self._begun(spot))
-            replies = self.engine.run(speak_alternates(spot, rules, LONGEST_REPLY, count))
-            self.engine.keep(replies[0].spot)
-        return [self._reply(r, len(r.forks), r.spot.passes) for r in replies]
+        return self._several(image, dialogue, grammar, count, speak_alternates)
 
     def sample(
         self, image: RgbImage, dialogue: Dialogue, *, grammar: Grammar, count: int
     ) -> list[Reply]:
         """``count`` replies as often as the model would give them; see :mod:`.sampling`."""
-        rules = self._grammar(grammar)
-        with self._dialogues([(image, dialogue)], count * _USUAL_REPLY) as (spot,):
-            spot = self.engine.run(self._begun(spot))
-            replies = self.engine.run(speak_spread(spot, rules, LONGEST_REPLY, count))
-            self.engine.keep(replies[0].spot)
-        return [self._reply(r, len(r.forks), r.spot.passes) for r in replies]
+        return self._several(image, dialogue, grammar, count, speak_spread)
 
     def answer_yes_no(
         self, image: RgbImage, dialogue: Dialogue, *, words: YesNoWords, count: int
@@ -322,6 +312,22 @@ class LocalMllm:
         return self.under_way.held(
             each * own, {key: each * tokens for key, tokens in shared.items()}
         )
+
+    def _several(
+        self,
+        image: RgbImage,
+        dialogue: Dialogue,
+        grammar: Grammar,
+        count: int,
+        speak_several: Callable[[Spot, TokenGrammar, int, int], Decoding[list[Spoken]]],
+    ) -> list[Reply]:
+        """``count`` replies to one question, which is read once."""
+        rules = self._grammar(grammar)
+        with self._dialogues([(image, dialogue)], count * _USUAL_REPLY) as (spot,):
+            spot = self.engine.run(self._begun(spot))
+            replies = self.engine.run(speak_several(spot, rules, LONGEST_REPLY, count))
+            self.engine.keep(replies[0].spot)
+        return [self._reply(r, len(r.forks), r.spot.passes) for r in replies]
 
     def _begun(self, spot: Spot) -> Decoding[Spot]:
         """The place where the reply begins: after the thought that the template has opened."""

@@ -53,7 +53,7 @@ def checked_replies(replies: Sequence[Reply]) -> Sequence[Reply]:
         _require(isinstance(reply.text, str), "a reply is no text")
         logarithm = reply.log_probability
         likely = logarithm is None or (math.isfinite(logarithm) and logarithm <= _ROUNDING)
-        _require(likely, f"{logarithm} is the logarithm of a reply's probability")
+        _require(likely, f"a reply's log-probability is {logarithm}")
     return replies
 
 
@@ -65,7 +65,7 @@ def checked_answers(
     for yes, no in (answer for some in answers for answer in some):
         _require(
             yes >= 0 and no >= 0 and yes + no <= 1 + _ROUNDING,
-            f"{yes} and {no} are the probabilities of yes and no",
+            f"the probabilities of yes and no are {yes} and {no}",
         )
     return answers
 
@@ -79,7 +79,9 @@ def checked_masks(
         _require(bool(some), "there is no mask for a prompt")
         for one in some:
             _check_size(one.mask, image)
-            _require(math.isfinite(one.predicted_iou), f"{one.predicted_iou} is a mask's quality")
+            _require(
+                math.isfinite(one.predicted_iou), f"a mask's predicted IoU is {one.predicted_iou}"
+            )
             finite = one.logits is None or bool(np.isfinite(one.logits).all())
             _require(finite, "a mask's logits are not finite")
     return masks
@@ -88,9 +90,9 @@ def checked_masks(
 def checked_proposals(proposals: Sequence[Proposal], image: RgbImage) -> Sequence[Proposal]:
     """The proposals, if each is one. As :func:`checked_replies`."""
     for one in proposals:
-        _require(all(map(math.isfinite, one.box)), f"{tuple(one.box)} is a box")
+        _require(all(map(math.isfinite, one.box)), f"a proposed box is {tuple(one.box)}")
         sure = one.confidence is None or 0 <= one.confidence <= 1 + _ROUNDING
-        _require(sure, f"{one.confidence} is a confidence")
+        _require(sure, f"a proposal's confidence is {one.confidence}")
         if one.mask is not None:
             _check_size(one.mask, image)
     return proposals

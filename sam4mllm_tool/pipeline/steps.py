@@ -102,9 +102,7 @@ class DialogueSteps:
         stage("locate")
         verified = self.settings.verified_boxes
         alternates = max(alternates, verified - 1)
-        question = self.speech.ask_boxes(self._wording(text), count, image.size)
-        grammar = self.speech.box_grammar(count)
-        dialogue = self._opening(question)
+        dialogue, grammar = self._where(image, text, count)
         best, *others = self._replies(image, dialogue, grammar, alternates)
         read = self.speech.read_boxes(best.text, image.size)
         boxes = read.boxes[:1] if count is TargetCount.ONE else read.boxes
@@ -279,10 +277,7 @@ class DialogueSteps:
 
     def _sampled(self, image: RgbImage, expression: str) -> list[tuple[Box, ...]]:
         """The boxes of round 1's replies, drawn as often as the MLLM would give them."""
-        count = TargetCount.ZERO_OR_MORE
-        question = self.speech.ask_boxes(self._wording(expression), count, image.size)
-        grammar = self.speech.box_grammar(count)
-        dialogue = self._opening(question)
+        dialogue, grammar = self._where(image, expression, TargetCount.ZERO_OR_MORE)
         with typed_faults(self.mllm.name):
             drawn = checked_replies(
                 sample_replies(self.mllm, image, dialogue, grammar=grammar, count=ANSWERS)
@@ -348,6 +343,13 @@ class DialogueSteps:
                     self.mllm.alternates(image, dialogue, grammar=grammar, count=alternates + 1)
                 )
             return checked_replies([self.mllm.generate(image, dialogue, grammar=grammar)])
+
+    def _where(
+        self, image: RgbImage, text: str, count: TargetCount
+    ) -> tuple[Dialogue, Grammar | None]:
+        """Round 1's question, and what its reply may be."""
+        question = self.speech.ask_boxes(self._wording(text), count, image.size)
+        return self._opening(question), self.speech.box_grammar(count)
 
     def _opening(self, question: str) -> Dialogue:
         system = self.speech.system_prompt
