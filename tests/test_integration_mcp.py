@@ -33,6 +33,12 @@ from sam4mllm_tool.testing import ColourSegmenter, ScriptedMllm, TruthfulMllm
 from sam4mllm_tool.tools.builtin import BUILTIN_TOOLS
 
 HERE = Path(__file__).parent
+HELLO = {
+    "jsonrpc": "2.0", "id": 1, "method": "initialize",
+    "params": {"protocolVersion": "2025-06-18", "capabilities": {},
+               "clientInfo": {"name": "t", "version": "1"}},
+}  # fmt: skip
+"""The first request of a session, as any client sends it."""
 ERAS = pytest.mark.parametrize("era", ["legacy", "auto"])
 RED = {"expression": "the red block"}
 

@@ -15,16 +15,11 @@ from sam4mllm_integrations.mcp_http import HttpSettings
 from sam4mllm_integrations.mcp_serving import HttpServer, serve_http
 from sam4mllm_integrations.mcp_tools import ToolServer
 from sam4mllm_integrations.mcp_work import Limits
-from test_integration_mcp import over_http
+from test_integration_mcp import HELLO, over_http
 
 from sam4mllm_tool.errors import InputError
 
 ACCEPT = {"Accept": "application/json, text/event-stream", "Content-Type": "application/json"}
-HELLO = {
-    "jsonrpc": "2.0", "id": 1, "method": "initialize",
-    "params": {"protocolVersion": "2025-06-18", "capabilities": {},
-               "clientInfo": {"name": "t", "version": "1"}},
-}  # fmt: skip
 PING = {"jsonrpc": "2.0", "id": 4, "method": "ping"}
 MODERN = {"mcp-protocol-version": "2026-07-28", "mcp-method": "tools/call", "mcp-name": "x"}
 

@@ -19,7 +19,7 @@ from mcp import Client, MCPError
 from mcp.client.streamable_http import streamable_http_client
 from sam4mllm_integrations.mcp_credentials import Credentials, read_tokens
 from sam4mllm_integrations.mcp_work import FairQueue, Limits, deadline
-from test_integration_mcp import ERAS, RED, EndlessMllm, over_http
+from test_integration_mcp import ERAS, HELLO, RED, EndlessMllm, over_http
 
 from benchmarks.load import all_clients
 from benchmarks.load_server import free_port, server
@@ -131,15 +131,10 @@ async def test_a_users_handles_belong_to_the_token(era, model, blocks_file):
 
 async def test_another_users_session_id_is_not_found(model):
     users = {"alice": "token-of-alice", "bob": "token-of-bob"}
-    hello = {
-        "jsonrpc": "2.0", "id": 1, "method": "initialize",
-        "params": {"protocolVersion": "2025-06-18", "capabilities": {},
-                   "clientInfo": {"name": "t", "version": "1"}},
-    }  # fmt: skip
     accept = {"Accept": "application/json, text/event-stream"}
     with over_http(lambda: model, users=users) as url:
         headers = accept | {"Authorization": "Bearer token-of-alice"}
-        session = httpx2.post(url, json=hello, headers=headers).headers["mcp-session-id"]
+        session = httpx2.post(url, json=HELLO, headers=headers).headers["mcp-session-id"]
         stolen = accept | {"Authorization": "Bearer token-of-bob", "mcp-session-id": session}
         listing = {"jsonrpc": "2.0", "id": 2, "method": "tools/list"}
         assert httpx2.post(url, json=listing, headers=stolen).status_code == 404
@@ -506,15 +501,14 @@ async def test_sigterm_lets_running_calls_end():
     port = free_port()
     command = [sys.executable, "-m", "benchmarks.load", "--serve", str(port), "--clients", "8"]
     with server([*command, "--think", "0.8"], port) as (url, process):
-        from benchmarks.load_server import area, gauges, picture
+        from benchmarks.load_server import area, gauges, question
 
         async def call(number: int, goes: asyncio.Event) -> int:
-            arguments = {"image": picture(number), "expression": f"block {number}"}
             async with client_with(url) as client:
                 await client.list_tools()
                 connected.append(number)
                 await goes.wait()
-                answer = await client.call_tool("segment_object", arguments)
+                answer = await client.call_tool("segment_object", question(number))
                 return answer.structured_content["objects"][0]["area"]
 
         connected: list[int] = []

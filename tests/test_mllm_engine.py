@@ -31,13 +31,7 @@ from sam4mllm_tool.types import TargetCount
 
 ONE = FORM.box_grammar(TargetCount.ONE)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,7 @@ from sam4mllm_tool.types import TargetCount
 
 Sides = tuple[LocalMllm, LocalMllm]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # Architectures that read as another one here does are left to test_mllm_plain.py.

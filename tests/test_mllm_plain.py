@@ -22,13 +22,7 @@ from sam4mllm_tool.types import RgbImage
 TOLERANCE = 1e-4
 GENERIC = get_format("generic")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -16,7 +16,7 @@ from PIL import Image
 from sam4mllm_integrations import mcp_connection
 from sam4mllm_integrations.mcp_remote import RemoteTools
 from sam4mllm_integrations.mcp_work import Limits
-from test_integration_mcp import over_http
+from test_integration_mcp import HELLO, over_http
 from typer.testing import CliRunner
 
 from benchmarks.load_server import free_port
@@ -218,13 +218,8 @@ def test_a_busy_server_is_asked_again_for_a_while(model, blocks_file, monkeypatc
 @contextmanager
 def _session(url):
     """Another client that takes the only place, until it is asked to leave."""
-    hello = {
-        "jsonrpc": "2.0", "id": 1, "method": "initialize",
-        "params": {"protocolVersion": "2025-06-18", "capabilities": {},
-                   "clientInfo": {"name": "t", "version": "1"}},
-    }  # fmt: skip
     accept = {"Accept": "application/json, text/event-stream"}
-    session = httpx2.post(url, json=hello, headers=accept).headers["mcp-session-id"]
+    session = httpx2.post(url, json=HELLO, headers=accept).headers["mcp-session-id"]
     yield lambda: httpx2.delete(url, headers=accept | {"mcp-session-id": session})
 
 
