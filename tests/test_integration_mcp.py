@@ -23,6 +23,7 @@ from mcp.client.streamable_http import streamable_http_client
 from mcp_types import ListRootsResult, Root
 from PIL import Image
 from pycocotools import mask as coco_mask
+from sam4mllm_integrations import mcp_tools
 from sam4mllm_integrations.mcp_server import Credentials, HttpSettings, ToolServer, serve
 
 from sam4mllm_tool.concurrency import check_cancelled
@@ -129,6 +130,20 @@ async def test_tools_are_listed_before_any_weights_are_loaded(era, blocks_file, 
         assert not call.done()
         gate.touch()
         assert (await call).structured_content["status"] == "found"
+
+
+async def test_schemas_are_made_once(address, blocks_file, monkeypatch):
+    made = []
+    schema = mcp_tools.arguments_schema
+    monkeypatch.setattr(
+        mcp_tools, "arguments_schema", lambda model: made.append(model) or schema(model)
+    )
+    for _ in range(2):
+        async with Client(address) as client:
+            assert not (
+                await client.call_tool("view_objects", {"image": str(blocks_file)})
+            ).is_error
+    assert len(made) == len(BUILTIN_TOOLS)
 
 
 def test_importing_the_server_pulls_no_torch():

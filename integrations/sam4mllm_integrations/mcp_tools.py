@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -134,6 +134,8 @@ class ToolServer:
             version=version("sam4mllm-tool"),
             instructions=INSTRUCTIONS,
             on_list_tools=self.list_tools,
+            # Without this the SDK lists all tools again at each call.
+            get_tool_input_schema=self._input_schema,
             on_call_tool=self.call_tool,
             on_list_resources=self.list_masks,
             on_list_resource_templates=self.list_mask_templates,
@@ -150,8 +152,9 @@ class ToolServer:
         asyncio.get_running_loop().call_later(_LOAD_AFTER_SECONDS, self._load_in_background)
         return types.ListToolsResult(tools=self._tools)
 
-    @property
+    @cached_property
     def _tools(self) -> list[types.Tool]:
+        # Every connection lists the tools, and pydantic needs about 20 ms to make their schemas.
         return [
             types.Tool(
                 name=spec.name,
@@ -168,6 +171,9 @@ class ToolServer:
             )
             for spec in self._model.specs()
         ]
+
+    def _input_schema(self, name: str) -> dict[str, Any] | None:
+        return next((tool.input_schema for tool in self._tools if tool.name == name), None)
 
     async def call_tool(
         self, ctx: _Context, params: types.CallToolRequestParams
