@@ -1,16 +1,21 @@
-"""What ``benchmarks.replicas`` serves and asks: the application on Ray Serve, and questions."""
+"""What ``benchmarks.replicas`` serves, asks and measures: the application on Ray Serve, questions,
+the CPU time of Ray's processes.
+"""
 
 from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 import ray
@@ -164,9 +169,43 @@ def processes(deployment: str) -> list[psutil.Process]:
     return found
 
 
-def cpu_seconds(some: Sequence[psutil.Process]) -> float | None:
-    """What processes have used so far; ``None`` if not all of them are there any more."""
-    try:
-        return sum(sum(one.cpu_times()[:2]) for one in some)
-    except psutil.NoSuchProcess:
-        return None
+def cpu_seconds() -> dict[tuple[str, int], float]:
+    """What each process of the joined cluster on this machine has used so far, and this process.
+
+    By name and process id. Replicas are named after their deployment.
+    """
+    address = f"--gcs-address={ray.get_runtime_context().gcs_address}"
+    used = {("clients", os.getpid()): sum(psutil.Process().cpu_times()[:2])}
+    for raylet in psutil.process_iter():
+        with suppress(psutil.Error):
+            if address not in raylet.cmdline():
+                continue
+            for process in (raylet, *raylet.children(recursive=True)):
+                with suppress(psutil.Error):
+                    title = Path((process.cmdline() or [process.name()])[0]).name
+                    name = title.split(".")[0].split(":")[-1]
+                    used[name, process.pid] = sum(process.cpu_times()[:2])
+    return used
+
+
+def cpu_between(
+    before: dict[tuple[str, int], float], after: dict[tuple[str, int], float]
+) -> dict[str, float]:
+    """Seconds by name, the largest first, of the processes that were there at both times."""
+    used: defaultdict[str, float] = defaultdict(float)
+    for one in before.keys() & after.keys():
+        used[one[0]] += after[one] - before[one]
+    return dict(sorted(used.items(), key=itemgetter(1), reverse=True))
+
+
+@contextmanager
+def own_stdout() -> Iterator[TextIO]:
+    """Standard output for the report alone: what Ray's processes write goes to standard error."""
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "w") as ours:
+        os.dup2(2, 1)
+        try:
+            yield ours
+        finally:
+            sys.stdout.flush()
+            os.dup2(ours.fileno(), 1)

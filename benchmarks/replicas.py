@@ -54,7 +54,9 @@ from benchmarks.ray_app import (
     Question,
     Served,
     block_questions,
+    cpu_between,
     cpu_seconds,
+    own_stdout,
     processes,
     scene_questions,
     served,
@@ -224,8 +226,7 @@ async def run(
         repeat: clients repeat calls whose connection broke.
     """
     tally, over = Tally(), anyio.Event()
-    servers = processes("Tools")
-    cpu, begun = cpu_seconds(servers), time.perf_counter()
+    cpu, begun = cpu_seconds(), time.perf_counter()
 
     async def happen() -> None:
         if events:
@@ -242,14 +243,14 @@ async def run(
         seconds = time.perf_counter() - begun
         others.cancel_scope.cancel()
     total = sum(tally.outcomes[name] for name in ("ok", "failed", "crossed"))
-    used = cpu_seconds(servers)
+    used = cpu_between(cpu, cpu_seconds())
     return {
         "clients": len(questions),
         "calls": total,
         **{name: tally.outcomes[name] for name in OUTCOMES},
-        "tool_server_cpu_ms_per_call": (
-            None if not used or cpu is None else round(1000 * (used - cpu) / total, 1)
-        ),
+        "cpu_ms_per_call": {
+            name: round(1000 * each / total, 1) for name, each in used.items() if each
+        },
         "seconds": round(seconds, 1),
         "calls_per_second": round(total / seconds, 2),
         "p50_segment": round(tally.percentile(["segment_object"], 0.5), 3),
@@ -297,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     questions = (block_questions if args.stand_ins else scene_questions)(args.clients)
     think = args.think if args.stand_ins else None
     report: dict[str, Any] = {"models": "stand-ins" if args.stand_ins else "embedded"}
-    with tempfile.TemporaryDirectory() as folder, cluster(args.address):
+    with own_stdout() as out, tempfile.TemporaryDirectory() as folder, cluster(args.address):
         port, most = args.port or free_port(), 2 if args.compare else args.replicas
         app = served(Path(folder), port, args.clients, think, most)
         if args.compare:
@@ -312,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             begin = partial(run, meanwhile=meanwhile, repeat="Tools" in args.victims)
             report |= anyio.run(begin, app.url, questions, args.calls)
             report["killed"] = dict(killed)
-    print(json.dumps(report, indent=1) if args.json else report)
+        print(json.dumps(report, indent=1) if args.json else report, file=out)
 
 
 if __name__ == "__main__":
