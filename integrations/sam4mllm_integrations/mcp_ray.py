@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,12 +22,15 @@ from typing import Any
 import anyio.to_thread
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import DeploymentStatus
 
 from sam4mllm_integrations.mcp_credentials import Credentials, read_tokens
 from sam4mllm_integrations.mcp_http import HttpSettings, check_reach, http_app
 from sam4mllm_integrations.mcp_tools import ToolServer
 from sam4mllm_integrations.mcp_work import Limits
+from sam4mllm_tool import errors
 from sam4mllm_tool.cluster.connect import check_resources, cluster
 from sam4mllm_tool.cluster.deployments import model_deployment
 from sam4mllm_tool.cluster.replicas import RemoteMllm, RemoteSegmenter, Replicas
@@ -274,7 +278,7 @@ def serve_ray(
             on_ready()
             ended.wait()
         finally:
-            serve.delete(NAME)
+            _remove()
 
 
 def deploy(application: serve.Application, settings: ServeSettings) -> None:
@@ -291,9 +295,24 @@ def deploy(application: serve.Application, settings: ServeSettings) -> None:
     serve.start(http_options={"host": settings.host, "port": settings.port})
     try:
         serve.run(application, name=NAME, route_prefix="/")
-    except RuntimeError as error:
-        serve.delete(NAME)
+    except (RuntimeError, RayError) as error:
+        reason = _reason() or str(error).strip().splitlines()[-1]
+        _remove()
         raise ClusterError(
-            f"the application cannot be started: {error}",
+            f"the application cannot be started: {reason}",
             hint="'sam4mllm-tool check' tests the models in one process.",
         ) from error
+
+
+def _reason() -> str:
+    """The error with which the first deployment failed: the last line of a traceback."""
+    application = serve.status().applications.get(NAME)
+    for deployment in application.deployments.values() if application else ():
+        if deployment.status == DeploymentStatus.DEPLOY_FAILED and deployment.message:
+            return deployment.message.strip().splitlines()[-1].removeprefix(f"{errors.__name__}.")
+    return ""
+
+
+def _remove() -> None:
+    with suppress(TimeoutError):  # a replica that still loads its weights ends later
+        serve.delete(NAME)

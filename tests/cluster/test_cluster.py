@@ -225,3 +225,20 @@ def test_what_the_cluster_cannot_place_is_refused(ray_cluster):
         settings = ServeSettings(**too_much)
         with pytest.raises(ClusterError, match=r"are needed and the cluster has"):
             deploy(app(settings), settings)
+
+
+def test_weights_that_cannot_be_loaded_end_the_start(ray_cluster):
+    """The last test: it replaces what is served."""
+    from sam4mllm_integrations.mcp_ray import ServeSettings, deploy, front
+
+    from benchmarks.ray_app import processes
+    from sam4mllm_tool.cluster.deployments import model_deployment
+    from sam4mllm_tool.segmenter import load_segmenter
+
+    settings = ServeSettings(port=ray_cluster, cpus=0.1)
+    options = {"replicas": 1, "cpus": 0.1, "gpus": 0, "calls": 1}
+    load = partial(load_segmenter, "/no/such/checkpoint")
+    models = [model_deployment(name, load, **options) for name in ("Mllm", "Segmenter")]
+    with pytest.raises(ClusterError, match=r"started: CheckpointError: .*/no/such/checkpoint"):
+        deploy(front(settings, *models), settings)
+    assert not processes("Mllm")
