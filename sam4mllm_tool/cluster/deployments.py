@@ -7,6 +7,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.schema import LoggingConfig
 
 from sam4mllm_tool.cluster.replicas import About
 from sam4mllm_tool.concurrency import run_in_thread
@@ -15,6 +16,9 @@ from sam4mllm_tool.types import RgbImage, YesNo
 
 PICTURES_KNOWN = 64
 """Pictures per replica that Serve remembers. A replica that has dropped one reads it again."""
+
+LOAD_ATTEMPTS = 2
+"""Attempts to load the weights, of all replicas together, before a deployment is given up."""
 
 _METHODS = {
     "generate", "alternates", "sample", "answer_yes_no", "answer_each",
@@ -85,6 +89,9 @@ def model_deployment(
         # Notice and replace a killed replica within seconds.
         health_check_period_s=2,
         graceful_shutdown_timeout_s=120,
+        max_constructor_retry_count=LOAD_ATTEMPTS,
+        # Only the tool servers call replicas, and log the tool calls themselves.
+        logging_config=LoggingConfig(enable_access_log=False),
     )
     bound: Application = deployment.bind(load)
     return bound
