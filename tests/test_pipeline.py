@@ -562,13 +562,37 @@ def test_adaptive_asks_again_after_a_contradiction_and_stops_when_settled(patche
     truth = without(patched, PALE)
     model = adaptive(TruthfulMllm({"it": [truth]}))
     sizes, one = asked(model, patched)
-    assert sizes == [5, 4]
+    assert sizes == [4, 4, 1]
     prompts = model.segmenter.prompts
-    assert [len(prompt.points) for prompt in prompts] == [0, 5, 9]
-    assert prompts[-1].points == one.points and prompts[1].points == one.points[:5]
+    assert [len(prompt.points) for prompt in prompts] == [0, 4, 8, 9]
+    assert prompts[-1].points == one.points and prompts[1].points == one.points[:4]
     assert {prompt.box for prompt in prompts} == {Box(70, 15, 190, 45)}
     agreeing = adaptive(TruthfulMllm({"it": [without(patched, DARK)]}))
-    assert asked(agreeing, patched)[0] == [5]  # the first mask agrees with every answer
+    assert asked(agreeing, patched)[0] == [4]  # the first mask agrees with every answer
+
+
+@pytest.mark.parametrize(("certainty", "counts"), [(0.96, False), (0.98, True)])
+def test_adaptive_takes_only_sure_answers_against_the_mask(patched, certainty, counts):
+    """The pale patch is in SAM's mask and not on the object, the dark one in neither: at .96 only
+    the answer that agrees with the mask counts."""
+    truth = without(patched, PALE, DARK)
+    mllm = TruthfulMllm({"it": [truth]}, certainty=certainty)
+    _, one = asked(adaptive(mllm, budget=9, per_question=9), patched)
+    labels = {tuple(patched.array[int(p.y), int(p.x)]): p.label for p in one.points}
+    assert labels[DARK] is PointLabel.BACKGROUND
+    assert labels[PALE] is (PointLabel.BACKGROUND if counts else PointLabel.UNDECIDED)
+    assert one.mask.contains(76, 21) == (not counts)
+
+
+def test_adaptive_takes_only_sure_answers_for_what_the_mask_lacks(patched):
+    """The dark patch is on the object and not in SAM's mask."""
+    for certainty, label in ((0.96, PointLabel.UNDECIDED), (0.98, PointLabel.FOREGROUND)):
+        mllm = TruthfulMllm({"it": [without(patched)]}, certainty=certainty)
+        _, one = asked(adaptive(mllm, budget=4), patched)
+        x, y, width, height = next(at for at, shade in PATCHES.items() if shade == DARK)
+        (point,) = (p for p in one.points if x < p.x < x + width and y < p.y < y + height)
+        assert point.label is label
+        assert bool(one.mask.pixels[y + 1, x + 1]) == (label is PointLabel.FOREGROUND)
 
 
 def contradictions(*sizes):

@@ -59,7 +59,7 @@ class Settings:
     positive: int = 3
     negative: int = 1
     budget: int = 9
-    per_question: int = 5
+    per_question: int = 4
     proposals: int = 8
     choose_by: Literal["predicted_iou", "agreement"] = "predicted_iou"
 

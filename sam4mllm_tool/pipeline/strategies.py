@@ -30,10 +30,13 @@ from sam4mllm_tool.pipeline.points import inner_points
 from sam4mllm_tool.pipeline.results import LocatedObject, Location, ScoredBox, SegmentedObject
 from sam4mllm_tool.pipeline.steps import DialogueSteps, agreement, choose_mask
 from sam4mllm_tool.protocols import MaskCandidate, SegmentPrompt
-from sam4mllm_tool.types import Point, PromptPoint, RgbImage, TargetCount
+from sam4mllm_tool.types import Mask, Point, PointLabel, PromptPoint, RgbImage, TargetCount
 
 SMALLEST_REGION = 0.06
 """Depth from which *adaptive* asks about a region, as a share of √(area of the box)."""
+
+SURE_AGAINST_MASK = 0.97
+"""Probability from which an answer that contradicts the mask counts in *adaptive*."""
 
 Found = tuple[Location, tuple[SegmentedObject, ...]]
 
@@ -102,7 +105,9 @@ class Adaptive:
 
     Points near outlines are what an MLLM answers worst and what changes a mask least. The deepest
     places of what all masks hold, what some hold and what none holds tell the object from its
-    neighbours; what is smaller than ``SMALLEST_REGION`` would change nothing.
+    neighbours; what is smaller than ``SMALLEST_REGION`` would change nothing. Deep inside regions
+    SAM is rarely wrong, so an answer that contradicts its mask counts from ``SURE_AGAINST_MASK``
+    on only, and is undecided below.
     """
 
     name: str = "adaptive"
@@ -197,13 +202,28 @@ def _adapt(
         places = inner_points(regions, wanted, [Point(one.x, one.y) for one in points], least)
         if not places:
             break
-        new = steps.check_points(image, location, found.box, places)
+        new = _weighed(steps.check_points(image, location, found.box, places), drawn.mask)
         points += new
         settled = agreement(drawn.mask, new) == 1.0
         drawn, regions = _draw_with_regions(steps, image, SegmentPrompt(box, points))
         if settled:
             break
     return SegmentedObject(found, points, drawn)
+
+
+def _weighed(points: Sequence[PromptPoint], mask: Mask) -> tuple[PromptPoint, ...]:
+    """The points, undecided where an answer contradicts the mask without being sure enough."""
+
+    def counts(point: PromptPoint) -> bool:
+        inside = mask.contains(point.x, point.y)
+        if inside is (point.label is PointLabel.FOREGROUND):
+            return True
+        against = point.p_no if inside else point.p_yes
+        return against is not None and against >= SURE_AGAINST_MASK
+
+    return tuple(
+        point if counts(point) else replace(point, label=PointLabel.UNDECIDED) for point in points
+    )
 
 
 def _draw_with_regions(
