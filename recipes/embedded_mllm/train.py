@@ -62,7 +62,7 @@ COURSE = (
     Plan(boxes=5, absent=1.5, what=2, what_lists=1, points=3, verify=1, list_sizes=(2, 4, 6, 9)),
     Plan(boxes=5, absent=1.5, what=0.5, what_lists=0.5, points=3, verify=0.5, ppg=0.7,
          list_sizes=(4, 6, 9, 9, 10, 12, LONGEST_LIST)),
-    Plan(boxes=9, absent=3, what=0.05, what_lists=0.1, points=1.6, verify=0.1, ppg=0.3, hard=0.5,
+    Plan(boxes=8, absent=2.6, what=0.05, what_lists=0.1, points=2.4, verify=0.1, ppg=0.3, hard=0.7,
          shared=0.15, jitter=0.25, list_sizes=(1, 1, 2, 4, 6, 9, 9, 12, LONGEST_LIST)),
 )  # fmt: skip
 """Lesson plans, from easy to hard; the last one is about the object that a point lies on."""
