@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import train_in_processes
 from random_models import build
 from safetensors.torch import load_file
 from test_named_datasets import write_every_set
@@ -61,28 +62,26 @@ def test_the_published_preset_on_five_sets_resumes_to_the_same_weights(tmp_path:
     assert box.call("segment_object", call).result.status == "found"
 
 
-def _run(folder: Path, processes: int, accumulate: int, base: Path) -> list[float]:  # noqa: F811
+def _losses(folder: Path) -> list[float]:
     """The loss of every step."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(launch if processes > 1 else []),
-               str(HERE / "train_in_processes.py"), str(base), str(folder), str(accumulate)]  # fmt: skip  # noqa: E501
-    paths = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    states = folder.rglob("trainer_state.json")
-    state = max((json.loads(p.read_text()) for p in states), key=lambda s: s["global_step"])
-    return [line["loss"] for line in state["log_history"] if "loss" in line]
+    states = (json.loads(path.read_text()) for path in folder.rglob("trainer_state.json"))
+    last = max(states, key=lambda state: state["global_step"])
+    return [line["loss"] for line in last["log_history"] if "loss" in line]
 
 
 def test_two_processes_learn_as_one_that_accumulates(
     base: Path,  # noqa: F811
     tmp_path: Path,  # noqa: F811, RUF100
 ) -> None:
-    one = _run(tmp_path / "one", 1, 2, base)
-    two = _run(tmp_path / "two", 2, 1, base)
+    train_in_processes.run(base, tmp_path / "one", accumulate=2)
+    command = [sys.executable, train_in_processes.__file__, str(base), str(tmp_path / "two"), "2"]
+    paths = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = _losses(tmp_path / "one"), _losses(tmp_path / "two")
     assert len(one) > 4 and one[-1] < one[0]
     assert two == pytest.approx(one, rel=1e-4)
     first, second = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
