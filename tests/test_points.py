@@ -5,7 +5,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sam4mllm_tool.errors import InputError
@@ -41,6 +41,20 @@ def test_poisson_points_keep_their_distance_and_repeat_by_seed():
     gaps = [math.dist(a, b) for i, a in enumerate(unit) for b in unit[:i]]
     assert len(points) > 30
     assert min(gaps) >= 0.1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 999), st.integers(1, 40), st.sampled_from([0.0, 0.07, 0.1, 0.3]))
+def test_poisson_points_are_those_of_plain_dart_throwing(seed, count, radius):
+    """Each dart is compared with every dart before it, and the generator ends in the same state."""
+    kept, rng, ours = [], random.Random(seed), random.Random(seed)
+    for _ in range(count * 30):
+        if len(kept) < count:
+            dart = (rng.random(), rng.random())
+            kept += [dart] * all(math.dist(dart, other) >= radius for other in kept)
+    points = poisson_disk_points(Box(0, 0, 1, 1), count, ours, radius)
+    assert points == [pytest.approx(dart, rel=1e-12) for dart in kept]
+    assert ours.getstate() == rng.getstate()
 
 
 # The figures of the authors' demo, in hundredths of the box; it asks about the first half.

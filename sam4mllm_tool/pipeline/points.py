@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,15 +79,21 @@ def poisson_disk_points(
     """Up to ``count`` points of the box no two of which are closer than ``radius`` box sides.
 
     Dart throwing (Cook, 1986): distances are measured in the unit square the box is mapped to.
-    Stops after 30 misses per point, so a full box gives fewer points than asked.
+    Throws 30 darts per point at most, so a full box gives fewer points than asked.
     """
     kept: list[tuple[float, float]] = []
+    # What is closer than the radius lies in the dart's own cell or in one of the eight around it.
+    side = radius or 1.0
+    near: defaultdict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
     for _ in range(count * 30):
         if len(kept) == count:
             break
         dart = (rng.random(), rng.random())
-        if all(math.dist(dart, other) >= radius for other in kept):
+        column, row = int(dart[0] / side), int(dart[1] / side)
+        if all(math.dist(dart, other) >= radius for other in near[column, row]):
             kept.append(dart)
+            for cell in product(range(column - 1, column + 2), range(row - 1, row + 2)):
+                near[cell].append(dart)
     return [Point(box.x_min + u * box.width, box.y_min + v * box.height) for u, v in kept]
 
 
