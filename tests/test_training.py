@@ -27,7 +27,7 @@ from recipes.embedded_mllm.model import (
 from sam4mllm_tool import embedded
 from sam4mllm_tool.datasets import llava
 from sam4mllm_tool.datasets.record import ReferringExample
-from sam4mllm_tool.datasets.vqa import VqaExample, scene_vqa
+from sam4mllm_tool.datasets.vqa import SceneVqa, VqaExample
 from sam4mllm_tool.errors import CheckpointError, DatasetError, InputError
 from sam4mllm_tool.evaluation.cases import cases_of
 from sam4mllm_tool.formats import get_format
@@ -312,7 +312,7 @@ def test_llava_instruction_files_are_read(tmp_path: Path) -> None:
 def test_scenes_say_what_lies_where() -> None:
     from sam4mllm_tool.scenes.render import render_scene
 
-    for number, example in enumerate(scene_vqa(SMALL_WORLD, "train", 3, 4)):
+    for number, example in enumerate(SceneVqa(SMALL_WORLD, "train", 3, 4)):
         scene = render_scene(SMALL_WORLD, "train", number, 3)
         for question, answer in example.pairs:
             x, y = (int(part) for part in question.split("(")[1].rstrip(")?").split(","))

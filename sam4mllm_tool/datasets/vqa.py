@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import overload
 
 from sam4mllm_tool.geometry import to_grid
 from sam4mllm_tool.images.loading import load_image
@@ -39,13 +40,37 @@ class VqaExample:
         return load_image(self.image).image
 
 
-def scene_vqa(world: World, split: str, seed: int, count: int, first: int = 0) -> list[VqaExample]:
+@dataclass(frozen=True)
+class SceneVqa(Sequence[VqaExample]):
     """What lies at some places of ``count`` scenes: a name's last word, or "background".
 
-    A scene without objects is left out.
+    A scene is drawn when its questions are asked for, and once only: few conversations of a small
+    training set are about them.
     """
-    scenes = (render_scene(world, split, first + n, seed) for n in range(count))
-    return [_ask_places(scene) for scene in scenes if scene.objects]
+
+    world: World
+    split: str
+    seed: int
+    count: int
+    _drawn: dict[int, VqaExample] = field(default_factory=dict, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return self.count
+
+    @overload
+    def __getitem__(self, index: int) -> VqaExample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[VqaExample]: ...
+
+    def __getitem__(self, index: int | slice) -> VqaExample | list[VqaExample]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(self.count)[index]]
+        number = range(self.count)[index]
+        if number not in self._drawn:
+            scene = render_scene(self.world, self.split, number, self.seed)
+            self._drawn[number] = _ask_places(scene)
+        return self._drawn[number]
 
 
 def _ask_places(scene: Scene, questions: int = 5) -> VqaExample:
@@ -60,7 +85,8 @@ def _places(scene: Scene, count: int, rng: random.Random) -> Iterator[tuple[int,
     """Pixels, half of them in the box of some object."""
     whole = (0.0, 0.0, float(scene.image.width), float(scene.image.height))
     for number in range(count):
-        box = rng.choice(scene.objects).box if number % 2 == 0 else whole
+        aimed = number % 2 == 0 and scene.objects
+        box = rng.choice(aimed).box if aimed else whole
         left, top, right, bottom = box
         yield int(rng.uniform(left, right - 1)), int(rng.uniform(top, bottom - 1))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sam4mllm_tool.datasets import DATASETS, VQA_SETS, ReferringExample, load_examples
 from sam4mllm_tool.datasets.scenes import scene_examples
-from sam4mllm_tool.datasets.vqa import VqaExample, scene_vqa
+from sam4mllm_tool.datasets.vqa import SceneVqa, VqaExample
 from sam4mllm_tool.errors import DatasetError, InputError
 from sam4mllm_tool.scenes.world import SMALL_WORLD, WORLDS
 from sam4mllm_tool.training.dialogues import Chunk, Recipe, chunks
@@ -192,11 +192,11 @@ def coco_id(example: VqaExample) -> str:
     return example.image_id
 
 
-def _scene_vqa(source: Source, recipe: Recipe, split: str) -> list[VqaExample]:
+def _scene_vqa(source: Source, recipe: Recipe, split: str) -> Sequence[VqaExample]:
     """Questions about what lies where in scenes, if a share of them is wanted."""
     if source.path is not None or not recipe.vqa_share:
         return []
-    return scene_vqa(SMALL_WORLD, split, recipe.seed, VQA_SCENES)
+    return SceneVqa(SMALL_WORLD, split, recipe.seed, VQA_SCENES)
 
 
 def _turn(world: str) -> tuple[str, int]:
