@@ -56,6 +56,12 @@ def measured(found, *names):
     return {name: METRICS[name](found) for name in names}
 
 
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory):
+    makers = {"reasonseg": write_reasonseg, "grefcoco": write_grefcoco, "refcoco": write_refcoco}
+    return {name: make(tmp_path_factory.mktemp(name)) for name, make in makers.items()}
+
+
 # --- LISA -----------------------------------------------------------------------------------------
 
 LISA_PAINTED = {  # pixels of (target, ignore), as LISA paints them
@@ -69,8 +75,8 @@ LISA_PAINTED = {  # pixels of (target, ignore), as LISA paints them
 LISA_DIGEST, LISA_GIOU, LISA_CIOU = "8d4a4316f71c", 0.33858433, 0.4658323146648544  # fmt: skip
 
 
-def test_reasonseg_is_read_and_scored_as_lisa_does(tmp_path):
-    root = write_reasonseg(tmp_path)
+def test_reasonseg_is_read_and_scored_as_lisa_does(roots):
+    root = roots["reasonseg"]
     lisa = get_protocol("lisa")
     whole = hashlib.sha1()
     for example in load_examples("reasonseg", root, "val", protocol=lisa):
@@ -107,8 +113,8 @@ RELA_AREAS = [112443, 133870, 112443, 0, 63968, 97308, 63968, 0, 87965, 153817, 
 RELA_TOTAL = 9175384
 
 
-def test_grefcoco_is_read_and_scored_as_rela_does(tmp_path):
-    root = write_grefcoco(tmp_path)
+def test_grefcoco_is_read_and_scored_as_rela_does(roots):
+    root = roots["grefcoco"]
     found, unreadable = outcomes("grefcoco", root, get_protocol("rela"))
     assert unreadable == 0 and len(found) == 160
     areas = [outcome.truth_area for outcome in found]
@@ -137,8 +143,8 @@ def test_rela_asks_the_raw_sentence_and_a_ref_of_crowds_alone_is_named(tmp_path)
 # --- REFER ----------------------------------------------------------------------------------------
 
 
-def test_refcoco_is_read_as_the_refer_api_does(tmp_path):
-    root = write_refcoco(tmp_path)
+def test_refcoco_is_read_as_the_refer_api_does(roots):
+    root = roots["refcoco"]
     whole = hashlib.sha1()
     for example in load_examples("refcoco", root, "val", protocol=get_protocol("refer")):
         (mask,) = example.truth()
@@ -161,31 +167,32 @@ CHANGES = {
 }  # fmt: skip
 
 
+def seen(root, name, protocol):
+    """What a protocol makes of each case: its text, its picture's size, its truth and its score."""
+    found = []
+    for case in benchmark_cases(name, root, "val", protocol=protocol)():
+        image = case.open_image()
+        outcome = judge(Predicting(), case, image).outcome
+        found.append((case.expression, image.size, outcome.truth_area, outcome.iou))
+    return found
+
+
 @pytest.fixture(scope="module")
-def roots(tmp_path_factory):
-    makers = {"reasonseg": write_reasonseg, "grefcoco": write_grefcoco, "refcoco": write_refcoco}
-    return {name: make(tmp_path_factory.mktemp(name)) for name, make in makers.items()}
+def ours(roots):
+    return {name: seen(roots[name], name, PROTOCOLS["ours"]) for name in ("reasonseg", "grefcoco")}
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_each_rule_alone_makes_its_difference(roots, change):
+def test_each_rule_alone_makes_its_difference(roots, ours, change):
     name = CHANGES[change]
     changed = PROTOCOLS["ours"].with_rules([change])
     assert changed.name == f"ours {change}"
-
-    def seen(protocol):
-        found = []
-        for case in benchmark_cases(name, roots[name], "val", protocol=protocol)():
-            image = case.open_image()
-            outcome = judge(Predicting(), case, image).outcome
-            found.append((case.expression, image.size, outcome.truth_area, outcome.iou))
-        return found
-
+    found = seen(roots[name], name, changed)
     if change == "sentence=lower":
-        texts = [text for text, *_ in seen(changed)]
+        texts = [text for text, *_ in found]
         assert texts == [text.strip().lower() for text in texts]
     else:
-        assert seen(changed) != seen(PROTOCOLS["ours"])
+        assert found != ours[name]
 
 
 def test_a_rule_that_a_set_cannot_follow_is_refused(roots):
