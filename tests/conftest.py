@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "embedded_model" in getattr(item, "fixturenames", ()):
             item.add_marker("shipped")
     items.sort(key=lambda item: item.path.stem not in SLOWEST)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what imports and collection left: it looks at it no more."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
