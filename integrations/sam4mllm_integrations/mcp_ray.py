@@ -24,7 +24,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import DeploymentStatus
 
 from sam4mllm_integrations.mcp_credentials import Credentials, read_tokens
 from sam4mllm_integrations.mcp_http import HttpSettings, check_reach, http_app
@@ -308,7 +307,7 @@ def _reason() -> str:
     """The error with which the first deployment failed: the last line of a traceback."""
     application = serve.status().applications.get(NAME)
     for deployment in application.deployments.values() if application else ():
-        if deployment.status == DeploymentStatus.DEPLOY_FAILED and deployment.message:
+        if deployment.status.name == "DEPLOY_FAILED" and deployment.message:
             return deployment.message.strip().splitlines()[-1].removeprefix(f"{errors.__name__}.")
     return ""
 
