@@ -42,7 +42,7 @@ class VqaExample:
 
 @dataclass(frozen=True)
 class SceneVqa(Sequence[VqaExample]):
-    """What lies at some places of ``count`` scenes: a name's last word, or "background".
+    """What lies at some places of ``scenes`` scenes: a name's last word, or "background".
 
     A scene is drawn when its questions are asked for, and once only: few conversations of a small
     training set are about them.
@@ -51,11 +51,11 @@ class SceneVqa(Sequence[VqaExample]):
     world: World
     split: str
     seed: int
-    count: int
+    scenes: int
     _drawn: dict[int, VqaExample] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
-        return self.count
+        return self.scenes
 
     @overload
     def __getitem__(self, index: int) -> VqaExample: ...
@@ -65,8 +65,8 @@ class SceneVqa(Sequence[VqaExample]):
 
     def __getitem__(self, index: int | slice) -> VqaExample | list[VqaExample]:
         if isinstance(index, slice):
-            return [self[number] for number in range(self.count)[index]]
-        number = range(self.count)[index]
+            return [self[number] for number in range(self.scenes)[index]]
+        number = range(self.scenes)[index]
         if number not in self._drawn:
             scene = render_scene(self.world, self.split, number, self.seed)
             self._drawn[number] = _ask_places(scene)
