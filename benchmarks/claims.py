@@ -48,8 +48,8 @@ SETTINGS = {
     "pqpp, 4 grid": Settings(points=4),
     "pqpp, 16 grid": Settings(points=16),
     "pqpp, 9 poisson": Settings(candidates="poisson"),
-    "adaptive, up to 5": Settings(strategy="adaptive", budget=5),
-    "adaptive, up to 9": Settings(strategy="adaptive", budget=9),
+    "adaptive, 9 grid": Settings(strategy="adaptive"),
+    "adaptive, 16 grid": Settings(strategy="adaptive", points=16),
 }
 POOL = 10
 """Times as many expressions are drawn from, so that a seed's lie on some two dozen pictures."""

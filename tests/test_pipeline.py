@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from itertools import combinations, cycle, islice
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from sam4mllm_tool.errors import (
 from sam4mllm_tool.geometry import box_iou
 from sam4mllm_tool.masks.relations import mask_iou
 from sam4mllm_tool.pipeline.model import Sam4MLLM, replay
-from sam4mllm_tool.pipeline.points import Thresholds
+from sam4mllm_tool.pipeline.points import Thresholds, grid_points
 from sam4mllm_tool.pipeline.reading import nearest_word, read_expression
 from sam4mllm_tool.pipeline.results import Settings
 from sam4mllm_tool.pipeline.steps import agreement, choose_mask
@@ -130,13 +129,6 @@ def test_unsure_answers_are_not_shown_to_the_segmenter(truth, blocks):
     bolder = replace(shy, settings=Settings(thresholds=Thresholds(0.6, 0.6)))
     labels = {p.label for p in bolder.segment(blocks, "the red block").objects[0].points}
     assert labels == {PointLabel.FOREGROUND}
-
-
-def test_adaptive_stays_within_its_budget_and_stops_when_settled(model, blocks):
-    adaptive = replace(model, settings=Settings(strategy="adaptive", budget=4))
-    found = adaptive.segment(blocks, "the red block")
-    assert len(found.objects[0].points) <= 4
-    assert found.trace.questions <= 3
 
 
 def test_ppg_takes_box_and_points_from_one_reply(blocks, truth):
@@ -549,89 +541,63 @@ def asked(model, image, expression="it"):
     return sizes, one
 
 
-def test_adaptive_asks_in_the_middle_of_what_sams_masks_hold_differently(patched):
-    _, one = asked(adaptive(TruthfulMllm({"it": [without(patched)]})), patched)
-    shades = [tuple(patched.array[int(p.y), int(p.x)]) for p in one.points]
-    assert {PALE, DARK, (214, 40, 40)} <= set(shades)
-    for (x, y, width, height), shade in PATCHES.items():
-        point = one.points[shades.index(shade)]
-        assert max(abs(point.x - x - width / 2), abs(point.y - y - height / 2)) <= 3
+def test_adaptive_asks_about_candidates_well_inside_the_mask_only(patched):
+    model = adaptive(TruthfulMllm({"it": [without(patched)]}), points=16)
+    sizes, one = asked(model, patched)
+    (first,) = model.segmenter.predict(patched, [SegmentPrompt(one.located.box)])
+    mask = max(first, key=lambda drawn: drawn.predicted_iou).mask
+    rows, columns = np.nonzero(~np.pad(mask.pixels, 1))
+    grid = grid_points(one.located.box, 16)
+    depths = [np.hypot(int(p.y) + 1 - rows, int(p.x) + 1 - columns).min() for p in grid]
+    wanted = [p for p, depth in zip(grid, depths, strict=True) if depth >= 0.03 * math.sqrt(3600)]
+    assert [Point(p.x, p.y) for p in one.points] == wanted
+    assert sizes == [len(wanted)] and 0 < len(wanted) < 16
 
 
-def test_adaptive_asks_again_after_a_contradiction_and_stops_when_settled(patched):
-    truth = without(patched, PALE)
+def test_adaptive_keeps_the_mask_that_no_answer_contradicts(patched):
+    truth = without(patched, DARK)  # what SAM draws for the box
     model = adaptive(TruthfulMllm({"it": [truth]}))
     sizes, one = asked(model, patched)
-    assert sizes == [4, 4, 1]
-    prompts = model.segmenter.prompts
-    assert [len(prompt.points) for prompt in prompts] == [0, 4, 8, 9]
-    assert prompts[-1].points == one.points and prompts[1].points == one.points[:4]
-    assert {prompt.box for prompt in prompts} == {Box(70, 15, 190, 45)}
-    agreeing = adaptive(TruthfulMllm({"it": [without(patched, DARK)]}))
-    assert asked(agreeing, patched)[0] == [4]  # the first mask agrees with every answer
+    assert len(sizes) == 1 and one.points
+    assert [prompt.points for prompt in model.segmenter.prompts] == [()]
+    assert (one.mask.pixels == truth.pixels).all()
 
 
-@pytest.mark.parametrize(("certainty", "counts"), [(0.96, False), (0.98, True)])
-def test_adaptive_takes_only_sure_answers_against_the_mask(patched, certainty, counts):
-    """The pale patch is in SAM's mask and not on the object, the dark one in neither: at .96 only
-    the answer that agrees with the mask counts."""
+def test_adaptive_draws_again_with_all_answers_where_one_contradicts(patched):
     truth = without(patched, PALE, DARK)
-    mllm = TruthfulMllm({"it": [truth]}, certainty=certainty)
-    _, one = asked(adaptive(mllm, budget=9, per_question=9), patched)
-    labels = {tuple(patched.array[int(p.y), int(p.x)]): p.label for p in one.points}
-    assert labels[DARK] is PointLabel.BACKGROUND
-    assert labels[PALE] is (PointLabel.BACKGROUND if counts else PointLabel.UNDECIDED)
-    assert one.mask.contains(76, 21) == (not counts)
+    model = adaptive(TruthfulMllm({"it": [truth]}), points=16)
+    _, one = asked(model, patched)
+    labels = {p.label for p in one.points}
+    assert labels == {PointLabel.FOREGROUND, PointLabel.BACKGROUND}
+    assert [prompt.points for prompt in model.segmenter.prompts] == [(), one.points]
+    (again,) = ColourSegmenter().predict(patched, [SegmentPrompt(one.located.box, one.points)])
+    assert one.drawn.predicted_iou == max(drawn.predicted_iou for drawn in again)
+    assert (one.mask.pixels == again[1].mask.pixels).all()  # the best of the three
+    assert not one.mask.contains(80, 30), "the pale patch, which the first mask held"
 
 
-def test_adaptive_takes_only_sure_answers_for_what_the_mask_lacks(patched):
-    """The dark patch is on the object and not in SAM's mask."""
-    for certainty, label in ((0.96, PointLabel.UNDECIDED), (0.98, PointLabel.FOREGROUND)):
-        mllm = TruthfulMllm({"it": [without(patched)]}, certainty=certainty)
-        _, one = asked(adaptive(mllm, budget=4), patched)
-        x, y, width, height = next(at for at, shade in PATCHES.items() if shade == DARK)
-        (point,) = (p for p in one.points if x < p.x < x + width and y < p.y < y + height)
-        assert point.label is label
-        assert bool(one.mask.pixels[y + 1, x + 1]) == (label is PointLabel.FOREGROUND)
+def test_adaptive_asks_about_all_objects_at_once_and_redraws_the_doubted_ones(blocks):
+    yes, no = YesNo(0.97, 0.01), YesNo(0.01, 0.97)
+    mllm = ScriptedMllm(["[350,125,950,375] [100,500,300,900]"], [[yes] * 9, [no] * 6])
+    model = adaptive(mllm)
+    found = model.segment(blocks, "the blocks", count="1+")
+    sure, doubted = found.objects
+    assert (len(sure.points), len(doubted.points)) == (9, 6)
+    prompts = model.segmenter.prompts
+    assert [(p.box, p.points) for p in prompts] == [
+        (sure.located.box, ()), (doubted.located.box, ()), (doubted.located.box, doubted.points),
+    ]  # fmt: skip
+    kept, _ = (ColourSegmenter().predict(blocks, [p])[0][1].mask for p in prompts[:2])
+    assert (sure.mask.pixels == kept.pixels).all()
 
 
-def contradictions(*sizes):
-    """Yes and no by turns, for points of one colour: no mask agrees with two of them."""
-    by_turns = cycle([YesNo(0.01, 0.97), YesNo(0.97, 0.01)])
-    return [list(islice(by_turns, size)) for size in sizes]
-
-
-@pytest.mark.parametrize(
-    ("budget", "per_question", "sizes"), [(8, 3, [3, 3, 2]), (4, 4, [4]), (5, 2, [2, 2, 1])]
-)
-def test_adaptive_spends_its_budget_on_points_that_keep_apart(blocks, budget, per_question, sizes):
-    mllm = ScriptedMllm(["[350,125,950,375]"], contradictions(*sizes))
-    model = adaptive(mllm, budget=budget, per_question=per_question)
-    spent, one = asked(model, blocks)
-    assert spent == sizes and len(one.points) == budget
-    least = 0.06 * math.sqrt(120 * 30)
-    gaps = [math.dist((a.x, a.y), (b.x, b.y)) for a, b in combinations(one.points, 2)]
-    assert min(gaps) >= least
-    edge = least - 1
-    inside = Box(70 + edge, 15 + edge, 190 - edge, 45 - edge)
-    assert all(inside.x_min < p.x < inside.x_max and inside.y_min < p.y < inside.y_max
-               for p in one.points)  # fmt: skip
-
-
-def test_adaptive_settles_by_the_latest_answers(blocks):
-    """No mask can agree with the first three answers; the next three agree with the one drawn."""
-    first, _ = contradictions(3, 3)
-    mllm = ScriptedMllm(["[350,125,950,375]"], [first, [YesNo(0.01, 0.97)] * 3])
-    spent, _ = asked(adaptive(mllm, budget=9, per_question=3), blocks)
-    assert spent == [3, 3]
-
-
-def test_adaptive_stops_where_no_place_is_left_to_ask_about(blocks):
-    # The box covers five pixels of one row.
-    mllm = ScriptedMllm(["[975,500,999,508]"], contradictions(2, 2, 1))
-    spent, one = asked(adaptive(mllm, budget=9, per_question=2), blocks)
-    assert spent == [2, 2, 1]
-    assert sorted((p.x, p.y) for p in one.points) == [(195.5 + n, 60.5) for n in range(5)]
+def test_adaptive_asks_nothing_where_no_candidate_lies_in_the_mask():
+    pixels = np.full((120, 200, 3), 255, np.uint8)
+    pixels[30, 70:190] = (214, 40, 40)  # a line of one pixel through the middle of the box
+    model = adaptive(ScriptedMllm(["[350,125,950,375]"], []))
+    sizes, one = asked(model, RgbImage.from_pil(Image.fromarray(pixels)))
+    assert sizes == [] and one.points == ()
+    assert len(model.segmenter.prompts) == 1
 
 
 def test_agreement_counts_sure_points_alone():

@@ -137,9 +137,7 @@ def test_marks_are_asked_about_in_lists_of_their_own(blocks):
 
 @pytest.mark.parametrize("strategy", ["box_only", "pqpp", "adaptive", "ppg"])
 def test_the_count_reaches_the_question_of_every_strategy(blocks, strategy):
-    answers = [[YesNo(0.97, 0.01)] * 5]
-    answers = [[YesNo(0.97, 0.01)] * 9] if strategy == "pqpp" else answers
-    mllm = GrammarMllm([PPG if strategy == "ppg" else RED_BOX], answers)
+    mllm = GrammarMllm([PPG if strategy == "ppg" else RED_BOX], [[YesNo(0.97, 0.01)] * 9])
     model = Sam4MLLM(mllm, ColourSegmenter(), Settings(strategy=strategy))
     model.segment(blocks, "it", count="1+")
     assert "describes (1+):" in mllm.calls[0][1][-1].text

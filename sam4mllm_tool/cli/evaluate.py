@@ -275,7 +275,7 @@ for _name, _splits in BENCHMARKS.items():
 
 
 def _settings(points: int, candidates: str) -> Settings:
-    return Settings(points=points, candidates=candidates, budget=points)
+    return Settings(points=points, candidates=candidates)
 
 
 def _world(name: str) -> World:

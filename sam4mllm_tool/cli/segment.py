@@ -111,7 +111,7 @@ def segment(
     remote = remote_tools(context, server, token)
     only = Picture.of(sources[0], policy) if len(sources) == 1 else None
     if remote is None:
-        settings = Settings(strategy=strategy, points=points, candidates=candidates, budget=points)
+        settings = Settings(strategy=strategy, points=points, candidates=candidates)
         model = load_models(
             mllm,
             adapter,

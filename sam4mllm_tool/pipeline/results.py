@@ -42,8 +42,6 @@ class Settings:
             the share of the MLLM's own answers that agree ("posterior"); ``None`` = as suits the
             checkpoint.
         positive, negative: points asked for in a PPG reply.
-        budget: most points *adaptive* asks about per object.
-        per_question: points *adaptive* asks about at a time.
         proposals: most candidates *propose* judges.
         choose_by: which of SAM's masks is taken: the best predicted IoU (the paper), or that plus
             the share of confident points it agrees with.
@@ -58,8 +56,6 @@ class Settings:
     verification: Verification | None = None
     positive: int = 3
     negative: int = 1
-    budget: int = 9
-    per_question: int = 4
     proposals: int = 8
     choose_by: Literal["predicted_iou", "agreement"] = "predicted_iou"
 

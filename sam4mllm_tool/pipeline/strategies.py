@@ -24,19 +24,14 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from sam4mllm_tool.errors import InputError, nearest
-from sam4mllm_tool.geometry import clip_box
 from sam4mllm_tool.pipeline.candidates import accept, guided, judge, noun_phrase, propose
-from sam4mllm_tool.pipeline.points import inner_points
-from sam4mllm_tool.pipeline.results import LocatedObject, Location, ScoredBox, SegmentedObject
-from sam4mllm_tool.pipeline.steps import DialogueSteps, agreement, choose_mask
-from sam4mllm_tool.protocols import MaskCandidate, SegmentPrompt
-from sam4mllm_tool.types import Mask, Point, PointLabel, PromptPoint, RgbImage, TargetCount
+from sam4mllm_tool.pipeline.results import Location, ScoredBox, SegmentedObject
+from sam4mllm_tool.pipeline.steps import DialogueSteps, agreement
+from sam4mllm_tool.protocols import SegmentPrompt
+from sam4mllm_tool.types import Box, Mask, Point, PromptPoint, RgbImage, TargetCount
 
-SMALLEST_REGION = 0.06
-"""Depth from which *adaptive* asks about a region, as a share of √(area of the box)."""
-
-SURE_AGAINST_MASK = 0.97
-"""Probability from which an answer that contradicts the mask counts in *adaptive*."""
+DEEP = 0.03
+"""Distance from its mask's outline from which *adaptive* asks, as a share of √(area of the box)."""
 
 Found = tuple[Location, tuple[SegmentedObject, ...]]
 
@@ -101,13 +96,11 @@ class Ppg:
 
 @dataclass(frozen=True)
 class Adaptive:
-    """Ask deep inside the regions that SAM's masks leave, until answers and mask agree.
+    """Ask only about points whose answers can change the mask.
 
-    Points near outlines are what an MLLM answers worst and what changes a mask least. The deepest
-    places of what all masks hold, what some hold and what none holds tell the object from its
-    neighbours; what is smaller than ``SMALLEST_REGION`` would change nothing. Deep inside regions
-    SAM is rarely wrong, so an answer that contradicts its mask counts from ``SURE_AGAINST_MASK``
-    on only, and is undecided below.
+    SAM's mask of the box is mostly right, least so at its outline, where an MLLM's answers are
+    wrong most often. So of PQPP's candidate points those are asked about that lie well inside that
+    mask. It stays where no answer contradicts it; where one does, SAM draws again with all of them.
     """
 
     name: str = "adaptive"
@@ -115,11 +108,26 @@ class Adaptive:
     def run(
         self, steps: DialogueSteps, image: RgbImage, expression: str, count: TargetCount
     ) -> Found:
-        """Box → mask → points → mask → …"""
-        location = steps.locate(image, expression, count)
-        if location.objects:
-            steps.embed(image)
-        return location, tuple(_adapt(steps, image, location, one) for one in location.objects)
+        """Box → mask → points → mask, where an answer contradicts the first one."""
+        location, drawn = BoxOnly().run(steps, image, expression, count)
+        objects = list(drawn)
+        boxes = [one.box for one in location.objects]
+        places = [
+            _well_inside(one.mask, box, steps.candidate_points(box, image))
+            for one, box in zip(objects, boxes, strict=True)
+        ]
+        asked = [number for number, some in enumerate(places) if some]
+        answers = steps.check_points_of_each(
+            image, location, [boxes[n] for n in asked], [places[n] for n in asked]
+        )
+        for number, points in zip(asked, answers, strict=True):
+            objects[number] = replace(objects[number], points=points)
+        doubted = [n for n, one in enumerate(objects) if agreement(one.mask, one.points) < 1]
+        prompts = [SegmentPrompt(boxes[n], objects[n].points) for n in doubted]
+        if prompts:
+            for number, again in zip(doubted, steps.draw(image, prompts), strict=True):
+                objects[number] = replace(objects[number], drawn=again)
+        return location, tuple(objects)
 
 
 @dataclass(frozen=True)
@@ -189,59 +197,10 @@ def _drawn(
     return location, tuple(SegmentedObject(*part) for part in parts)
 
 
-def _adapt(
-    steps: DialogueSteps, image: RgbImage, location: Location, found: LocatedObject
-) -> SegmentedObject:
-    settings = steps.settings
-    box = clip_box(found.box, image.width, image.height)
-    least = SMALLEST_REGION * math.sqrt(max(box.area, 1.0))
-    points: tuple[PromptPoint, ...] = ()
-    drawn, regions = _draw_with_regions(steps, image, SegmentPrompt(box))
-    while len(points) < settings.budget:
-        wanted = min(settings.per_question, settings.budget - len(points))
-        places = inner_points(regions, wanted, [Point(one.x, one.y) for one in points], least)
-        if not places:
-            break
-        new = _weighed(steps.check_points(image, location, found.box, places), drawn.mask)
-        points += new
-        settled = agreement(drawn.mask, new) == 1.0
-        drawn, regions = _draw_with_regions(steps, image, SegmentPrompt(box, points))
-        if settled:
-            break
-    return SegmentedObject(found, points, drawn)
+def _well_inside(mask: Mask, box: Box, points: Sequence[Point]) -> list[Point]:
+    """The points that lie in the mask, :data:`DEEP` or more from its outline."""
+    from scipy.ndimage import distance_transform_edt  # slow to import, so not at server start
 
-
-def _weighed(points: Sequence[PromptPoint], mask: Mask) -> tuple[PromptPoint, ...]:
-    """The points, undecided where an answer contradicts the mask without being sure enough."""
-
-    def counts(point: PromptPoint) -> bool:
-        inside = mask.contains(point.x, point.y)
-        if inside is (point.label is PointLabel.FOREGROUND):
-            return True
-        against = point.p_no if inside else point.p_yes
-        return against is not None and against >= SURE_AGAINST_MASK
-
-    return tuple(
-        point if counts(point) else replace(point, label=PointLabel.UNDECIDED) for point in points
-    )
-
-
-def _draw_with_regions(
-    steps: DialogueSteps, image: RgbImage, prompt: SegmentPrompt
-) -> tuple[MaskCandidate, np.ndarray]:
-    """The chosen mask, and the regions that SAM's masks divide the box into.
-
-    Pixels are of one region if the same masks hold them, so that what all masks hold, what some
-    hold and what none holds are apart; 0 outside the box.
-    """
-    (candidates,) = steps.draw_all(image, [prompt])
-    drawn = choose_mask(candidates, prompt.points, steps.settings.choose_by)
-    assert prompt.box is not None
-    x0, y0, x1, y1 = (round(edge) for edge in prompt.box)
-    rows, columns = slice(y0, max(y1, y0 + 1)), slice(x0, max(x1, x0 + 1))
-    regions = np.zeros((image.height, image.width), dtype=np.int64)
-    regions[rows, columns] = 1 + sum(
-        one.mask.pixels[rows, columns].astype(np.int64) << number
-        for number, one in enumerate(candidates)
-    )
-    return drawn, regions
+    depth = distance_transform_edt(np.pad(mask.pixels, 1))[1:-1, 1:-1]
+    least = max(DEEP * math.sqrt(box.area), 1.0)
+    return [point for point in points if depth[int(point.y), int(point.x)] >= least]

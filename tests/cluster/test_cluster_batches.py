@@ -135,7 +135,7 @@ def test_evaluation_reports_what_one_process_reports(by_value, tmp_path):
     from sam4mllm_tool.evaluation.scenes import evaluate_scenes
     from sam4mllm_tool.pipeline.results import Settings
 
-    settings = Settings(points=4, budget=4)
+    settings = Settings(points=4)
     load = partial(nothing_known, settings)
     options = {"seed": 3, "limit": 12, "strategies": ["pqpp", "box_only"]}
     alone = evaluate_scenes(load(), tmp_path / "alone", **options)

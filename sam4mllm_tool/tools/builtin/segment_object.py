@@ -55,7 +55,6 @@ def segment_object(context: ToolContext, arguments: SegmentObjectArguments) -> T
         settings,
         strategy=arguments.strategy or settings.strategy,
         points=arguments.points or settings.points,
-        budget=arguments.points or settings.budget,
         thresholds=changed_thresholds(
             settings.thresholds, arguments.p_yes_above, arguments.p_no_above
         ),
