@@ -83,13 +83,12 @@ def test_alternates_are_scored_like_the_oracles(sides: Sides) -> None:
 
 def test_a_tiny_cache_evicts_and_changes_nothing(sides: Sides) -> None:
     mllm, oracle = sides
-    small = LocalMllm(
-        mllm.model, mllm.encoder.processor, name="small", cache_bytes=_bytes_of_one(mllm)
-    )
+    room = _bytes_of_one(mllm)
+    small = LocalMllm(mllm.model, mllm.encoder.processor, name="small", cache_bytes=room)
     pictures = [picture(seed) for seed in (20, 21)]
     for turn in range(4):
         compare(small, oracle, pictures[turn % 2], seed=30 + turn, points=4)
-        assert small.engine.store.nbytes <= _bytes_of_one(mllm)
+        assert small.engine.store.nbytes <= room
     nothing = LocalMllm(mllm.model, mllm.encoder.processor, name="nothing", cache_bytes=0)
     compare(nothing, oracle, pictures[0], seed=40, points=4)
     assert nothing.engine.store.nbytes == 0
