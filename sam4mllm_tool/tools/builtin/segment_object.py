@@ -36,9 +36,9 @@ class SegmentObjectArguments(ToolArguments):
     strategy: Literal["pqpp", "ppg", "adaptive", "box_only", "propose"] | None = Field(
         None,
         description="'pqpp' asks for a box, then whether points lie on the object (the default); "
-        "'ppg' asks for box and points at once; 'adaptive' asks inside the parts that the masks "
-        "divide the box into; 'box_only' is fastest; 'propose' finds every candidate first, then "
-        "asks which are meant.",
+        "'ppg' asks for box and points at once; 'adaptive' asks about those points only that lie "
+        "well inside the box's mask; 'box_only' is fastest; 'propose' finds every candidate "
+        "first, then asks which are meant.",
     )
     points: int | None = Field(
         None, ge=1, le=100, description="How many points to ask about (default 9)."
